@@ -1,0 +1,1 @@
+"""Hydra groups: model, data, parallel, engine, recipe, checkpoint, logging, experiment."""

@@ -1,0 +1,114 @@
+"""Where packed documents start and end on the token axis: the one description every kernel takes.
+
+Shape legend: T tokens, N documents, M chunks, C tokens per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """Documents cut in chunks of at most C tokens, each chunk inside one document, in token order.
+
+    Attributes:
+        tokens_MC: token index of each chunk slot, int64; slots past the chunk's length repeat its last token.
+        valid_MC: whether the slot holds a token, bool.
+        starts_M, lengths_M: first token and token count of each chunk, int64.
+        documents_M: the document each chunk lies in, int64.
+    All on the device of the documents.
+    """
+
+    tokens_MC: Tensor
+    valid_MC: Tensor
+    starts_M: Tensor
+    lengths_M: Tensor
+    documents_M: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents packed on one token axis: document n is tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``.
+
+    Held on the host as well as on the compute device, so that nothing waits for the device to learn a length.
+    Every derived tensor is made once and reused by all layers.
+
+    Attributes:
+        cu_seqlens: int32 ``[N + 1]`` on the compute device, the form varlen kernels take.
+        cu_seqlens_cpu: the same on the host.
+    """
+
+    cu_seqlens: Tensor
+    cu_seqlens_cpu: Tensor
+    _chunks: dict[int, Chunks] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        """Documents of the given lengths in tokens, one after the other.
+
+        Raises:
+            ValueError: when there is no document, or one holds no token.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"document lengths must be at least one positive integer, got {list(lengths)}")
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        return cls(cu_seqlens.to(device, non_blocking=True), cu_seqlens)
+
+    def to(self, device: torch.device | str) -> Documents:
+        """The same documents for kernels on another device."""
+        return Documents(self.cu_seqlens_cpu.to(device, non_blocking=True), self.cu_seqlens_cpu)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens_cpu) - 1
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """``cu_seqlens`` as host integers."""
+        return self.cu_seqlens_cpu.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.bounds[-1]
+
+    @cached_property
+    def max_length(self) -> int:
+        """Length of the longest document in tokens."""
+        return int(self.cu_seqlens_cpu.diff().max())
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """Position of each token within its document, int64, on the compute device."""
+        lengths = self.cu_seqlens_cpu.diff().long()
+        starts = self.cu_seqlens_cpu[:-1].long().repeat_interleave(lengths)
+        return (torch.arange(self.num_tokens) - starts).to(self.device, non_blocking=True)
+
+    def chunks(self, size: int) -> Chunks:
+        """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
+        if size not in self._chunks:
+            self._chunks[size] = self._cut(size)
+        return self._chunks[size]
+
+    def _cut(self, size: int) -> Chunks:
+        lengths_N = self.cu_seqlens_cpu.diff().long()
+        chunks_N = (lengths_N + size - 1) // size
+        documents_M = torch.arange(len(self)).repeat_interleave(chunks_N)
+        first_M = (chunks_N.cumsum(0) - chunks_N)[documents_M]
+        offset_M = (torch.arange(len(documents_M)) - first_M) * size
+        starts_M = self.cu_seqlens_cpu[:-1].long()[documents_M] + offset_M
+        lengths_M = (lengths_N[documents_M] - offset_M).clamp(max=size)
+        slots_C = torch.arange(size)
+        valid_MC = slots_C < lengths_M[:, None]
+        tokens_MC = starts_M[:, None] + torch.minimum(slots_C, lengths_M[:, None] - 1)
+        parts = (tokens_MC, valid_MC, starts_M, lengths_M, documents_M)
+        return Chunks(*(part.to(self.device, non_blocking=True) for part in parts))

@@ -1,0 +1,66 @@
+"""Lightning attention: linear attention with a fixed per-head decay, over packed documents.
+
+Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minimax_train.kernels.dispatch import AUTO, choose
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
+from minimax_train.kernels.lightning.naive import lightning_attention_naive
+
+IMPLEMENTATIONS = {"naive": lightning_attention_naive, "chunked": lightning_attention_chunked}
+
+
+def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
+    """Decay exponents of one layer's heads, float32 ``[H]`` on the CPU, head 0 decaying fastest.
+
+    ``2^(-8 (h + 1) / H) * (1 - l / (N - 1 + 1e-5) + 1e-5)``, the ALiBi slopes damped with depth, evaluated in the
+    same order and precision as transformers' ``MiniMaxLightningAttention.get_slope_rate``.
+    """
+    base = 1 / (2 ** (8 / num_heads))
+    damping = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
+    return base ** (torch.arange(num_heads) + 1) * damping
+
+
+def lightning_attention(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    slopes_H: Tensor,
+    documents: Documents,
+    *,
+    initial_state_NHKV: Tensor | None = None,
+    implementation: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """``o_t = sum over s <= t in the same document of exp(-slope (t - s)) (q_t . k_s) v_s``, unscaled.
+
+    Args:
+        q_THK, k_THK, v_THV: any floating dtype; K and V may differ.
+        slopes_H: non-negative decay exponents, float32 or float64; not differentiated.
+        documents: the packed documents; no state passes from one to the next.
+        initial_state_NHKV: state each document starts from, float32 (float64 for float64 inputs); zero if None.
+        implementation: ``auto``, ``chunked`` or ``naive``.
+
+    Returns:
+        The output ``[T, H, V]`` in the dtype of v, and each document's final state ``[N, H, K, V]`` in float32
+        (float64 for float64 inputs). Both, and the initial state, are differentiable.
+
+    Raises:
+        ValueError: for an unknown implementation, or shapes that do not agree.
+    """
+    T, H, K = q_THK.shape
+    if k_THK.shape != (T, H, K) or v_THV.shape[:2] != (T, H) or slopes_H.shape != (H,) or documents.num_tokens != T:
+        raise ValueError(
+            f"lightning_attention: shapes disagree: q {tuple(q_THK.shape)}, k {tuple(k_THK.shape)}, "
+            f"v {tuple(v_THV.shape)}, slopes {tuple(slopes_H.shape)}, documents of {documents.num_tokens} tokens"
+        )
+    if initial_state_NHKV is None:
+        dtype = torch.promote_types(q_THK.dtype, torch.float32)
+        initial_state_NHKV = q_THK.new_zeros(len(documents), H, K, v_THV.shape[-1], dtype=dtype)
+    run = choose("lightning", IMPLEMENTATIONS, implementation, best="chunked")
+    return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV)

@@ -1,0 +1,1 @@
+"""Pretraining of hybrid linear-attention mixture-of-experts models."""

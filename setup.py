@@ -1,0 +1,49 @@
+"""Packaging: the top-level folders become one importable package, ``minimax_train``.
+
+The folders are named for what they hold; their import names are nested (``minimax_train.kernels`` and so on) so that
+installing this distribution never shadows other people's ``kernels`` or ``parallel``.
+"""
+
+from setuptools import find_packages, setup
+
+ROOMS = ("parallel", "kernels", "launch", "configs")
+
+packages = ["minimax_train", *(f"minimax_train.{name}" for name in find_packages("minimax_train"))]
+package_dir = {"minimax_train": "minimax_train"}
+for room in ROOMS:
+    package_dir[f"minimax_train.{room}"] = room
+    packages += [f"minimax_train.{room}", *(f"minimax_train.{room}.{name}" for name in find_packages(room))]
+
+setup(
+    name="minimax-train",
+    version="0.1.0",
+    description="Pretraining of hybrid linear-attention mixture-of-experts models",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={
+        "minimax_train.configs": ["*.yaml", "*/*.yaml"],
+        "minimax_train.launch": ["*.sh", "*.sbatch"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "hydra-core>=1.3.2,<1.4",
+        "datasets>=5.0",
+        "tokenizers>=0.22",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+        "wandb>=0.19",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+    entry_points={
+        "console_scripts": [
+            "minimax-train = minimax_train.cli:main",
+            "minimax-convert = minimax_train.convert.cli:main",
+        ],
+    },
+)
