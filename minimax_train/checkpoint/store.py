@@ -1,0 +1,104 @@
+"""Checkpoints on disk: PyTorch Distributed Checkpoint in model space, written whole or not at all.
+
+run_dir/checkpoints/step-00000200/
+    *.distcp .metadata      parameters and optimizer state by parameter name, loadable on any number of ranks
+    progress.json           step, tokens, and the position of every data stream
+    config.yaml tokenizer/  what is needed to use the checkpoint on its own
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from minimax_train.errors import ConfigError
+
+CHECKPOINTS = "checkpoints"
+_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = ".writing"
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens trained on.
+        data: state of the data loader, all ranks' streams together.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    data: dict[str, Any] | None = None
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every method but :meth:`latest` is called by all ranks together."""
+
+    def __init__(self, run_dir: Path, keep: int, *, is_first: bool) -> None:
+        self.run_dir, self.keep, self.is_first = run_dir, keep, is_first
+        self.folder = run_dir / CHECKPOINTS
+
+    def latest(self) -> Path | None:
+        """The newest finished checkpoint."""
+        return (_finished(self.folder) or [None])[-1]
+
+    def save(self, progress: Progress, model: nn.Module, optimizer_state: dict) -> Path:
+        """Write a checkpoint, then remove those over the number kept."""
+        path = self.folder / f"step-{progress.step:08d}"
+        draft = path.with_name(path.name + _UNFINISHED)
+        if self.is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        dist.barrier()
+        dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=draft)
+        if self.is_first:
+            (draft / "progress.json").write_text(json.dumps(asdict(progress)))
+            shutil.copy(self.run_dir / "config.yaml", draft)
+            shutil.copytree(self.run_dir / "tokenizer", draft / "tokenizer")
+            shutil.rmtree(path, ignore_errors=True)
+            draft.rename(path)
+            for old in _finished(self.folder)[: -self.keep] if self.keep else []:
+                shutil.rmtree(old)
+        dist.barrier()
+        return path
+
+    def load(self, path: Path, model: nn.Module, optimizer_state: dict) -> Progress:
+        """Fill model and optimizer state in place, whatever number of ranks wrote them."""
+        dcp.load({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=path)
+        return Progress(**json.loads((path / "progress.json").read_text()))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill the parameters alone from a checkpoint."""
+    dcp.load({"model": model.state_dict()}, checkpoint_id=path)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at a path: itself, or the newest of the run there.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        return path
+    newest = (_finished(path / CHECKPOINTS) or [None])[-1]
+    if newest is None:
+        raise ConfigError(f"{path}: neither a checkpoint (a folder with .metadata) nor a run that holds one")
+    return newest
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(_NAME.fullmatch(p.name)[1]))

@@ -1,0 +1,196 @@
+"""The configuration of a run: Hydra's groups, typed, checked as a whole before any process is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import minimax_train.configs
+from minimax_train.checkpoint.config import CheckpointConfig
+from minimax_train.data.config import DataConfig
+from minimax_train.engines import FSDPConfig
+from minimax_train.errors import ConfigError, require, require_choice, require_positive
+from minimax_train.metrics.config import LoggingConfig
+from minimax_train.model import KernelConfig, ModelConfig
+from minimax_train.recipe import RecipeConfig
+
+CONFIG_DIR = Path(minimax_train.configs.__file__).parent
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks work together.
+
+    Attributes:
+        timeout_s: seconds after which a collective that has not finished ends the run with an error.
+    """
+
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", self, "timeout_s")
+
+
+@dataclass
+class Config:
+    """Everything a run is.
+
+    Attributes:
+        run_dir: where the run keeps its configuration, tokenizer, checkpoints, metrics and pictures.
+        seed: of initial weights and data order.
+        device: ``cuda``, ``cpu``, or ``auto`` for the GPU where there is one.
+        kernels: which implementation of each op runs.
+    The other fields are the groups, each documented at its own dataclass.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    engine: FSDPConfig
+    recipe: RecipeConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+    run_dir: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require(bool(self.run_dir), "run_dir", self.run_dir, "must be a path")
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that this configuration cannot run on.
+
+        Raises:
+            ConfigError: naming the key to change and the values that would do.
+        """
+        recipe, streams = self.recipe, self.data.num_streams
+        rows = world_size * recipe.micro_batch_size
+        require(
+            recipe.global_batch_size % rows == 0,
+            "recipe.global_batch_size",
+            recipe.global_batch_size,
+            f"must be a multiple of {rows}: {world_size} processes x recipe.micro_batch_size={recipe.micro_batch_size}",
+        )
+        fitting = [size for size in range(1, streams + 1) if streams % size == 0]
+        require(
+            streams % world_size == 0,
+            "data.num_streams",
+            streams,
+            f"must be a multiple of the {world_size} processes; with it, {fitting} processes would do",
+        )
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> Config:
+    """Compose the configuration from the defaults, Hydra overrides, and checks of every group.
+
+    Args:
+        overrides: ``model=small``, ``recipe.steps=100``, ``experiment=demo`` and so on.
+        config_dir: a folder of your own groups and experiments, searched besides the package's.
+
+    Raises:
+        ConfigError: naming the key, its value and what would be accepted.
+    """
+    if config_dir is not None:
+        require(Path(config_dir).is_dir(), "--config-dir", str(config_dir), "must be a folder")
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="minimax-train"):
+            return _instantiate(compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+
+
+def read_config(path: str | Path) -> Config:
+    """A configuration saved by :func:`save_config`.
+
+    Raises:
+        ConfigError: when the file is missing or does not hold a configuration of this version.
+    """
+    try:
+        return _instantiate(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key to value."""
+
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {k: v for name, child in node.items() for k, v in walk(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+    return walk(dataclasses.asdict(config), "")
+
+
+def _instantiate(tree: DictConfig) -> Config:
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise ConfigError(f"{missing[0]}: no value given; it has no default, so pass {missing[0]}=...")
+    return OmegaConf.to_object(tree)
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One message from Hydra's or OmegaConf's: key, value, what is accepted."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    text = "\n".join(str(cause) for cause in causes)
+    match = re.search(r"full_key: (\S+)", text)
+    if match is None:
+        return "\n".join(dict.fromkeys(line for line in str(error).splitlines() if line.strip()))
+    key = match[1]
+    given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
+    parent, _, name = key.rpartition(".")
+    fields = _fields_of(parent)
+    if fields and name not in fields:
+        close = difflib.get_close_matches(name, fields, n=1)
+        hint = f" Did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else ""
+        return (
+            f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
+        )
+    wanted = f" (accepted: {fields[name]})" if fields else ""
+    return f"{given}: {_first_line(causes[-1])}{wanted}"
+
+
+def _fields_of(path: str) -> dict[str, str]:
+    """Field names and types of the group at a dotted path."""
+    node: Any = OmegaConf.structured(Config)
+    for name in filter(None, path.split(".")):
+        kind = OmegaConf.get_type(node, name) if name in node else None
+        if not dataclasses.is_dataclass(kind):
+            return {}
+        node = OmegaConf.structured(kind)
+    kind = OmegaConf.get_type(node)
+    return {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in dataclasses.fields(kind)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

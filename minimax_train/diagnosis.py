@@ -1,0 +1,62 @@
+"""Where a loss or gradient that is not a number came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from minimax_train.data import MicroBatch
+
+_SHOWN = 5
+
+
+def describe_non_finite(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
+    """Name the parameters, gradients and module outputs that hold NaN or infinity.
+
+    Runs the forward pass of the batches once more; called by all ranks together, and the same on all of them.
+    """
+    named = list(model.named_parameters())
+    found = {
+        "parameters": [name for name, p in named if not _is_finite(p)],
+        "gradients": [name for name, p in named if p.grad is not None and not _is_finite(p.grad)],
+        "outputs, in order of computation": _outputs(model, batches),
+    }
+    everywhere: list[dict[str, list[str]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, found)
+    parts = []
+    for kind in found:
+        names = list(dict.fromkeys(name for rank in everywhere for name in rank[kind]))
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        parts.append(f"{kind}: {', '.join(names[:_SHOWN]) or 'none'}{more}")
+    return "not finite: " + "; ".join(parts)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(local.isfinite().all())
+
+
+def _outputs(model: nn.Module, batches: Iterable[MicroBatch]) -> list[str]:
+    names: dict[str, None] = {}
+
+    def hook(name: str):
+        def check(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not _is_finite(t) for t in tensors):
+                names[name or "loss"] = None
+
+        return check
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(names)

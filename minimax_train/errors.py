@@ -1,0 +1,33 @@
+"""Errors a user can cause, told so that the user can mend them."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run: the message names the key, its value and what would be accepted."""
+
+
+class TrainingError(RuntimeError):
+    """A run that must stop: the message says at which step and why."""
+
+
+def require(condition: bool, key: str, value: object, accepted: str) -> None:
+    """Refuse a configuration value.
+
+    Raises:
+        ConfigError: ``key=value: accepted`` unless the condition holds.
+    """
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {accepted}")
+
+
+def require_positive(group: str, config: object, *names: str) -> None:
+    """Refuse a value of zero or less in any of the named fields of a configuration group."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{group}.{name}", value, "must be greater than 0")
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices."""
+    require(value in choices, key, value, f"must be one of {', '.join(choices)}")

@@ -1,0 +1,43 @@
+"""Loss on held-out text, beside what a model of token frequencies alone would reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minimax_train.data import MicroBatch
+from minimax_train.kernels.cross_entropy import IGNORE_INDEX
+from minimax_train.parallel.grid import ProcessGrid
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Sequence[MicroBatch], grid: ProcessGrid, device: torch.device
+) -> dict[str, float]:
+    """Mean loss in nats per held-out token, over all ranks.
+
+    Returns:
+        ``validation_loss``, and ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the
+        least loss any unigram model can have on them.
+    """
+    loss = torch.zeros(2, dtype=torch.float64, device=device)
+    counts_V = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    for batch in batches:
+        labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
+        counts_V += labels_T.bincount(minlength=len(counts_V))
+        batch = batch.to(device)
+        out = model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+        loss += torch.stack([out.token_loss.double(), out.token_loss.new_tensor(len(labels_T)).double()])
+    counts_V = counts_V.to(device)
+    dist.all_reduce(loss, group=grid.dp_group)
+    dist.all_reduce(counts_V, group=grid.dp_group)
+    total_loss, targets = loss.tolist()
+    return {"validation_loss": total_loss / targets, "unigram_loss": _entropy(counts_V)}
+
+
+def _entropy(counts_V: Tensor) -> float:
+    probabilities = counts_V[counts_V > 0].double() / counts_V.sum()
+    return float(-(probabilities * probabilities.log()).sum())

@@ -1,0 +1,27 @@
+"""Where a run reports to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimax_train.errors import require, require_choice
+
+
+@dataclass
+class LoggingConfig:
+    """Console, ``metrics.jsonl`` and Weights & Biases.
+
+    Attributes:
+        interval: write metrics every so many steps.
+        wandb: ``online``, ``offline`` or ``off``.
+        wandb_project, wandb_name: where the run appears; the name is that of ``run_dir`` if null.
+    """
+
+    interval: int = 1
+    wandb: str = "off"
+    wandb_project: str = "minimax-train"
+    wandb_name: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.interval > 0, "logging.interval", self.interval, "must be greater than 0")
+        require_choice("logging.wandb", self.wandb, ("online", "offline", "off"))

@@ -1,0 +1,15 @@
+"""The hybrid model: lightning and softmax attention, mixture of experts, DeepNorm."""
+
+from minimax_train.model.config import KernelConfig, ModelConfig, ParameterCount, count_parameters
+from minimax_train.model.initialization import initialize
+from minimax_train.model.model import HybridModel, ModelLoss
+
+__all__ = [
+    "HybridModel",
+    "KernelConfig",
+    "ModelConfig",
+    "ModelLoss",
+    "ParameterCount",
+    "count_parameters",
+    "initialize",
+]

@@ -1,0 +1,11 @@
+"""The attentions a block can hold, by the letter that names them in ``model.layer_pattern``.
+
+An attention is a module built as ``cls(config, layer, kernels)``, called as ``attention(x_TD, context) -> y_TD``, with
+``initializers()`` for its parameters.
+"""
+
+from minimax_train.model.attention.lightning import LightningAttention
+from minimax_train.model.attention.softmax import SoftmaxAttention
+from minimax_train.model.config import LIGHTNING, SOFTMAX
+
+ATTENTIONS = {LIGHTNING: LightningAttention, SOFTMAX: SoftmaxAttention}

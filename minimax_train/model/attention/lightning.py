@@ -1,0 +1,60 @@
+"""Lightning attention as a layer of MiniMax-01 (arXiv 2501.08313, section 2.2).
+
+Shape legend: T tokens, D hidden, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.initialization import Constant, Initializer, xavier
+
+# Transformers and the original model leave this norm at its default epsilon, whatever the others use.
+NORM_EPS = 1e-6
+
+
+@cache
+def _slopes_on(device: torch.device, num_heads: int, layer: int, num_layers: int) -> Tensor:
+    return lightning_slopes(num_heads, layer, num_layers).to(device)
+
+
+class LightningAttention(nn.Module):
+    """SiLU on q, k and v; linear attention with per-head decay; RMSNorm over all heads; sigmoid gate; projection.
+
+    ``qkv_proj`` is laid out per head as (q, k, v).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+        super().__init__()
+        self.config, self.layer, self.implementation = config, layer, kernels.lightning
+        D, width = config.hidden_size, config.num_heads * config.head_dim
+        self.qkv_proj = nn.Linear(D, 3 * width, bias=False)
+        self.gate_proj = nn.Linear(D, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.o_proj = nn.Linear(width, D, bias=False)
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
+        config = self.config
+        qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (config.num_heads, 3, config.head_dim))
+        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)
+        out_THK, _ = lightning_attention(
+            *qkv_TH3K.unbind(2), slopes_H, context.documents, implementation=self.implementation
+        )
+        return self.o_proj(self.norm(out_THK.flatten(1)) * torch.sigmoid(self.gate_proj(x_TD)))
+
+    def initializers(self) -> dict[str, Initializer]:
+        D, K = self.config.hidden_size, self.config.head_dim
+        width, beta = self.config.num_heads * K, self.config.initial_gain
+        return {
+            "qkv_proj.weight": xavier(D, width, row_gain=lambda row: torch.where(row // K % 3 == 2, beta, 1.0)),
+            "gate_proj.weight": xavier(D, width),
+            "norm.weight": Constant(1.0),
+            "o_proj.weight": xavier(width, D, beta),
+        }

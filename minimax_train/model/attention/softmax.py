@@ -1,0 +1,50 @@
+"""Softmax attention with grouped queries and rotary positions on part of each head.
+
+Shape legend: T tokens, D hidden, H query heads, G key-value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minimax_train.kernels.rope import apply_rotary
+from minimax_train.kernels.softmax import softmax_attention
+from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.initialization import Initializer, xavier
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal within each document; scores scaled by ``head_dim ** -0.5``."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+        super().__init__()
+        self.config, self.implementation = config, kernels.softmax
+        D, K = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, config.num_heads * K, bias=False)
+        self.k_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
+        self.v_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * K, D, bias=False)
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
+        K = self.config.head_dim
+        q_THK, k_TGK, v_TGK = (proj(x_TD).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out_THK, _ = softmax_attention(
+            apply_rotary(q_THK, context.cos_TR, context.sin_TR),
+            apply_rotary(k_TGK, context.cos_TR, context.sin_TR),
+            v_TGK,
+            context.documents,
+            scale=K**-0.5,
+            implementation=self.implementation,
+        )
+        return self.o_proj(out_THK.flatten(1))
+
+    def initializers(self) -> dict[str, Initializer]:
+        D, K, beta = self.config.hidden_size, self.config.head_dim, self.config.initial_gain
+        width, kv_width = self.config.num_heads * K, self.config.num_kv_heads * K
+        return {
+            "q_proj.weight": xavier(D, width),
+            "k_proj.weight": xavier(D, kv_width),
+            "v_proj.weight": xavier(D, kv_width, beta),
+            "o_proj.weight": xavier(width, D, beta),
+        }

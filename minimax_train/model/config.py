@@ -1,0 +1,150 @@
+"""What a model is: its sizes, its layer pattern, its routing. Nothing about how it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimax_train.errors import require, require_choice, require_positive
+from minimax_train.kernels import experts, lightning, softmax
+
+LIGHTNING, SOFTMAX = "L", "S"
+
+
+@dataclass
+class ModelConfig:
+    """A hybrid model of the MiniMax-01 kind (arXiv 2501.08313, section 2).
+
+    Attributes:
+        vocab_size: rows of the embedding and of the output head, which are not tied.
+        hidden_size: width of the residual stream.
+        num_layers: blocks, each one attention and one expert layer.
+        layer_pattern: kind of attention of each block, ``L`` lightning or ``S`` softmax; repeated to ``num_layers``.
+        num_heads, head_dim: query heads of either attention and their width; the product need not be hidden_size.
+        num_kv_heads: key-value heads of softmax attention.
+        rotary_dim: leading dimensions of each softmax head that carry rotary position embedding.
+        rope_base: base of the rotary frequencies.
+        num_experts, experts_per_token, expert_hidden_size: the SwiGLU experts of every block.
+        capacity_factor: an expert takes at most ``capacity_factor * experts_per_token * tokens / num_experts``
+            choices of a row, the rest are dropped; none are if null.
+        aux_loss_coefficient: factor of the load-balancing loss
+            :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows.
+        norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    layer_pattern: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_base: float
+    num_experts: int
+    experts_per_token: int
+    expert_hidden_size: int
+    capacity_factor: float | None = None
+    aux_loss_coefficient: float = 0.01
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_base")
+        require_positive("model", self, *sizes, "num_experts", "experts_per_token", "expert_hidden_size", "norm_eps")
+        pattern, layers = self.layer_pattern, self.num_layers
+        known = set(pattern) <= {LIGHTNING, SOFTMAX}
+        require(
+            known and 0 < len(pattern) <= layers and layers % len(pattern) == 0,
+            "model.layer_pattern",
+            pattern,
+            f"must be made of {LIGHTNING} (lightning) and {SOFTMAX} (softmax), and its length {len(pattern)} "
+            f"must divide model.num_layers={layers}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide model.num_heads={self.num_heads}",
+        )
+        require(
+            self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim,
+            "model.rotary_dim",
+            self.rotary_dim,
+            f"must be even and between 0 and model.head_dim={self.head_dim}",
+        )
+        require(
+            self.experts_per_token <= self.num_experts,
+            "model.experts_per_token",
+            self.experts_per_token,
+            f"must be at most model.num_experts={self.num_experts}",
+        )
+        require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            "model.capacity_factor",
+            self.capacity_factor,
+            "must be greater than 0, or null for no limit",
+        )
+        require(
+            self.aux_loss_coefficient >= 0,
+            "model.aux_loss_coefficient",
+            self.aux_loss_coefficient,
+            "must be 0 or greater",
+        )
+
+    @property
+    def layer_kinds(self) -> str:
+        """Kind of attention of every layer, one letter each."""
+        return self.layer_pattern * (self.num_layers // len(self.layer_pattern))
+
+    @property
+    def residual_scale(self) -> float:
+        """DeepNorm's alpha, ``(2 N)^(1/4)`` (arXiv 2203.00555, decoder-only)."""
+        return (2 * self.num_layers) ** 0.25
+
+    @property
+    def initial_gain(self) -> float:
+        """DeepNorm's beta, ``(8 N)^(-1/4)``: Xavier gain of value, output and expert projections."""
+        return (8 * self.num_layers) ** -0.25
+
+
+@dataclass
+class KernelConfig:
+    """Which implementation of each op runs; ``auto`` picks the best one for the device and dtype."""
+
+    lightning: str = "auto"
+    softmax: str = "auto"
+    experts: str = "auto"
+
+    def __post_init__(self) -> None:
+        for op, module in (("lightning", lightning), ("softmax", softmax), ("experts", experts)):
+            require_choice(f"kernels.{op}", getattr(self, op), ("auto", *module.IMPLEMENTATIONS))
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model: all of them, and those that one token passes through.
+
+    ``active`` includes embedding and head; ``active_in_layers`` leaves them out, as the MiniMax-01 report does.
+    """
+
+    total: int
+    active: int
+    active_in_layers: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters from the sizes alone, norms included."""
+    D, width = config.hidden_size, config.num_heads * config.head_dim
+    attention = {
+        LIGHTNING: 5 * D * width + width,
+        SOFTMAX: 2 * D * width + 2 * D * config.num_kv_heads * config.head_dim,
+    }
+    expert = 3 * D * config.expert_hidden_size
+    vocabulary, shared = 2 * config.vocab_size * D, D
+    for kind in config.layer_kinds:
+        shared += attention[kind] + 2 * D + config.num_experts * D
+    active_in_layers = shared + config.num_layers * config.experts_per_token * expert
+    return ParameterCount(
+        total=vocabulary + shared + config.num_layers * config.num_experts * expert,
+        active=vocabulary + active_in_layers,
+        active_in_layers=active_in_layers,
+    )

@@ -1,0 +1,111 @@
+"""The hybrid model: embedding, blocks, norm, head. Knows nothing of how it is sharded.
+
+Shape legend: T tokens, D hidden, V vocabulary, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.rope import rotary_table
+from minimax_train.model.attention import ATTENTIONS
+from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.experts import ExpertLayer, RouterReport
+from minimax_train.model.initialization import Constant, Initializer, xavier
+
+
+class ModelLoss(NamedTuple):
+    """Sums over a micro-batch; whoever owns the whole batch divides.
+
+    Attributes:
+        token_loss: cross-entropy in nats summed over tokens that have a label, scalar.
+        aux_loss: load-balancing loss summed over layers and rows, before its coefficient, scalar.
+        load_LE: choices of each expert in each layer, int64.
+        dropped: choices over capacity in all layers, int64 scalar.
+    """
+
+    token_loss: Tensor
+    aux_loss: Tensor
+    load_LE: Tensor
+    dropped: Tensor
+
+
+class Block(nn.Module):
+    """Attention, then experts, each a DeepNorm residual ``h = norm(x); y = alpha h + f(h)`` (arXiv 2203.00555)."""
+
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.recompute = False
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = ATTENTIONS[config.layer_kinds[layer]](config, layer, kernels)
+        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.experts = ExpertLayer(config, kernels)
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
+        # Inside the module rather than around it, so that a sharding engine gathers the weights once per pass.
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_TD, context)
+
+    def _forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
+        h_TD = self.attention_norm(x_TD)
+        x_TD = self.residual_scale * h_TD + self.attention(h_TD, context)
+        h_TD = self.expert_norm(x_TD)
+        y_TD, report = self.experts(h_TD, context)
+        return self.residual_scale * h_TD + y_TD, report
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"attention_norm.weight": Constant(1.0), "expert_norm.weight": Constant(1.0)}
+
+
+class HybridModel(nn.Module):
+    """Decoder-only language model over packed documents."""
+
+    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        kernels = kernels or KernelConfig()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_T: Tensor, documents: Documents, labels_T: Tensor | None = None, *, num_rows: int = 1
+    ) -> Tensor | ModelLoss:
+        """Logits ``[T, V]``, or the loss when there are labels.
+
+        Args:
+            tokens_T: int64 token ids, the rows of the micro-batch one after the other.
+            documents: the documents in them; every row starts one.
+            labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
+            num_rows: how many rows; expert capacity and the auxiliary loss are counted within each.
+        """
+        cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, self.config.rope_base)
+        context = TokenContext(documents, num_rows, cos_TR, sin_TR)
+        x_TD = self.embedding(tokens_T)
+        reports: list[RouterReport] = []
+        for block in self.layers:
+            x_TD, report = block(x_TD, context)
+            reports.append(report)
+        x_TD = self.norm(x_TD)
+        if labels_T is None:
+            return self.head(x_TD)
+        return ModelLoss(
+            token_loss=linear_cross_entropy(x_TD, self.head.weight, labels_T),
+            aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
+            load_LE=torch.stack([report.load_E for report in reports]),
+            dropped=torch.stack([report.dropped for report in reports]).sum(),
+        )
+
+    def initializers(self) -> dict[str, Initializer]:
+        D, V = self.config.hidden_size, self.config.vocab_size
+        return {"embedding.weight": xavier(V, D), "norm.weight": Constant(1.0), "head.weight": xavier(D, V)}

@@ -1,0 +1,92 @@
+"""The training recipe: how much data per step, for how many steps, at which learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from minimax_train.errors import require, require_choice, require_positive
+
+DECAY_SHAPES = ("exponential", "linear", "cosine")
+
+
+@dataclass
+class RecipeConfig:
+    """How a run trains.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        global_batch_size: rows per step over all ranks.
+        micro_batch_size: rows a rank runs forward and backward at a time; gradients accumulate over the rest.
+        learning_rate: reached after ``warmup_steps`` of linear warm-up and kept until ``decay_steps`` before the end.
+        min_learning_rate: reached at the last step, by a decay of ``decay_shape``.
+        weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
+        gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
+        activation_checkpointing: keep only each block's input and recompute the rest in the backward pass.
+        eval_interval, eval_rows: every how many steps, and on how many held-out rows; interval 0 for never.
+    """
+
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    min_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    decay_shape: str = "exponential"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float | None = 1.0
+    activation_checkpointing: bool = False
+    eval_interval: int = 100
+    eval_rows: int = 64
+
+    def __post_init__(self) -> None:
+        require_positive("recipe", self, "steps", "global_batch_size", "micro_batch_size", "learning_rate", "eval_rows")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            "recipe.micro_batch_size",
+            self.micro_batch_size,
+            f"must divide recipe.global_batch_size={self.global_batch_size}",
+        )
+        require_choice("recipe.decay_shape", self.decay_shape, DECAY_SHAPES)
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "eval_interval", "adam_eps"):
+            require(getattr(self, name) >= 0, f"recipe.{name}", getattr(self, name), "must be 0 or greater")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"recipe.{name}", getattr(self, name), "must be in [0, 1)")
+        smallest = self.min_learning_rate > 0 if self.decay_shape == "exponential" else self.min_learning_rate >= 0
+        require(
+            smallest and self.min_learning_rate <= self.learning_rate,
+            "recipe.min_learning_rate",
+            self.min_learning_rate,
+            f"must be at most recipe.learning_rate={self.learning_rate}, and greater than 0 for exponential decay",
+        )
+        require(
+            self.warmup_steps + self.decay_steps <= self.steps,
+            "recipe.decay_steps",
+            self.decay_steps,
+            f"with recipe.warmup_steps={self.warmup_steps} must fit in recipe.steps={self.steps}",
+        )
+        require(
+            self.gradient_clip is None or self.gradient_clip > 0,
+            "recipe.gradient_clip",
+            self.gradient_clip,
+            "must be greater than 0, or null for no limit",
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0: warm-up, constant, decay."""
+        peak, floor = self.learning_rate, self.min_learning_rate
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        decayed = step - (self.steps - self.decay_steps)
+        if decayed < 0 or self.decay_steps == 0:
+            return peak
+        progress = min(1.0, (decayed + 1) / self.decay_steps)
+        if self.decay_shape == "exponential":
+            return peak * (floor / peak) ** progress
+        if self.decay_shape == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        return peak + (floor - peak) * progress

@@ -1,0 +1,63 @@
+"""The folder of a run: what may be in it at the start, and what is put there before training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from minimax_train.checkpoint.store import CheckpointStore
+from minimax_train.config import Config, flatten, read_config, save_config
+from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
+from minimax_train.errors import ConfigError
+from minimax_train.parallel.grid import ProcessGrid
+
+# What a resumed run may not change: the weights and the data position would not mean the same.
+_FIXED = ("model.", "data.", "seed", "recipe.global_batch_size")
+
+
+def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -> Tokenizer:
+    """Check the folder against ``checkpoint.resume``, write configuration and tokenizer, return the tokenizer.
+
+    The first rank does the work; an error there is raised on every rank.
+
+    Raises:
+        ConfigError: when the folder holds another run.
+    """
+    folder = Path(config.run_dir)
+    error: list[Exception | None] = [None]
+    if grid.is_first:
+        try:
+            _prepare(config, folder, store)
+        except Exception as caught:  # raised again below, on every rank
+            error[0] = caught
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+    return load_tokenizer(folder / "tokenizer")
+
+
+def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
+    saved = folder / "config.yaml"
+    if store.latest() is not None:
+        if config.checkpoint.resume == "never":
+            raise ConfigError(
+                f"run_dir={config.run_dir!r}: already holds {store.latest().name}; "
+                "pass checkpoint.resume=auto to continue it, or another run_dir"
+            )
+        _refuse_changes(read_config(saved), config)
+    else:
+        # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+    save_config(config, saved)
+
+
+def _refuse_changes(before: Config, now: Config) -> None:
+    old, new = flatten(before), flatten(now)
+    changed = [key for key in new if key.startswith(_FIXED) and old.get(key) != new[key]]
+    if changed:
+        changes = ", ".join(f"{key}={new[key]!r} (was {old.get(key)!r})" for key in changed)
+        raise ConfigError(f"run_dir={now.run_dir!r}: a resumed run cannot change {changes}")

@@ -1,0 +1,166 @@
+"""The training loop: load, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from minimax_train.checkpoint.store import CheckpointStore, Progress, find_checkpoint, load_weights
+from minimax_train.config import Config, flatten
+from minimax_train.data import MicroBatch, build_train_loader, build_validation_batches
+from minimax_train.diagnosis import describe_non_finite
+from minimax_train.engines import FSDPEngine
+from minimax_train.errors import TrainingError
+from minimax_train.evaluation import evaluate
+from minimax_train.metrics.log import MetricLog
+from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.parallelize import build_model
+from minimax_train.run_dir import prepare_run_dir
+
+
+class Trainer:
+    """One process of a training run. The phases of a step (data, forward, backward, optimizer) are named alike in the
+    metrics (``seconds/<phase>``, host time) and in profiler traces."""
+
+    def __init__(self, config: Config, grid: ProcessGrid, device: torch.device) -> None:
+        self.config, self.grid, self.device = config, grid, device
+        self.run_dir = Path(config.run_dir)
+        self.store = CheckpointStore(self.run_dir, config.checkpoint.keep, is_first=grid.is_first)
+        self.tokenizer = prepare_run_dir(config, grid, self.store)
+        self.model = build_model(config, grid, device)
+        self.engine = FSDPEngine(self.model, config.recipe, grid)
+        self.loader = build_train_loader(
+            config.data, self.tokenizer, dp_rank=grid.dp_rank, dp_size=grid.dp_size, seed=config.seed
+        )
+        self.validation = build_validation_batches(
+            config.data,
+            self.tokenizer,
+            rows=config.recipe.eval_rows,
+            rows_per_batch=config.recipe.micro_batch_size,
+            dp_rank=grid.dp_rank,
+            dp_size=grid.dp_size,
+        )
+        self.progress = self._restore()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.log = MetricLog(
+            config.logging,
+            self.run_dir,
+            flatten(config),
+            total_steps=config.recipe.steps,
+            first_step=self.progress.step,
+            enabled=grid.is_first,
+        )
+
+    def train(self) -> None:
+        """Train to the last step of the recipe."""
+        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        try:
+            while self.progress.step < recipe.steps:
+                metrics = self.train_step()
+                step = self.progress.step
+                last = step == recipe.steps
+                if step % self.config.logging.interval == 0 or last:
+                    self.log.report(step, metrics)
+                if self.validation and recipe.eval_interval and (step % recipe.eval_interval == 0 or last):
+                    with self.phase("evaluate"):
+                        self.log.report(step, evaluate(self.model, self.validation, self.grid, self.device))
+                if last or (checkpoint.interval and step % checkpoint.interval == 0):
+                    with self.phase("checkpoint"):
+                        self.save()
+            self.log.finish()
+            self.log.say(
+                f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
+            )
+        finally:
+            self.log.close()
+            self.loader.close()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over the global batch. Returns its metrics."""
+        recipe, started = self.config.recipe, time.perf_counter()
+        self.seconds.clear()
+        step = self.progress.step
+        with self.phase("data"):
+            per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.dp_size)
+            batches = self.loader.next_micro_batches(recipe.micro_batch_size, per_rank)
+            # Dividing by the targets of the whole batch makes the gradient independent of how it is split.
+            targets = max(1, self._total_targets(batches))
+            batches = [batch.to(self.device) for batch in batches]
+        totals: Tensor | float = 0.0
+        load_LE: Tensor | int = 0
+        for batch in batches:
+            with self.phase("forward"):
+                out = self.model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+                loss, aux_loss = out.token_loss / targets, out.aux_loss / recipe.global_batch_size
+            with self.phase("backward"):
+                self.engine.backward(loss + self.config.model.aux_loss_coefficient * aux_loss)
+            totals = totals + torch.stack([loss.detach().double(), aux_loss.detach().double(), out.dropped.double()])
+            load_LE = load_LE + out.load_LE
+        with self.phase("optimizer"):
+            dist.all_reduce(totals, group=self.grid.dp_group)
+            dist.all_reduce(load_LE, group=self.grid.dp_group)
+            loss, aux_loss, dropped = totals.tolist()
+            gradient_norm = self.engine.gradient_norm()
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                raise TrainingError(
+                    f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; "
+                    f"{describe_non_finite(self.model, batches)}"
+                )
+            learning_rate = recipe.learning_rate_at(step)
+            self.engine.step(learning_rate, gradient_norm)
+        tokens = recipe.global_batch_size * self.config.data.sequence_length
+        self.progress = Progress(step + 1, self.progress.tokens + tokens)
+        elapsed = time.perf_counter() - started
+        return {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "expert_load_max": float((load_LE.max(1).values / load_LE.double().mean(1)).max()),
+            "dropped_fraction": dropped / float(load_LE.sum()),
+            "tokens": self.progress.tokens,
+            "tokens_per_second": tokens / elapsed,
+            "seconds": elapsed,
+            **{f"seconds/{name}": value for name, value in self.seconds.items()},
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of everything the run needs to go on."""
+        streams: list[Any] = [None] * self.grid.dp_size
+        dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.dp_group)
+        self.progress.data = {key: value for state in streams for key, value in state.items()}
+        self.store.save(self.progress, self.model, self.engine.optimizer_state())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A named part of a step, for the profiler and the metrics."""
+        started = time.perf_counter()
+        with record_function(name):
+            yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def _restore(self) -> Progress:
+        checkpoint = self.config.checkpoint
+        latest = self.store.latest()
+        if latest is not None:
+            progress = self.store.load(latest, self.model, self.engine.optimizer_state())
+            self.loader.load_state_dict(progress.data)
+            return progress
+        if checkpoint.initial_weights is not None:
+            load_weights(find_checkpoint(checkpoint.initial_weights), self.model)
+        return Progress()
+
+    def _total_targets(self, batches: list[MicroBatch]) -> int:
+        total = torch.tensor(sum(batch.num_targets for batch in batches))
+        dist.all_reduce(total, group=self.grid.dp_group)
+        return int(total)
