@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", help="a folder of your own configuration groups")
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_args(arguments)
+    environment = ProcessEnvironment()
     try:
         environment = ProcessEnvironment.detect()
         config = load_config(options.overrides, config_dir=options.config_dir)
@@ -35,12 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(to_yaml(config), end="")
             return 0
         config.check_world_size(environment.world_size)
+    except ConfigError as error:
+        error.on_all_ranks = True
+        return _fail(error, environment.rank)
+    try:
         run(config, environment)
     except (ConfigError, TrainingError) as error:
-        if ProcessEnvironment.detect().rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _fail(error, environment.rank)
     return 0
+
+
+def _fail(error: ConfigError | TrainingError, rank: int) -> int:
+    if rank == 0 or not error.on_all_ranks:
+        print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def run(config: Config, environment: ProcessEnvironment) -> None:
@@ -50,14 +59,12 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     device_type = config.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    require(
-        device_type == "cpu" or torch.cuda.is_available(), "device", config.device, "this machine has no GPU; use cpu"
-    )
+    available = device_type == "cpu" or torch.cuda.is_available()
+    require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
     device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
-    try:
-        Trainer(config, ProcessGrid.create(device_type), device).train()
-    finally:
-        dist.destroy_process_group()
+    Trainer(config, ProcessGrid.create(device_type), device).train()
+    # Only after success: leaving a group whose other ranks may be stuck in a collective could wait for them.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

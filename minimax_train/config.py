@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import minimax_train.configs
+from minimax_train import configs
 from minimax_train.checkpoint.config import CheckpointConfig
 from minimax_train.data.config import DataConfig
 from minimax_train.engines import FSDPConfig
@@ -26,7 +26,7 @@ from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.recipe import RecipeConfig
 
-CONFIG_DIR = Path(minimax_train.configs.__file__).parent
+CONFIG_DIR = Path(configs.__file__).parent
 
 
 @dataclass
@@ -114,7 +114,9 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None 
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="minimax-train"):
             return _instantiate(compose("config", list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
 
@@ -151,6 +153,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _instantiate(tree: DictConfig) -> Config:
+    _refuse_unknown(OmegaConf.to_container(tree))
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ConfigError(f"{missing[0]}: no value given; it has no default, so pass {missing[0]}=...")
@@ -171,25 +174,38 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     parent, _, name = key.rpartition(".")
     fields = _fields_of(parent)
     if fields and name not in fields:
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f" Did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else ""
-        return (
-            f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
-        )
+        return _unknown_key(key, given)
     wanted = f" (accepted: {fields[name]})" if fields else ""
     return f"{given}: {_first_line(causes[-1])}{wanted}"
 
 
 def _fields_of(path: str) -> dict[str, str]:
-    """Field names and types of the group at a dotted path."""
-    node: Any = OmegaConf.structured(Config)
+    """Field names and types of the group at a dotted path; nothing when there is no such group."""
+    kind: Any = Config
     for name in filter(None, path.split(".")):
-        kind = OmegaConf.get_type(node, name) if name in node else None
+        kind = get_type_hints(kind).get(name)
         if not dataclasses.is_dataclass(kind):
             return {}
-        node = OmegaConf.structured(kind)
-    kind = OmegaConf.get_type(node)
-    return {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in dataclasses.fields(kind)}
+    return {field.name: str(field.type) for field in dataclasses.fields(kind)}
+
+
+def _refuse_unknown(tree: dict[str, Any], path: str = "") -> None:
+    """Hydra's ``+key=value`` adds keys past the types; none of them would be read."""
+    fields = _fields_of(path)
+    for name, value in tree.items():
+        key = f"{path}.{name}".lstrip(".")
+        if fields and name not in fields:
+            raise ConfigError(_unknown_key(key, key))
+        if isinstance(value, dict):
+            _refuse_unknown(value, key)
+
+
+def _unknown_key(key: str, given: str) -> str:
+    parent, _, name = key.rpartition(".")
+    fields = _fields_of(parent)
+    close = difflib.get_close_matches(name, fields, n=1)
+    hint = f" Did you mean {f'{parent}.{close[0]}'.lstrip('.')}?" if close else ""
+    return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,14 @@ from minimax_train.data import MicroBatch
 _SHOWN = 5
 
 
-def describe_non_finite(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
-    """Name the parameters, gradients and module outputs that hold NaN or infinity.
+def describe_non_finite(model: nn.Module, parameters: Mapping[str, Tensor], batches: Iterable[MicroBatch]) -> str:
+    """Name the parameters, their gradients and the module outputs that hold NaN or infinity.
 
     Runs the forward pass of the batches once more; called by all ranks together, and the same on all of them.
     """
-    named = list(model.named_parameters())
     found = {
-        "parameters": [name for name, p in named if not _is_finite(p)],
-        "gradients": [name for name, p in named if p.grad is not None and not _is_finite(p.grad)],
+        "parameters": [name for name, p in parameters.items() if not _is_finite(p)],
+        "gradients": [name for name, p in parameters.items() if p.grad is not None and not _is_finite(p.grad)],
         "outputs, in order of computation": _outputs(model, batches),
     }
     everywhere: list[dict[str, list[str]]] = [{} for _ in range(dist.get_world_size())]

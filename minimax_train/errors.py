@@ -4,11 +4,19 @@ from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the key, its value and what would be accepted."""
+    """A configuration that cannot be run: the message names the key, its value and what would be accepted.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it, so that one of them telling is enough.
+    """
+
+    on_all_ranks = False
 
 
 class TrainingError(RuntimeError):
-    """A run that must stop: the message says at which step and why."""
+    """A run that must stop, on all ranks: the message says at which step and why."""
+
+    on_all_ranks = True
 
 
 def require(condition: bool, key: str, value: object, accepted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,7 +27,7 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
         ConfigError: when the folder holds another run.
     """
     folder = Path(config.run_dir)
-    error: list[Exception | None] = [None]
+    error: list[Any] = [None]
     if grid.is_first:
         try:
             _prepare(config, folder, store)
@@ -34,6 +35,7 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
             error[0] = caught
     dist.broadcast_object_list(error, src=0)
     if error[0] is not None:
+        error[0].on_all_ranks = True
         raise error[0]
     return load_tokenizer(folder / "tokenizer")
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import record_function
 
 from minimax_train.checkpoint.store import CheckpointStore, Progress, find_checkpoint, load_weights
 from minimax_train.config import Config, flatten
-from minimax_train.data import MicroBatch, build_train_loader, build_validation_batches
+from minimax_train.data import MicroBatch, build_train_loader, build_validation_rows, merge_states
 from minimax_train.diagnosis import describe_non_finite
 from minimax_train.engines import FSDPEngine
 from minimax_train.errors import TrainingError
@@ -29,8 +28,11 @@ from minimax_train.run_dir import prepare_run_dir
 
 
 class Trainer:
-    """One process of a training run. The phases of a step (data, forward, backward, optimizer) are named alike in the
-    metrics (``seconds/<phase>``, host time) and in profiler traces."""
+    """One process of a training run.
+
+    The phases of a step (data, forward, backward, reduce, optimizer) have the same names in the metrics
+    (``seconds/<phase>``, host time) and in profiler traces.
+    """
 
     def __init__(self, config: Config, grid: ProcessGrid, device: torch.device) -> None:
         self.config, self.grid, self.device = config, grid, device
@@ -42,14 +44,16 @@ class Trainer:
         self.loader = build_train_loader(
             config.data, self.tokenizer, dp_rank=grid.dp_rank, dp_size=grid.dp_size, seed=config.seed
         )
-        self.validation = build_validation_batches(
-            config.data,
-            self.tokenizer,
-            rows=config.recipe.eval_rows,
-            rows_per_batch=config.recipe.micro_batch_size,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
-        )
+        self.validation: list[MicroBatch] = []
+        if config.data.has_validation and config.recipe.eval_interval:
+            held_out = build_validation_rows(
+                config.data,
+                self.tokenizer,
+                rows=config.recipe.eval_rows,
+                dp_rank=grid.dp_rank,
+                dp_size=grid.dp_size,
+            )
+            self.validation = held_out.micro_batches(config.recipe.micro_batch_size)
         self.progress = self._restore()
         self.seconds: dict[str, float] = defaultdict(float)
         self.log = MetricLog(
@@ -71,7 +75,7 @@ class Trainer:
                 last = step == recipe.steps
                 if step % self.config.logging.interval == 0 or last:
                     self.log.report(step, metrics)
-                if self.validation and recipe.eval_interval and (step % recipe.eval_interval == 0 or last):
+                if self.validation and (step % recipe.eval_interval == 0 or last):
                     with self.phase("evaluate"):
                         self.log.report(step, evaluate(self.model, self.validation, self.grid, self.device))
                 if last or (checkpoint.interval and step % checkpoint.interval == 0):
@@ -87,58 +91,74 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns its metrics."""
-        recipe, started = self.config.recipe, time.perf_counter()
+        started, step = time.perf_counter(), self.progress.step
         self.seconds.clear()
-        step = self.progress.step
         with self.phase("data"):
-            per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.dp_size)
-            batches = self.loader.next_micro_batches(recipe.micro_batch_size, per_rank)
-            # Dividing by the targets of the whole batch makes the gradient independent of how it is split.
-            targets = max(1, self._total_targets(batches))
-            batches = [batch.to(self.device) for batch in batches]
-        totals: Tensor | float = 0.0
-        load_LE: Tensor | int = 0
-        for batch in batches:
-            with self.phase("forward"):
-                out = self.model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
-                loss, aux_loss = out.token_loss / targets, out.aux_loss / recipe.global_batch_size
-            with self.phase("backward"):
-                self.engine.backward(loss + self.config.model.aux_loss_coefficient * aux_loss)
-            totals = totals + torch.stack([loss.detach().double(), aux_loss.detach().double(), out.dropped.double()])
-            load_LE = load_LE + out.load_LE
+            batches = self.next_batches()
+        sums = self.accumulate_gradients(batches)
         with self.phase("optimizer"):
-            dist.all_reduce(totals, group=self.grid.dp_group)
-            dist.all_reduce(load_LE, group=self.grid.dp_group)
-            loss, aux_loss, dropped = totals.tolist()
             gradient_norm = self.engine.gradient_norm()
-            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-                raise TrainingError(
-                    f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}; "
-                    f"{describe_non_finite(self.model, batches)}"
-                )
-            learning_rate = recipe.learning_rate_at(step)
+            if not (math.isfinite(sums["loss"]) and math.isfinite(gradient_norm)):
+                problem = f"step {step + 1}: loss {sums['loss']}, gradient norm {gradient_norm}"
+                raise TrainingError(f"{problem}; {describe_non_finite(self.model, self.engine.parameters, batches)}")
+            learning_rate = self.config.recipe.learning_rate_at(step)
             self.engine.step(learning_rate, gradient_norm)
-        tokens = recipe.global_batch_size * self.config.data.sequence_length
+        tokens = self.config.recipe.global_batch_size * self.config.data.sequence_length
         self.progress = Progress(step + 1, self.progress.tokens + tokens)
         elapsed = time.perf_counter() - started
         return {
-            "loss": loss,
-            "aux_loss": aux_loss,
+            **sums,
             "grad_norm": gradient_norm,
             "learning_rate": learning_rate,
-            "expert_load_max": float((load_LE.max(1).values / load_LE.double().mean(1)).max()),
-            "dropped_fraction": dropped / float(load_LE.sum()),
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds/{name}": value for name, value in self.seconds.items()},
         }
 
+    def next_batches(self) -> list[MicroBatch]:
+        """This rank's micro-batches of the next step."""
+        recipe = self.config.recipe
+        per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.dp_size)
+        batches = self.loader.next_micro_batches(recipe.micro_batch_size, per_rank)
+        return [batch.to(self.device) for batch in batches]
+
+    def accumulate_gradients(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Forward and backward passes of a step. Returns sums over the global batch, the same on all ranks.
+
+        Losses are divided by the targets and rows of the whole batch, so that neither they nor the gradient depend on
+        how the batch is split over ranks and micro-batches.
+        """
+        config = self.config
+        targets = torch.tensor(sum(batch.num_targets for batch in batches))
+        dist.all_reduce(targets, group=self.grid.dp_group)
+        sums, load_LE = [], []
+        for batch in batches:
+            with self.phase("forward"):
+                out = self.model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+                loss = out.token_loss / max(1, int(targets))
+                aux_loss = out.aux_loss / config.recipe.global_batch_size
+            with self.phase("backward"):
+                self.engine.backward(loss + config.model.aux_loss_coefficient * aux_loss)
+            sums.append(torch.stack([loss.detach().double(), aux_loss.detach().double(), out.dropped.double()]))
+            load_LE.append(out.load_LE)
+        with self.phase("reduce"):
+            total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0).double()
+            dist.all_reduce(total, group=self.grid.dp_group)
+            dist.all_reduce(load, group=self.grid.dp_group)
+            loss, aux_loss, dropped = total.tolist()
+        return {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "expert_load_max": float((load.max(1).values / load.mean(1)).max()),
+            "dropped_fraction": dropped / float(load.sum()),
+        }
+
     def save(self) -> None:
         """Write a checkpoint of everything the run needs to go on."""
         streams: list[Any] = [None] * self.grid.dp_size
         dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.dp_group)
-        self.progress.data = {key: value for state in streams for key, value in state.items()}
+        self.progress.data = merge_states(streams)
         self.store.save(self.progress, self.model, self.engine.optimizer_state())
 
     @contextmanager

@@ -19,7 +19,7 @@ def lightning_attention_naive(
     Computes in the dtype of its inputs; autograd gives the gradients. Arguments and results as in
     :func:`minimax_train.kernels.lightning.lightning_attention`.
     """
-    decay_H11 = torch.exp(-slopes_H)[:, None, None]
+    decay_H11 = torch.exp(-slopes_H.to(torch.promote_types(q_THK.dtype, slopes_H.dtype)))[:, None, None]
     outputs, final_states = [], []
     for n, (start, end) in enumerate(zip(documents.bounds, documents.bounds[1:], strict=False)):
         state_HKV = initial_state_NHKV[n]

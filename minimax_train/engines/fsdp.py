@@ -69,8 +69,10 @@ class FSDPEngine:
     """Backward passes, gradient norm, AdamW step and optimizer state of a sharded model."""
 
     def __init__(self, model: FSDPModule, recipe: RecipeConfig, grid: ProcessGrid) -> None:
-        self.model, self.grid = model, grid
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.grid = grid
+        # Kept from the start: after a forward pass without backward the model shows its gathered weights instead.
+        self.parameters = dict(model.named_parameters())
+        parameters = self.parameters.values()
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -91,7 +93,7 @@ class FSDPEngine:
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole model's gradient, over all ranks."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -99,11 +101,8 @@ class FSDPEngine:
         """Clip, update the weights, forget the gradients."""
         assert math.isfinite(gradient_norm)
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(),
-                self.gradient_clip,
-                torch.tensor(gradient_norm, device=self.grid.mesh.device_type),
-            )
+            norm = torch.tensor(gradient_norm, dtype=torch.float64, device=self.grid.mesh.device_type)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.gradient_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -111,11 +110,11 @@ class FSDPEngine:
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state by parameter name: the live tensors, so that loading a checkpoint into them is enough."""
-        for parameter in self.model.parameters():
+        for parameter in self.parameters.values():
             if not self.optimizer.state[parameter]:
                 self.optimizer.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-        return {name: self.optimizer.state[parameter] for name, parameter in self.model.named_parameters()}
+        return {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Start a run with torchrun, one process per GPU of this machine (one process where there is none).
+#
+#   launch/torchrun.sh model=small recipe.steps=1000
+#
+# What comes before `--` goes to torchrun, the rest to minimax-train:
+#
+#   launch/torchrun.sh --standalone --nproc-per-node=2 -- model=tiny
+#
+# Several machines, the same line on each:
+#
+#   launch/torchrun.sh --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=node0:29500 -- model=medium
+set -euo pipefail
+
+options=()
+if [[ " $* " == *" -- "* ]]; then
+  while [[ $1 != "--" ]]; do
+    options+=("$1")
+    shift
+  done
+  shift
+else
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+  options=(--standalone "--nproc-per-node=$((gpus > 0 ? gpus : 1))")
+fi
+
+minimax-train --cfg "$@" >/dev/null # refuses a bad configuration once, before any process is started
+exec torchrun "${options[@]}" --no-python minimax-train "$@"

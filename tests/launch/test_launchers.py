@@ -1,0 +1,96 @@
+"""The launch scripts, run for real; Slurm's srun by a stand-in that starts the tasks with srun's variables."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimax_train import launch
+from minimax_train.parallel.environment import ProcessEnvironment
+from support.runs import overrides
+
+SCRIPTS = Path(launch.__file__).parent
+SRUN = """#!/usr/bin/env bash
+# srun --kill-on-bad-exit=1 COMMAND: two tasks
+shift
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 \\
+    SLURM_LAUNCH_NODE_IPADDR=127.0.0.1 "$@" &
+  pids[$task]=$!
+done
+wait "${pids[0]}" && wait "${pids[1]}"
+"""
+
+
+def _start(script, arguments, folder, tools=None):
+    path = [str(tools)] if tools else []
+    path = os.pathsep.join([*path, str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    command = ["bash", SCRIPTS / script, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def _losses(folder):
+    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_torchrun_and_slurm_train_the_same_model(tmp_path):
+    result = _start("torchrun.sh", overrides(tmp_path / "one"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    two = ["--standalone", "--nproc-per-node=2", "--", *overrides(tmp_path / "two", "checkpoint.interval=2")]
+    result = _start("torchrun.sh", two, tmp_path)
+    assert result.returncode == 0, result.stderr
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(SRUN)
+    (tools / "srun").chmod(stat.S_IRWXU)
+    result = _start("slurm.sbatch", overrides(tmp_path / "slurm"), tmp_path, tools)
+    assert result.returncode == 0, result.stderr
+    assert "recipe:\n" in result.stdout, "the job's output keeps the configuration"
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-5)
+    assert _losses(tmp_path / "slurm") == _losses(tmp_path / "two")
+
+
+def test_a_bad_override_is_refused_before_torchrun_starts(tmp_path):
+    result = _start("torchrun.sh", ["--standalone", "--nproc-per-node=2", "--", "recipe.stps=1"], tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "Did you mean recipe.steps?" in result.stderr
+
+
+def test_overrides_arrive_unchanged(tmp_path):
+    arguments = ["run_dir=with space/$HOME '*'", "data=files", "data.train_files=[a b.txt,c*]"]
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("torchrun", "minimax-train", "srun"):
+        (tools / name).write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/{name}.args\n')
+        (tools / name).chmod(stat.S_IRWXU)
+    assert _start("torchrun.sh", arguments, tmp_path, tools).returncode == 0
+    assert (tmp_path / "torchrun.args").read_text().splitlines()[-3:] == arguments
+    assert _start("slurm.sbatch", arguments, tmp_path, tools).returncode == 0
+    assert (tmp_path / "srun.args").read_text().splitlines()[-3:] == arguments
+
+
+def test_environments():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}
+    assert ProcessEnvironment.detect(torchrun) == ProcessEnvironment(3, 4, 1, "tcp://n0:29400")
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_ID": "0",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }
+    assert ProcessEnvironment.detect(slurm) == ProcessEnvironment(5, 8, 1, "tcp://10.0.0.7:23456")
+    assert ProcessEnvironment.detect({}) == ProcessEnvironment()
+    # Inside a batch script, but not started by srun: a run of its own.
+    assert ProcessEnvironment.detect({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == ProcessEnvironment()
+    del torchrun["MASTER_PORT"]
+    with pytest.raises(ValueError, match="MASTER_PORT not set"):
+        ProcessEnvironment.detect(torchrun)

@@ -1,0 +1,54 @@
+"""Run a function on several ranks, each a process of its own, and collect what they return."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.grid import ProcessGrid
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 180) -> list[Any]:
+    """``function(grid, *arguments)`` on gloo ranks; returns each rank's result.
+
+    The function must be importable, that is, defined at the top of a test module. A rank that raises fails the test
+    with its traceback; one that hangs fails it after the timeout.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("fork")
+        processes = [
+            context.Process(target=_rank, args=(function, rank, world_size, folder, arguments), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout_s)
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        assert not errors, "\n".join(errors)
+        assert not hanging, f"ranks {hanging} did not finish in {timeout_s} s"
+        return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple) -> None:
+    try:
+        torch.set_num_threads(1)
+        environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
+        environment.init_process_group("cpu", timedelta(seconds=60))
+        result = function(ProcessGrid.create("cpu"), *arguments)
+        torch.save(result, Path(folder) / f"result-{rank}")
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise

@@ -1,0 +1,70 @@
+"""Small runs for tests: a model of every ingredient, a corpus made on the spot."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from minimax_train.config import Config, load_config
+from minimax_train.model import ModelConfig
+
+# No size is a power of two, and heads times head dim is not the hidden size.
+MODEL = {
+    "vocab_size": 300,
+    "hidden_size": 20,
+    "num_layers": 4,
+    "layer_pattern": "LLSL",
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "rotary_dim": 4,
+    "rope_base": 100.0,
+    "num_experts": 5,
+    "experts_per_token": 2,
+    "expert_hidden_size": 12,
+}
+WORDS = "attention state decay token expert router norm gate lightning softmax ring".split()  # noqa: SIM905
+
+
+def model_config(**changes) -> ModelConfig:
+    return ModelConfig(**{**MODEL, **changes})
+
+
+def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
+    """JSON lines of random sentences, one to eighty words."""
+    choose = random.Random(seed)
+    path = folder / f"corpus-{seed}.jsonl"
+    lines = (" ".join(choose.choices(WORDS, k=choose.randint(1, 80))) for _ in range(documents))
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    """Command-line overrides of a run that takes a second per step or less."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, held_out = write_corpus(folder), write_corpus(folder, 10, seed=1)
+    return [
+        *(f"model.{key}={value}" for key, value in MODEL.items()),
+        "data=files",
+        "data.format=json",
+        f"data.train_files=[{train}]",
+        f"data.validation_files=[{held_out}]",
+        "data.sequence_length=63",
+        "data.num_streams=4",
+        "data.shuffle_documents=8",
+        "recipe.steps=6",
+        "recipe.global_batch_size=4",
+        "recipe.micro_batch_size=1",
+        "recipe.warmup_steps=2",
+        "recipe.decay_steps=2",
+        "recipe.eval_interval=3",
+        "recipe.eval_rows=5",
+        "device=cpu",
+        f"run_dir={folder}/run",
+        *more,
+    ]
+
+
+def tiny_run(folder: Path, *more: str) -> Config:
+    return load_config(overrides(folder, *more))

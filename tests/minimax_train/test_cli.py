@@ -1,0 +1,140 @@
+"""`minimax-train` as a user meets it: overrides, refusals, exit status."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from minimax_train.cli import main
+from minimax_train.config import load_config
+from minimax_train.errors import ConfigError
+from support.runs import overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "recipe.learning_rte=1",
+            r"recipe.learning_rte=1: there is no key 'learning_rte'.*Did you mean recipe.learning_rate\? Accepted: steps, ",
+        ),
+        ("recipie.steps=1", r"there is no key 'recipie'.*Did you mean recipe\?"),
+        ("+model.extra=1", r"there is no key 'extra' in model"),
+        ("recipe.steps=many", r"recipe.steps=many: .*accepted: int"),
+        ("recipe.steps=1.5", r"recipe.steps=1.5: .*accepted: int"),
+        ("model=tinny", r"(?s)model/tinny.*tiny"),
+        ("recipe=minimax-01", r"recipe.steps: no value given"),
+        ("model.layer_pattern=LLS", r"model.layer_pattern='LLS': .*length 3 must divide model.num_layers=8"),
+        ("model.layer_pattern=LLLX", r"model.layer_pattern='LLLX': must be made of L \(lightning\) and S"),
+        ("model.num_kv_heads=3", r"model.num_kv_heads=3: must divide model.num_heads=4"),
+        ("model.rotary_dim=33", r"model.rotary_dim=33: must be even and between 0 and model.head_dim=32"),
+        ("model.experts_per_token=9", r"model.experts_per_token=9: must be at most model.num_experts=8"),
+        ("model.hidden_size=0", r"model.hidden_size=0: must be greater than 0"),
+        ("recipe.micro_batch_size=3", r"recipe.micro_batch_size=3: must divide recipe.global_batch_size=8"),
+        (
+            "recipe.warmup_steps=250",
+            r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300",
+        ),
+        ("data.sequence_length=0", r"data.sequence_length=0: must be a positive integer"),
+        ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
+        ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
+        ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
+        ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
+        ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
+    ],
+)
+def test_refused_before_anything_starts(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([override])
+
+
+def test_world_size_that_does_not_divide():
+    config = load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=3"])
+    config.check_world_size(4)
+    with pytest.raises(ConfigError, match=r"recipe.global_batch_size=12: must be a multiple of 24: 8 processes x"):
+        config.check_world_size(8)
+    with pytest.raises(
+        ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 processes; .*\[1, 2, 4, 8\]"
+    ):
+        load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=4"]).check_world_size(3)
+
+
+def test_every_preset_composes():
+    for name in ("tiny", "small", "medium", "proxy", "text-01"):
+        load_config([f"model={name}"])
+    load_config(["recipe=minimax-01", "recipe.steps=10000"])
+    load_config(["experiment=demo"])
+
+
+def test_configuration_is_printed_and_own_folder_searched(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nrecipe:\n  steps: 123\n")
+    assert main(["--cfg", "--config-dir", str(tmp_path), "experiment=mine", "seed=9"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["recipe"]["steps"], printed["seed"]) == (123, 9)
+    assert main(["--cfg", "--config-dir", str(tmp_path / "none")]) == 2
+    assert "--config-dir" in capsys.readouterr().err
+
+
+def _run(folder, *more):
+    command = [sys.executable, "-m", "minimax_train", *overrides(folder, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_whole_run(tmp_path):
+    result = _run(tmp_path, "logging.wandb=offline")
+    assert result.returncode == 0, result.stderr
+    assert "step 6/6  held-out loss" in result.stdout
+    run = tmp_path / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "validation_loss" in r] == [3, 6]
+    assert records[-1]["validation_loss"] < records[0]["loss"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "wandb").glob("offline-run-*"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["layer_pattern"] == "LLSL"
+    assert (run / "checkpoints/step-00000006/.metadata").is_file()
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "message"),
+    [
+        (["data.train_files=[/nowhere/*.jsonl]"], 2, "data.train_files"),
+        (
+            ["recipe.learning_rate=1e30", "recipe.warmup_steps=0"],
+            1,
+            "step 2: .*gradient norm nan; not finite: .*gradients: embedding.weight",
+        ),
+        (["data.text_column=body"], 2, "data.text_column='body'"),
+        (["model.vocab_size=200"], 2, "model.vocab_size"),
+        (["device=cuda"], 2, "device='cuda': this machine has no GPU"),
+    ],
+)
+def test_runs_that_cannot_go_on_say_why(tmp_path, case, status, message):
+    import re
+
+    import torch
+
+    if case == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = _run(tmp_path, *case)
+    assert result.returncode == status, result.stderr
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "data.train_files"), ('{"text": "fine"}\nnot json\n', "data.train_files")],
+)
+def test_empty_and_corrupt_data(tmp_path, content, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(content)
+    result = _run(tmp_path, f"data.train_files=[{bad}]")
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "bad.jsonl" in result.stderr

@@ -1,0 +1,101 @@
+"""A run that was stopped and continued is, bit for bit, the run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from minimax_train.errors import ConfigError
+from minimax_train.evaluation import evaluate
+from minimax_train.trainer import Trainer
+from support.distributed import run_ranks
+from support.runs import overrides, tiny_run
+
+LOSSES = ("loss", "aux_loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
+
+
+def _train(grid, config, stop_after=None):
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    if stop_after is None:
+        trainer.train()
+    else:
+        for _ in range(stop_after - trainer.progress.step):
+            trainer.train_step()
+        evaluate(trainer.model, trainer.validation, grid, trainer.device)
+        trainer.save()
+    trainer.log.close()
+    trainer.loader.close()
+    return {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}
+
+
+def _losses(folder):
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: record[key] for key in ("step", *LOSSES) if key in record} for record in records]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stopping_twice_changes_nothing(tmp_path, world_size):
+    more = ("checkpoint.interval=100", "checkpoint.resume=auto", "recipe.eval_interval=1")
+    right = run_ranks(_train, world_size, tiny_run(tmp_path / "whole", *more))[0]
+    config = tiny_run(tmp_path / "parts", *more)
+    for stop_after in (2, 3):
+        run_ranks(_train, world_size, config, stop_after)
+    weights = run_ranks(_train, world_size, config)[0]
+    for name, weight in weights.items():
+        assert torch.equal(weight, right[name]), name
+    assert _losses(tmp_path / "parts") == [r for r in _losses(tmp_path / "whole") if r["step"] > 3]
+
+
+def test_continuing_on_another_number_of_ranks(tmp_path):
+    more = ("checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64")
+    right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
+    config = tiny_run(tmp_path / "parts", *more)
+    run_ranks(_train, 4, config, 2)
+    run_ranks(_train, 1, config, 4)
+    weights = run_ranks(_train, 2, config)[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
+
+
+def test_a_killed_run_continues(tmp_path):
+    command = [sys.executable, "-m", "minimax_train"]
+    slow = ["recipe.steps=40", "checkpoint.interval=3", "recipe.eval_interval=5", "checkpoint.resume=auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = [*command, *overrides(tmp_path / "whole", *slow)]
+    subprocess.run(whole, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    parts = [*command, *overrides(tmp_path / "parts", *slow)]
+    process = subprocess.Popen(parts, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "parts/run/metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 8):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = metrics.read_text()
+    assert 8 <= before.count("\n") < 48, "killed in the middle"
+    subprocess.run(parts, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "parts/run/checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
+
+
+def test_what_a_resumed_run_may_not_change(tmp_path):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 1, config, 1)
+    with pytest.raises(AssertionError, match=r"cannot change model.norm_eps=0.001 \(was 1e-05\), seed=7 \(was 0\)"):
+        run_ranks(_train, 1, tiny_run(tmp_path, "checkpoint.resume=auto", "model.norm_eps=1e-3", "seed=7"))
+    with pytest.raises(AssertionError, match="already holds step-00000001"):
+        run_ranks(_train, 1, tiny_run(tmp_path))
+
+
+def test_initial_weights(tmp_path):
+    right = run_ranks(_train, 1, tiny_run(tmp_path / "a"))[0]
+    config = tiny_run(tmp_path / "b", f"checkpoint.initial_weights={tmp_path}/a/run", "seed=5")
+    weights = run_ranks(_train, 2, config, 0)[0]
+    for name, weight in weights.items():
+        assert torch.equal(weight, right[name]), name
+    with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
+        run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
