@@ -30,7 +30,7 @@ class Source:
 
     Attributes:
         description: the configuration field it comes from, for messages.
-        dataset: the streaming data set.
+        dataset: the streaming data set, in Arrow format.
         shards: a name for each shard; a shard is a file, or what the hub's loader makes of one.
         text_column: the column that holds the text.
         fingerprint: changes with the list of shards; a saved position is valid only under the same.
@@ -50,7 +50,7 @@ class Source:
         """
         one_shard = self.dataset.shard(num_shards=len(self.shards), index=shard, contiguous=False)
         row = 0
-        tables = iter(one_shard.with_format("arrow").iter(batch_size=_ROWS_PER_READ))
+        tables = one_shard.iter(batch_size=_ROWS_PER_READ)
         while True:
             try:
                 table = next(tables, None)
@@ -134,8 +134,8 @@ def _open_hub(config: DataConfig, split: str) -> Source:
 
 def _load(description: str, path: str, **options: object) -> datasets.IterableDataset:
     try:
-        with _no_progress_bars():
-            return datasets.load_dataset(path, streaming=True, **options)
+        with _quiet():
+            return datasets.load_dataset(path, streaming=True, **options).with_format("arrow")
     except StopIteration as error:  # how the JSON reader says that every file is empty
         raise ValueError(f"{description}: holds no document") from error
     except Exception as error:
@@ -143,13 +143,17 @@ def _load(description: str, path: str, **options: object) -> datasets.IterableDa
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    were_enabled = datasets.are_progress_bars_disabled() is False
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no request to the hub's download counter, which is made (and waited for, where there is
+    no network) even for local files."""
+    bars_enabled, counts = not datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        if were_enabled:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if bars_enabled:
             datasets.enable_progress_bars()
 
 

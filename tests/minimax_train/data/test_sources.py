@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,16 @@ def test_reading_from_any_row(tmp_path, file_format, monkeypatch):
     source = open_source(files_config(write_shards(tmp_path, file_format, [texts]), file_format=file_format), TRAIN)
     for start in range(24):
         assert list(source.read(0, start)) == [(i, t) for i, t in enumerate(texts) if t and i >= start]
+
+
+@pytest.mark.parametrize("file_format", ["text", "json", "parquet"])
+def test_local_files_need_no_network(tmp_path, file_format, monkeypatch):
+    def connect(*address):
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr("datasets.load.get_session", connect)
+    assert read(files_config(write_shards(tmp_path, file_format, [["a"]]), file_format=file_format)) == ["a"]
 
 
 def test_null_and_empty_texts_are_passed_over(tmp_path):
@@ -122,7 +133,7 @@ def test_an_empty_data_set(tmp_path, file_format):
 def test_too_many_streams_for_the_documents(tmp_path):
     pattern = write_shards(tmp_path, "json", [["1", "2", "3"]])
     with pytest.raises(ValueError, match=r"data.num_streams=4: stream 3 got none of the 3 documents"):
-        config = files_config(pattern, file_format="json", num_streams=4)
+        config = files_config(pattern, file_format="json", num_streams=4, sequence_length=2)
         build_train_loader(config, WordTokenizer(), dp_rank=0, dp_size=1, seed=0).next_micro_batches(1, 4)
 
 
