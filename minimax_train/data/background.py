@@ -63,5 +63,6 @@ class Background:
 
 def _stop(shared: _Shared, timeout: float | None) -> None:
     shared.stop.set()
-    if shared.thread is not None and shared.thread is not threading.current_thread():
+    # By its number: at its very end a thread no longer is its own current_thread(), and may still collect garbage.
+    if shared.thread is not None and shared.thread.ident != threading.get_ident():
         shared.thread.join(timeout)

@@ -4,7 +4,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimax_train.data.packing import IGNORE_INDEX, RowPacker
@@ -40,6 +40,7 @@ def reference_rows(texts, sequence_length):
     return rows, tokens[len(rows) * sequence_length :]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 17))
 def test_rows_equal_the_flat_reference(lengths, sequence_length):
     texts = documents(lengths)

@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimax_train.data import DataConfig, load_tokenizer, prepare_tokenizer
@@ -37,6 +37,7 @@ def trained(corpus, tmp_path_factory):
 BPE = Tokenizer(train_bpe(CORPUS, 400), 0)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_comes_back(text):
     ids = BPE.encode_document(text)
