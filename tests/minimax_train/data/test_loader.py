@@ -123,6 +123,20 @@ def test_resume_with_other_data_parallel_sizes(json_config):
     assert got == expected
 
 
+def test_resume_at_a_row_that_the_new_size_does_not_divide(json_config):
+    expected = take(loader(json_config), 22)
+    first = loader(json_config)
+    take(first, 6)
+    got = dict(enumerate(expected[:6]))
+    ranks = [loader(json_config, rank, 4) for rank in range(4)]
+    for rank, rows in enumerate(ranks):
+        rows.load_state_dict(first.state_dict())
+        mine = [row for row in range(6, 22) if row % 4 == rank]
+        got |= zip(mine, take(rows, 4), strict=True)
+    assert [got[row] for row in range(22)] == expected
+    assert merge_states([rows.state_dict() for rows in ranks])["next_row"] == 22
+
+
 def test_the_state_is_of_what_was_handed_out_not_of_what_was_packed_ahead(json_config):
     rows = loader(json_config)
     rows.next_micro_batches(2, 4)
