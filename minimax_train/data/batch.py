@@ -1,0 +1,61 @@
+"""A micro-batch: rows on one token axis.
+
+Shape legend: T tokens of the micro-batch, rows times the sequence length; S tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimax_train.data.packing import IGNORE_INDEX, Row
+from minimax_train.kernels.documents import Documents
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward and backward pass takes.
+
+    Attributes:
+        tokens_T: token ids, int64.
+        labels_T: the token each position must predict, ``IGNORE_INDEX`` where there is none, int64.
+        documents: the segments; every row's edge is an edge of a segment.
+        num_rows: rows, one after the other on the token axis.
+        num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    documents: Documents
+    num_rows: int
+    num_targets: int
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row]) -> MicroBatch:
+        """Rows of the same length, one after the other."""
+        labels_T = np.concatenate([row.labels_S for row in rows])
+        return cls(
+            tokens_T=torch.from_numpy(np.concatenate([row.tokens_S for row in rows])),
+            labels_T=torch.from_numpy(labels_T),
+            documents=Documents.from_lengths(list(chain.from_iterable(row.lengths for row in rows))),
+            num_rows=len(rows),
+            num_targets=int((labels_T != IGNORE_INDEX).sum()),
+        )
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on another device; the copy to a GPU does not hold up the host."""
+        device = torch.device(device)
+        tokens_T, labels_T = self.tokens_T, self.labels_T
+        if device.type == "cuda" and tokens_T.device.type == "cpu":
+            tokens_T, labels_T = tokens_T.pin_memory(), labels_T.pin_memory()
+        return replace(
+            self,
+            tokens_T=tokens_T.to(device, non_blocking=True),
+            labels_T=labels_T.to(device, non_blocking=True),
+            documents=self.documents.to(device),
+        )

@@ -1,0 +1,97 @@
+"""The ``data`` group of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Optional
+
+SOURCES = ("stdlib", "files", "hub")
+FORMATS = ("text", "json", "parquet")
+TRAIN_TOKENIZER = "train"
+
+# Fields that only one source reads: setting one under another source is an error, not silence.
+_READ_ONLY_BY = {
+    "files": ("format", "train_files", "validation_files"),
+    "hub": ("name", "subset", "revision", "train_split", "validation_split"),
+}
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from and how they become rows; the defaults need no network and no files.
+
+    Attributes:
+        source: ``stdlib`` (the Python standard library's own sources), ``files`` or ``hub``.
+        format: files: ``text`` (one document per file), ``json`` (JSON lines, or one list) or ``parquet``.
+        train_files, validation_files: files: paths or globs, ``**`` crosses folders; without validation
+            files there is no evaluation.
+        name, subset, revision: hub: the data set, its configuration and its git revision.
+        train_split, validation_split: hub: split names; without a validation split there is no evaluation.
+        text_column: the column that holds the text (json, parquet, hub).
+        tokenizer: ``train`` for a byte-level BPE trained on the training documents, or a Hugging Face name or folder.
+        tokenizer_documents: how many documents the BPE is trained on.
+        sequence_length: row length in tokens.
+        num_streams: streams the documents are dealt into, a multiple of the data-parallel size. It belongs to the
+            run: another number is another order of the data.
+        shuffle_documents: block size of the shuffle in documents, per stream; 1 switches it off.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+
+    source: str = "stdlib"
+    format: str = "text"
+    train_files: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    # omegaconf 2.3 takes Optional[str]; written that way for every structured-config reader.
+    name: Optional[str] = None  # noqa: UP045
+    subset: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    train_split: str = "train"
+    validation_split: Optional[str] = None  # noqa: UP045
+    text_column: str = "text"
+    tokenizer: str = TRAIN_TOKENIZER
+    tokenizer_documents: int = 1000
+    sequence_length: int = 2048
+    num_streams: int = 8
+    shuffle_documents: int = 256
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"data.source={self.source!r}: must be one of {', '.join(SOURCES)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"data.format={self.format!r}: must be one of {', '.join(FORMATS)}")
+        for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"data.{name}={value!r}: must be a positive integer")
+        for name in ("text_column", "tokenizer", "train_split"):
+            if not getattr(self, name):
+                raise ValueError(f"data.{name}={getattr(self, name)!r}: must not be empty")
+        if self.source == "files" and not self.train_files:
+            raise ValueError("data.train_files=[]: data.source='files' needs at least one path or glob")
+        if self.source == "hub" and not self.name:
+            raise ValueError(f"data.name={self.name!r}: data.source='hub' needs the name of a data set")
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        unread = {
+            name: f"data.source={source!r}"
+            for source, names in _READ_ONLY_BY.items()
+            if source != self.source
+            for name in names
+        }
+        if self.source == "stdlib" or (self.source == "files" and self.format == "text"):
+            unread["text_column"] = "data.source='hub', data.format='json' or data.format='parquet'"
+        for name, reader in unread.items():
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(f"data.{name}={value!r}: is read only with {reader}; leave it out here")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are held-out documents to evaluate on."""
+        if self.source == "files":
+            return bool(self.validation_files)
+        return self.source == "stdlib" or self.validation_split is not None

@@ -1,0 +1,185 @@
+"""The training loader: rows dealt from the streams to the data-parallel ranks, packed one step ahead.
+
+Global row g comes from stream g modulo the number of streams and belongs to rank g modulo the data-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from minimax_train.data.background import Background
+from minimax_train.data.batch import MicroBatch
+from minimax_train.data.config import DataConfig
+from minimax_train.data.packing import Row, RowPacker
+from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.data.streams import DocumentStream
+from minimax_train.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    row: Row
+    stream: int
+    state: dict[str, int]  # the stream's, after this row
+
+
+class RowLoader:
+    """Hands out this rank's rows in micro-batches; a background thread packs the next step meanwhile.
+
+    Args:
+        packers: this rank's streams: those whose index is ``dp_rank`` modulo ``dp_size``.
+        num_streams: streams of the run, a multiple of ``dp_size``.
+        dp_rank, dp_size: this rank among those that take different rows.
+        identity: what the order of the data depends on, by configuration field. Saved, and compared when a state is
+            loaded: under other values the saved positions would mean other documents.
+    """
+
+    def __init__(
+        self,
+        packers: dict[int, RowPacker],
+        *,
+        num_streams: int,
+        dp_rank: int,
+        dp_size: int,
+        identity: dict[str, int | str],
+    ) -> None:
+        self._packers, self._num_streams, self._identity = packers, num_streams, identity
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._background = Background()
+        self._ready: deque[_Packed] = deque()
+        self._place_at(next_row=0)
+
+    def next_micro_batches(self, rows_per_micro_batch: int, num_micro_batches: int) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step of this rank; the sizes may change from step to step.
+
+        Raises:
+            ValueError: what went wrong while reading, also when it went wrong in the background.
+        """
+        if rows_per_micro_batch < 1 or num_micro_batches < 1:
+            raise ValueError(
+                f"rows_per_micro_batch={rows_per_micro_batch}, num_micro_batches={num_micro_batches}: "
+                "both must be positive integers"
+            )
+        num_rows = rows_per_micro_batch * num_micro_batches
+        self._background.wait()
+        if len(self._ready) < num_rows:
+            self._pack_until(num_rows)
+            self._background.wait()
+        packed = [self._ready.popleft() for _ in range(num_rows)]
+        self._handed_out |= {p.stream: p.state for p in packed}
+        self._next_row += num_rows * self._dp_size
+        self._pack_until(num_rows)
+        rows = (p.row for p in packed)
+        return [MicroBatch.from_rows(list(islice(rows, rows_per_micro_batch))) for _ in range(num_micro_batches)]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that every stream of this rank has completed, by the rows handed out."""
+        return min(state["epoch"] for state in self._handed_out.values())
+
+    def state_dict(self) -> dict:
+        """What was handed out, whatever was packed ahead: JSON values, a few integers per stream.
+
+        It covers this rank's streams; :func:`merge_states` makes one of all ranks'.
+        """
+        streams = {str(stream): dict(state) for stream, state in self._handed_out.items()}
+        return {"identity": dict(self._identity), "next_row": self._next_row, "streams": streams}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on after the rows that ``state`` says were handed out, whatever the data-parallel size was then.
+
+        Args:
+            state: from ``state_dict`` with at least this rank's streams, or from :func:`merge_states`.
+
+        Raises:
+            ValueError: when it lacks one of this rank's streams, or was saved under another order of the data.
+        """
+        for name, value in self._identity.items():
+            saved = state["identity"].get(name)
+            if saved != value:
+                raise ValueError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
+        missing = [stream for stream in self._packers if str(stream) not in state["streams"]]
+        if missing:
+            raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
+        self._background.stop()
+        for stream, packer in self._packers.items():
+            packer.load_state_dict(state["streams"][str(stream)])
+        self._place_at(state["next_row"])
+
+    def close(self) -> None:
+        """Stops packing ahead. The loader can be used again only after ``load_state_dict``."""
+        self._background.stop()
+        self._ready.clear()
+
+    def _place_at(self, next_row: int) -> None:
+        self._next_row = next_row
+        self._to_pack = next_row + (self._dp_rank - next_row) % self._dp_size  # this rank's first row from there
+        self._ready.clear()
+        self._handed_out = {stream: packer.state_dict() for stream, packer in self._packers.items()}
+
+    def _pack_until(self, num_rows: int) -> None:
+        """Starts packing until ``num_rows`` rows are ready."""
+
+        def work(stopped: Callable[[], bool]) -> None:
+            while len(self._ready) < num_rows and not stopped():
+                stream = self._to_pack % self._num_streams
+                packer = self._packers[stream]
+                self._ready.append(_Packed(packer.next_row(), stream, packer.state_dict()))
+                self._to_pack += self._dp_size
+
+        self._background.start(work)
+
+
+def build_train_loader(config: DataConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int, seed: int) -> RowLoader:
+    """The loader of one data-parallel rank over the configured training documents.
+
+    Raises:
+        ValueError: when ``data.num_streams`` is not a multiple of ``dp_size``, or the data set cannot be opened.
+    """
+    num_streams = config.num_streams
+    if num_streams % dp_size:
+        raise ValueError(
+            f"data.num_streams={num_streams}: must be a multiple of the data-parallel size {dp_size}: "
+            f"{dp_size}, {2 * dp_size}, {3 * dp_size}, ..."
+        )
+    source = open_source(config, TRAIN)
+    packers = {
+        stream: RowPacker(
+            DocumentStream(
+                source,
+                tokenizer,
+                stream=stream,
+                num_streams=num_streams,
+                seed=seed,
+                shuffle_documents=config.shuffle_documents,
+            ),
+            config.sequence_length,
+        )
+        for stream in range(dp_rank, num_streams, dp_size)
+    }
+    identity = {
+        "seed": seed,
+        "data.num_streams": num_streams,
+        "data.shuffle_documents": config.shuffle_documents,
+        "fingerprint of the training data's files": source.fingerprint,
+    }
+    return RowLoader(packers, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity)
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """One state of the states that all data-parallel ranks saved after the same step.
+
+    Raises:
+        ValueError: when they are not of the same step or the same order of the data.
+    """
+    first = states[0]
+    for state in states:
+        if (state["identity"], state["next_row"]) != (first["identity"], first["next_row"]):
+            raise ValueError(
+                f"data positions of different steps or runs: next rows {[s['next_row'] for s in states]}, "
+                f"{[s['identity'] for s in states]}"
+            )
+    return {**first, "streams": {name: value for state in states for name, value in state["streams"].items()}}

@@ -1,0 +1,82 @@
+"""Documents packed in rows of exactly the same length, without padding and without losing a target.
+
+Shape legend: S tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minimax_train.data.streams import DocumentStream
+
+IGNORE_INDEX = -100  # the label that no loss counts; PyTorch's default
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One packed row.
+
+    Attributes:
+        tokens_S: token ids, int64.
+        labels_S: the next token of the same document, ``IGNORE_INDEX`` for a document's last, int64.
+        lengths: lengths of the row's segments, which add up to S. A document cut at a row's end is a segment of each.
+    """
+
+    tokens_S: np.ndarray
+    labels_S: np.ndarray
+    lengths: list[int]
+
+
+class RowPacker:
+    """Packs one stream: a document that does not fit is cut at the row's end and goes on in the next row.
+
+    The label of a token before the cut is the token after it, so every token but a document's last has its target.
+    """
+
+    def __init__(self, stream: DocumentStream, sequence_length: int) -> None:
+        self._stream, self._sequence_length = stream, sequence_length
+        self._before = stream.state_dict()  # the position that gives the current document again
+        self._document: np.ndarray | None = None
+        self._offset = 0  # tokens of the current document already packed
+
+    def next_row(self) -> Row | None:
+        """The next row; None when the stream ended. A last row that is not full is completed: see :func:`filler`."""
+        pieces, missing = [], self._sequence_length
+        while missing:
+            document = self._current()
+            if document is None:
+                if not pieces:
+                    return None
+                pieces.append(filler(missing, pieces[-1][0][-1]))
+                break
+            tokens = document[self._offset : self._offset + missing]
+            labels = np.append(document[self._offset + 1 : self._offset + missing + 1], IGNORE_INDEX)[: len(tokens)]
+            pieces.append((tokens, labels))
+            missing -= len(tokens)
+            self._offset += len(tokens)
+            if self._offset == len(document):
+                self._before, self._document, self._offset = self._stream.state_dict(), None, 0
+        tokens_S, labels_S = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return Row(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position after the last row: the stream's before the current document, and the offset in it."""
+        return {**self._before, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from a position that ``state_dict`` gave."""
+        self._before = {name: value for name, value in state.items() if name != "offset"}
+        self._stream.load_state_dict(self._before)
+        self._document, self._offset = None, state["offset"]
+
+    def _current(self) -> np.ndarray | None:
+        if self._document is None:
+            self._document = self._stream.next_document()
+        return self._document
+
+
+def filler(length: int, token: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels of a segment that has no target: evaluation completes its last row with it, training never."""
+    return np.full(length, token, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64)

@@ -1,0 +1,166 @@
+"""Text to token ids and back: a byte-level BPE trained on the run's own documents, or any Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from minimax_train.data.config import TRAIN_TOKENIZER, DataConfig
+from minimax_train.data.shuffle import permutation
+from minimax_train.data.sources import TRAIN, open_source
+
+END_OF_TEXT = "<|endoftext|>"
+_SMALLEST_VOCABULARY = 257  # every byte and the end of text
+_TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+class Tokenizer:
+    """Encodes documents. Special tokens spelled out in a text are ordinary text: a document cannot end itself.
+
+    Attributes:
+        eos_id: the id that ends every document.
+        vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int) -> None:
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.eos_id = eos_id
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The ids of a text, then the end of text: int64 ``[tokens + 1]``."""
+        # A batch of one: `encode` holds the interpreter lock for the whole text (12 s for 12 MB), the batch call does
+        # not, and this runs beside the training loop.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.array([*encoding.ids, self.eos_id], dtype=np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids, special tokens left out."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
+    """Trains or loads the configured tokenizer and saves it to ``directory``; called by one rank.
+
+    If ``directory`` already holds a tokenizer, as in a resumed run, it is loaded and nothing is trained.
+
+    Args:
+        config: names the tokenizer, or the documents to train one on.
+        vocab_size: ``model.vocab_size``: how many ids a trained tokenizer may have, or any other must fit in.
+        directory: opens with ``transformers.AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ValueError: when the vocabulary does not fit, there is no end-of-text token, or the name cannot be loaded.
+    """
+    directory = Path(directory)
+    if not (directory / _TOKENIZER_FILE).is_file():
+        draft = directory / ".draft"  # the tokenizer appears whole or not at all
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        if config.tokenizer == TRAIN_TOKENIZER:
+            _save_trained(_train_on(config, vocab_size), draft)
+        else:
+            _save_named(config.tokenizer, draft)
+        tokenizer = load_tokenizer(draft)
+        _check_vocabulary(tokenizer, vocab_size, f"data.tokenizer={config.tokenizer!r}")
+        for file in sorted(draft.iterdir(), key=lambda file: file.name == _TOKENIZER_FILE):
+            os.replace(file, directory / file.name)
+        draft.rmdir()
+    tokenizer = load_tokenizer(directory)
+    _check_vocabulary(tokenizer, vocab_size, f"the tokenizer in {str(directory)!r}")
+    return tokenizer
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that :func:`prepare_tokenizer` saved; called by every other rank.
+
+    Raises:
+        ValueError: when the directory holds none, or it has no end-of-text token.
+    """
+    directory = Path(directory)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER_FILE))
+        settings = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"no tokenizer in {str(directory)!r}: {error}") from error
+    eos = settings.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    eos_id = None if eos is None else backend.token_to_id(eos)
+    if eos_id is None:
+        raise ValueError(f"the tokenizer in {str(directory)!r} has no end-of-text token (eos_token={eos!r})")
+    return Tokenizer(backend, eos_id)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE: every byte is a token, so any text comes back exactly. The same documents give the same BPE.
+
+    Raises:
+        ValueError: when ``vocab_size`` cannot hold the 256 bytes and the end of text.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ValueError(f"model.vocab_size={vocab_size}: a byte-level BPE needs at least {_SMALLEST_VOCABULARY}")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
+    source = open_source(config, TRAIN)
+    # Shards in a drawn order: the first documents of a sorted list of files are all of a kind.
+    order = permutation(len(source.shards), "tokenizer")
+    documents = (text for shard in order for _, text in source.read(shard))
+    first = next(documents, None)
+    if first is None:
+        raise ValueError(f"{source.description}: holds no document to train a tokenizer on")
+    return train_bpe([first, *islice(documents, config.tokenizer_documents - 1)], vocab_size)
+
+
+def _save_trained(backend: tokenizers.Tokenizer, directory: Path) -> None:
+    backend.save(str(directory / _TOKENIZER_FILE))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / _CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_named(name: str, directory: Path) -> None:
+    import transformers  # takes seconds, and a trained tokenizer does not need it
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(f"data.tokenizer={name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"data.tokenizer={name!r}: has no end-of-text token, which must end every document")
+    tokenizer.save_pretrained(directory)
+    if not (directory / _TOKENIZER_FILE).is_file():
+        raise ValueError(f"data.tokenizer={name!r}: has no {_TOKENIZER_FILE} (no fast form), which is needed")
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size}: {what} has {tokenizer.vocab_size} ids; "
+            f"model.vocab_size must be at least {tokenizer.vocab_size}"
+        )

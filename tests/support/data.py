@@ -1,0 +1,86 @@
+"""Data sets whose every token id is unique, so that tokens can be counted by id."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+EOS = 0
+
+
+class WordTokenizer:
+    """A document is numbers in words: ``"7 8"`` is 7, 8, end."""
+
+    def encode_document(self, text: str) -> np.ndarray:
+        return np.array([*map(int, text.split()), EOS], dtype=np.int64)
+
+
+def documents(lengths: Sequence[int]) -> list[str]:
+    """Documents of these many tokens (without the end), ids 1, 2, 3, ... through all of them."""
+    ids = iter(range(1, sum(lengths) + 1))
+    return [" ".join(str(next(ids)) for _ in range(length)) for length in lengths]
+
+
+def random_documents(count: int, seed: int = 0, longest: int = 30) -> list[str]:
+    rng = random.Random(seed)
+    return documents([rng.randint(1, longest) for _ in range(count)])
+
+
+@dataclass
+class ListSource:
+    """A source in memory: shards of documents."""
+
+    contents: list[list[str]]
+    description: str = "data.train_files=['listed']"
+
+    @property
+    def shards(self) -> list[str]:
+        return [f"shard {i}" for i in range(len(self.contents))]
+
+    def read(self, shard: int, start_row: int = 0) -> Iterator[tuple[int, str]]:
+        for row, text in enumerate(self.contents[shard][start_row:], start_row):
+            if text:
+                yield row, text
+
+    def documents(self) -> Iterator[str]:
+        return (text for shard in range(len(self.contents)) for _, text in self.read(shard))
+
+
+def write_shards(folder: Path, file_format: str, shards: Sequence[Sequence[str]]) -> str:
+    """Writes each shard's documents as a file (as one file per document for text); returns the glob of them all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if file_format == "text":
+        for i, text in enumerate(text for shard in shards for text in shard):
+            (folder / f"{i:04d}.txt").write_text(text)
+        return str(folder / "*.txt")
+    for i, shard in enumerate(shards):
+        if file_format == "json":
+            lines = [json.dumps({"text": text, "number": n}) + "\n" for n, text in enumerate(shard)]
+            (folder / f"{i:04d}.jsonl").write_text("".join(lines))
+        else:
+            table = pa.table({"text": list(shard), "number": range(len(shard))})
+            pq.write_table(table, folder / f"{i:04d}.parquet", row_group_size=5)
+    return str(folder / ("*.jsonl" if file_format == "json" else "*.parquet"))
+
+
+def rows_of(micro_batches: Sequence) -> list[tuple[list[int], list[int], list[int]]]:
+    """(tokens, labels, segment lengths) of every row in micro-batches."""
+    rows = []
+    for batch in micro_batches:
+        length = len(batch.tokens_T) // batch.num_rows
+        edges = batch.documents.bounds
+        for start in range(0, batch.num_rows * length, length):
+            inside = [edge for edge in edges if start <= edge <= start + length]
+            assert inside[0] == start and inside[-1] == start + length, "a row's edge is not a segment's"
+            lengths = [b - a for a, b in pairwise(inside)]
+            window = slice(start, start + length)
+            rows.append((batch.tokens_T[window].tolist(), batch.labels_T[window].tolist(), lengths))
+    return rows
