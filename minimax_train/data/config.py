@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Optional
 
+from minimax_train.errors import ConfigError
+
 SOURCES = ("stdlib", "files", "hub")
 FORMATS = ("text", "json", "parquet")
 TRAIN_TOKENIZER = "train"
@@ -36,7 +38,7 @@ class DataConfig:
         shuffle_documents: block size of the shuffle in documents, per stream; 1 switches it off.
 
     Raises:
-        ValueError: naming the field, its value and what is accepted.
+        ConfigError: naming the field, its value and what is accepted.
     """
 
     source: str = "stdlib"
@@ -58,20 +60,20 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            raise ValueError(f"data.source={self.source!r}: must be one of {', '.join(SOURCES)}")
+            raise ConfigError(f"data.source={self.source!r}: must be one of {', '.join(SOURCES)}")
         if self.format not in FORMATS:
-            raise ValueError(f"data.format={self.format!r}: must be one of {', '.join(FORMATS)}")
+            raise ConfigError(f"data.format={self.format!r}: must be one of {', '.join(FORMATS)}")
         for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"data.{name}={value!r}: must be a positive integer")
+                raise ConfigError(f"data.{name}={value!r}: must be a positive integer")
         for name in ("text_column", "tokenizer", "train_split"):
             if not getattr(self, name):
-                raise ValueError(f"data.{name}={getattr(self, name)!r}: must not be empty")
+                raise ConfigError(f"data.{name}={getattr(self, name)!r}: must not be empty")
         if self.source == "files" and not self.train_files:
-            raise ValueError("data.train_files=[]: data.source='files' needs at least one path or glob")
+            raise ConfigError("data.train_files=[]: data.source='files' needs at least one path or glob")
         if self.source == "hub" and not self.name:
-            raise ValueError(f"data.name={self.name!r}: data.source='hub' needs the name of a data set")
+            raise ConfigError(f"data.name={self.name!r}: data.source='hub' needs the name of a data set")
         self._refuse_unread()
 
     def _refuse_unread(self) -> None:
@@ -87,7 +89,7 @@ class DataConfig:
         for name, reader in unread.items():
             value = getattr(self, name)
             if value != defaults[name]:
-                raise ValueError(f"data.{name}={value!r}: is read only with {reader}; leave it out here")
+                raise ConfigError(f"data.{name}={value!r}: is read only with {reader}; leave it out here")
 
     @property
     def has_validation(self) -> bool:

@@ -9,6 +9,7 @@ from glob import glob
 from pathlib import Path
 
 from minimax_train.data.shuffle import stable_hash
+from minimax_train.errors import ConfigError
 
 # Third-party packages are not the standard library; test folders hold files that are broken on purpose.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
@@ -19,7 +20,7 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
     """The files the patterns name, each once, in the patterns' order and sorted within a pattern.
 
     Raises:
-        ValueError: naming ``field`` when a pattern matches no file or a file cannot be read.
+        ConfigError: naming ``field`` when a pattern matches no file or a file cannot be read.
     """
     files: dict[str, None] = {}
     for pattern in patterns:
@@ -27,11 +28,11 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
         matches = [path] if os.path.lexists(path) else sorted(glob(path, recursive=True))
         matches = [match for match in matches if not os.path.isdir(match)]
         if not matches:
-            raise ValueError(f"data.{field}=[{pattern!r}]: matches no file")
+            raise ConfigError(f"data.{field}=[{pattern!r}]: matches no file")
         files.update(dict.fromkeys(matches))
     for file in files:
         if not os.access(file, os.R_OK):
-            raise ValueError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
+            raise ConfigError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
     return list(files)
 
 
@@ -39,7 +40,7 @@ def stdlib_files(held_out: bool) -> list[str]:
     """The standard library's sources, sorted by path: about one in twenty is held out, chosen by its relative path.
 
     Raises:
-        ValueError: when this Python comes without sources.
+        ConfigError: when this Python comes without sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     relative = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
@@ -49,7 +50,7 @@ def stdlib_files(held_out: bool) -> list[str]:
         if not _SKIPPED_FOLDERS.intersection(path.split("/")) and is_held_out(path) == held_out
     ]
     if not files:
-        raise ValueError(f"data.source='stdlib': no Python sources under {str(root)!r}; use data.source='files'")
+        raise ConfigError(f"data.source='stdlib': no Python sources under {str(root)!r}; use data.source='files'")
     return files
 
 

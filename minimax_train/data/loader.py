@@ -17,6 +17,7 @@ from minimax_train.data.packing import Row, RowPacker
 from minimax_train.data.sources import TRAIN, open_source
 from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class RowLoader:
         for name, value in self._identity.items():
             saved = state["identity"].get(name)
             if saved != value:
-                raise ValueError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
+                raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
         missing = [stream for stream in self._packers if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
@@ -137,11 +138,11 @@ def build_train_loader(config: DataConfig, tokenizer: Tokenizer, *, dp_rank: int
     """The loader of one data-parallel rank over the configured training documents.
 
     Raises:
-        ValueError: when ``data.num_streams`` is not a multiple of ``dp_size``, or the data set cannot be opened.
+        ConfigError: when ``data.num_streams`` is not a multiple of ``dp_size``, or the data set cannot be opened.
     """
     num_streams = config.num_streams
     if num_streams % dp_size:
-        raise ValueError(
+        raise ConfigError(
             f"data.num_streams={num_streams}: must be a multiple of the data-parallel size {dp_size}: "
             f"{dp_size}, {2 * dp_size}, {3 * dp_size}, ..."
         )

@@ -19,6 +19,7 @@ import pyarrow as pa
 from minimax_train.data.config import DataConfig
 from minimax_train.data.files import match_files, stdlib_files
 from minimax_train.data.shuffle import stable_hash
+from minimax_train.errors import ConfigError
 
 TRAIN, VALIDATION = "train", "validation"
 _ROWS_PER_READ = 256
@@ -46,7 +47,7 @@ class Source:
         """(row, text) of a shard's documents from ``start_row`` on; null and empty texts are passed over.
 
         Raises:
-            ValueError: naming the field and the shard when it is corrupt, or has no such column of text.
+            ConfigError: naming the field and the shard when it is corrupt, or has no such column of text.
         """
         one_shard = self.dataset.shard(num_shards=len(self.shards), index=shard, contiguous=False)
         row = 0
@@ -55,7 +56,7 @@ class Source:
             try:
                 table = next(tables, None)
             except Exception as error:
-                raise ValueError(
+                raise ConfigError(
                     f"{self.description}: cannot read {self.shards[shard]!r}: {type(error).__name__}: {error}"
                 ) from error
             if table is None:
@@ -72,10 +73,10 @@ class Source:
 
     def _texts(self, table: pa.Table, shard: str) -> pa.ChunkedArray:
         if self.text_column not in table.column_names:
-            raise ValueError(_missing_column(self.text_column, shard, table.column_names))
+            raise ConfigError(_missing_column(self.text_column, shard, table.column_names))
         texts = table.column(self.text_column)
         if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) or pa.types.is_null(texts.type)):
-            raise ValueError(f"data.text_column={self.text_column!r}: holds {texts.type} in {shard!r}, must hold text")
+            raise ConfigError(f"data.text_column={self.text_column!r}: holds {texts.type} in {shard!r}, must hold text")
         return texts
 
 
@@ -83,12 +84,12 @@ def open_source(config: DataConfig, split: str) -> Source:
     """Opens the ``train`` or ``validation`` part of the configured data set, without reading its documents.
 
     Raises:
-        ValueError: naming the field and its value, when files are missing or unreadable, the data set or split does
+        ConfigError: naming the field and its value, when files are missing or unreadable, the data set or split does
             not exist, or the text column is known to be missing.
     """
     if split == VALIDATION and not config.has_validation:
         field = "validation_files=[]" if config.source == "files" else "validation_split=None"
-        raise ValueError(f"data.{field}: evaluation needs held-out documents; name some or switch evaluation off")
+        raise ConfigError(f"data.{field}: evaluation needs held-out documents; name some or switch evaluation off")
     if config.source == "hub":
         return _open_hub(config, config.train_split if split == TRAIN else config.validation_split)
     if config.source == "stdlib":
@@ -114,9 +115,9 @@ def _open_files(description: str, files: list[str], file_format: str, text_colum
     dataset = _load(opening, builder, data_files=data_files, split=TRAIN, **options)
     if file_format == "parquet" and text_column not in dataset.features:
         columns = _load(opening, builder, data_files=data_files, split=TRAIN).column_names
-        raise ValueError(_missing_column(text_column, files[0], columns))
+        raise ConfigError(_missing_column(text_column, files[0], columns))
     if dataset.column_names and text_column not in dataset.column_names:
-        raise ValueError(_missing_column(text_column, files[0], dataset.column_names))
+        raise ConfigError(_missing_column(text_column, files[0], dataset.column_names))
     assert dataset.num_shards == len(files), f"{dataset.num_shards} shards from {len(files)} files"
     sizes = ((os.path.basename(file), os.path.getsize(file)) for file in files)
     return Source(description, dataset, files, text_column, f"{stable_hash(*chain.from_iterable(sizes)):016x}")
@@ -126,7 +127,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
     description = f"data.name={config.name!r} (subset {config.subset!r}, split {split!r})"
     dataset = _load(description, config.name, name=config.subset, revision=config.revision, split=split)
     if dataset.column_names and config.text_column not in dataset.column_names:
-        raise ValueError(_missing_column(config.text_column, f"{config.name} {split}", dataset.column_names))
+        raise ConfigError(_missing_column(config.text_column, f"{config.name} {split}", dataset.column_names))
     shards = [f"{config.name} {split} shard {i}" for i in range(dataset.num_shards)]
     fingerprint = stable_hash(config.name, config.subset, config.revision, split, len(shards))
     return Source(description, dataset, shards, config.text_column, f"{fingerprint:016x}")
@@ -137,9 +138,9 @@ def _load(description: str, path: str, **options: object) -> datasets.IterableDa
         with _quiet():
             return datasets.load_dataset(path, streaming=True, **options).with_format("arrow")
     except StopIteration as error:  # how the JSON reader says that every file is empty
-        raise ValueError(f"{description}: holds no document") from error
+        raise ConfigError(f"{description}: holds no document") from error
     except Exception as error:
-        raise ValueError(f"{description}: cannot be opened: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{description}: cannot be opened: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from minimax_train.data.shuffle import permutation
 from minimax_train.data.sources import Source
 from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class DocumentStream:
         """The next document's ids, int64, its end included; None after the last one where epochs do not repeat.
 
         Raises:
-            ValueError: when the stream has no document at all, or the data cannot be read.
+            ConfigError: when the stream has no document at all, or the data cannot be read.
         """
         if self._texts is None:
             self._read_block()
@@ -76,7 +77,7 @@ class DocumentStream:
             if self._texts:
                 self._place, self._block, self._taken = self._next_place, self._block + 1, 0
             elif self._block == 0:
-                raise ValueError(self._no_document())
+                raise ConfigError(self._no_document())
             elif self._repeat:
                 self._restart(Place(epoch=self._place.epoch + 1), block=0, taken=0)
             else:

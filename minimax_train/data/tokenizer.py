@@ -15,6 +15,7 @@ import tokenizers
 from minimax_train.data.config import TRAIN_TOKENIZER, DataConfig
 from minimax_train.data.shuffle import permutation
 from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257  # every byte and the end of text
@@ -61,7 +62,7 @@ def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.P
         directory: opens with ``transformers.AutoTokenizer.from_pretrained``.
 
     Raises:
-        ValueError: when the vocabulary does not fit, there is no end-of-text token, or the name cannot be loaded.
+        ConfigError: when the vocabulary does not fit, there is no end-of-text token, or the name cannot be loaded.
     """
     directory = Path(directory)
     if not (directory / _TOKENIZER_FILE).is_file():
@@ -86,19 +87,19 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     """The tokenizer that :func:`prepare_tokenizer` saved; called by every other rank.
 
     Raises:
-        ValueError: when the directory holds none, or it has no end-of-text token.
+        ConfigError: when the directory holds none, or it has no end-of-text token.
     """
     directory = Path(directory)
     try:
         backend = tokenizers.Tokenizer.from_file(str(directory / _TOKENIZER_FILE))
         settings = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"no tokenizer in {str(directory)!r}: {error}") from error
+        raise ConfigError(f"no tokenizer in {str(directory)!r}: {error}") from error
     eos = settings.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
     eos_id = None if eos is None else backend.token_to_id(eos)
     if eos_id is None:
-        raise ValueError(f"the tokenizer in {str(directory)!r} has no end-of-text token (eos_token={eos!r})")
+        raise ConfigError(f"the tokenizer in {str(directory)!r} has no end-of-text token (eos_token={eos!r})")
     return Tokenizer(backend, eos_id)
 
 
@@ -106,10 +107,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
     """A byte-level BPE: every byte is a token, so any text comes back exactly. The same documents give the same BPE.
 
     Raises:
-        ValueError: when ``vocab_size`` cannot hold the 256 bytes and the end of text.
+        ConfigError: when ``vocab_size`` cannot hold the 256 bytes and the end of text.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
-        raise ValueError(f"model.vocab_size={vocab_size}: a byte-level BPE needs at least {_SMALLEST_VOCABULARY}")
+        raise ConfigError(f"model.vocab_size={vocab_size}: a byte-level BPE needs at least {_SMALLEST_VOCABULARY}")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -130,7 +131,7 @@ def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
     documents = (text for shard in order for _, text in source.read(shard))
     first = next(documents, None)
     if first is None:
-        raise ValueError(f"{source.description}: holds no document to train a tokenizer on")
+        raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")
     return train_bpe([first, *islice(documents, config.tokenizer_documents - 1)], vocab_size)
 
 
@@ -150,17 +151,17 @@ def _save_named(name: str, directory: Path) -> None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise ValueError(f"data.tokenizer={name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"data.tokenizer={name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
     if tokenizer.eos_token is None:
-        raise ValueError(f"data.tokenizer={name!r}: has no end-of-text token, which must end every document")
+        raise ConfigError(f"data.tokenizer={name!r}: has no end-of-text token, which must end every document")
     tokenizer.save_pretrained(directory)
     if not (directory / _TOKENIZER_FILE).is_file():
-        raise ValueError(f"data.tokenizer={name!r}: has no {_TOKENIZER_FILE} (no fast form), which is needed")
+        raise ConfigError(f"data.tokenizer={name!r}: has no {_TOKENIZER_FILE} (no fast form), which is needed")
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"model.vocab_size={vocab_size}: {what} has {tokenizer.vocab_size} ids; "
             f"model.vocab_size must be at least {tokenizer.vocab_size}"
         )

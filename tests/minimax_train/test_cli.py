@@ -19,7 +19,7 @@ from support.runs import overrides
     [
         (
             "recipe.learning_rte=1",
-            r"recipe.learning_rte=1: there is no key 'learning_rte'.*Did you mean recipe.learning_rate\? Accepted: steps, ",
+            r"recipe.learning_rte=1: there is no key.*Did you mean recipe.learning_rate\? Accepted: steps, ",
         ),
         ("recipie.steps=1", r"there is no key 'recipie'.*Did you mean recipe\?"),
         ("+model.extra=1", r"there is no key 'extra' in model"),
