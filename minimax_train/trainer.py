@@ -113,6 +113,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
+            **self._memory(),
             **{f"seconds/{name}": value for name, value in self.seconds.items()},
         }
 
@@ -153,6 +154,11 @@ class Trainer:
             "expert_load_max": float((load.max(1).values / load.mean(1)).max()),
             "dropped_fraction": dropped / float(load.sum()),
         }
+
+    def _memory(self) -> dict[str, float]:
+        """Most GPU memory ever allocated on this rank, in GiB."""
+        on_gpu = self.device.type == "cuda"
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if on_gpu else {}
 
     def save(self) -> None:
         """Write a checkpoint of everything the run needs to go on."""

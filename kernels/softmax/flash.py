@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
 
 from minimax_train.kernels.documents import Documents
@@ -16,6 +18,8 @@ def softmax_attention_flash(
     """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    # PyTorch 2.11 takes grouped queries unasked; later versions want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     out_THV, lse_HT = varlen_attn(
         q_THK,
         k_TGK,
@@ -27,6 +31,6 @@ def softmax_attention_flash(
         return_aux=AuxRequest(lse=True),
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=True,
+        **grouped,
     )
     return out_THV, lse_HT.T

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from minimax_train.data.shuffle import permutation
 from minimax_train.data.sources import Source
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError
+
+_DOCUMENTS_COUNTED = 10_000  # for a message; counting all of a large data set would look like a hang
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class DocumentStream:
         """
         if self._texts is None:
             self._read_block()
+            if self._taken > len(self._texts):
+                raise ValueError(
+                    f"{self._source.description}: the data changed: the saved position is {self._taken} documents into "
+                    f"a block that now holds {len(self._texts)}"
+                )
         while self._taken == len(self._texts):
             if self._texts:
                 self._place, self._block, self._taken = self._next_place, self._block + 1, 0
@@ -87,7 +95,7 @@ class DocumentStream:
         return self._tokenizer.encode_document(self._texts[self._taken - 1])
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last document returned: five integers."""
+        """The position after the last document returned, in integers."""
         return {**asdict(self._place), "block": self._block, "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -132,7 +140,7 @@ class DocumentStream:
         return permutation(len(self._source.shards), "shards", self._seed, epoch)
 
     def _no_document(self) -> str:
-        found = sum(1 for _ in self._source.documents())
+        found = sum(1 for _ in islice(self._source.documents(), _DOCUMENTS_COUNTED))
         if found == 0:
             return f"{self._source.description}: holds no document (or only empty ones)"
         if self._deals_shards:
@@ -141,7 +149,8 @@ class DocumentStream:
             reason = f"its files hold none ({shown})"
         else:
             reason = f"at most {found} streams can be filled"
+        counted = f"{found} or more" if found == _DOCUMENTS_COUNTED else found
         return (
-            f"data.num_streams={self._num_streams}: stream {self._stream} got none of the {found} documents found in "
+            f"data.num_streams={self._num_streams}: stream {self._stream} got none of the {counted} documents found in "
             f"{self._source.description}: {reason}"
         )

@@ -83,6 +83,16 @@ def test_a_stream_without_documents_says_how_many_there_are():
         stream(ListSource([["", None]]), 0, 1).next_document()
 
 
+def test_data_that_shrank_since_the_position_was_saved():
+    documents_of = stream(sharded(1, [1] * 8), 0, 1)
+    for _ in range(4):
+        documents_of.next_document()
+    shrunk = stream(sharded(1, [1] * 3), 0, 1)
+    shrunk.load_state_dict(documents_of.state_dict())
+    with pytest.raises(ValueError, match=r"data.train_files=.*the data changed"):
+        shrunk.next_document()
+
+
 def test_hash_and_permutation_never_change():
     """A saved position is worth nothing if these move."""
     assert stable_hash("documents", 0, 1) == 16366681205118106904
