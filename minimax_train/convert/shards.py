@@ -71,10 +71,7 @@ def write_shards(
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         report(f"writing {name}: {len(shard)} tensors, {sum(o.num_bytes for o in shard) / 1e9:.2f} GB")
-        # A copy of each: parts of one parameter share storage, which safetensors refuses.
-        tensors = {o.name: o.make().to(o.dtype, memory_format=torch.contiguous_format, copy=True) for o in shard}
-        assert all(tensors[o.name].shape == o.shape for o in shard)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        _write_shard(shard, folder / name)
     if len(shards) > 1:
         everything = [output for shard in shards for output in shard]
         index = {
@@ -86,6 +83,13 @@ def write_shards(
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return names
+
+
+def _write_shard(shard: list[Output], file: Path) -> None:
+    # A copy of each: parts of one parameter share storage, which safetensors refuses.
+    tensors = {o.name: o.make().to(o.dtype, memory_format=torch.contiguous_format, copy=True) for o in shard}
+    assert all(tensors[o.name].shape == o.shape for o in shard)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 class TensorFolder:

@@ -22,7 +22,7 @@ from minimax_train.kernels.documents import Documents
 from minimax_train.model import HybridModel, ModelConfig, initialize
 
 VOCABULARY = 97
-LENGTHS = (1, 3, 63, 257, 300, 17)  # odd, and longer than transformers' block of 256
+LENGTHS = (1, 63, 301, 17)  # odd, and longer than transformers' block of 256
 SEQUENCE_LENGTH = 700
 
 
@@ -114,7 +114,7 @@ def theirs_config(**changes) -> MiniMaxConfig:
         "head_dim": 16,
         "num_local_experts": 4,
         "layer_types": ["linear_attention", "full_attention"],
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
     }
     return MiniMaxConfig(**(values | changes))
 
@@ -144,6 +144,15 @@ def largest_difference(ours: HybridModel, theirs: MiniMaxForCausalLM, lengths: S
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the safetensors files in a folder."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
