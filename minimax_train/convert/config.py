@@ -6,7 +6,9 @@ What one side can say and the other cannot is refused by name, never dropped: th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +168,7 @@ def _to_rope(model: ModelConfig) -> dict[str, Any]:
         "model.rotary_dim",
         R,
         f"transformers would need rope_theta={model.rope_base}^({K}/{R}), which does not fit in float32; "
-        f"model.rope_base can be at most {FLOAT32_MAX ** (R / K):.4g} with it",
+        f"model.rope_base can be at most about {FLOAT32_MAX ** (R / K):.4g} with it",
     )
     return {"rope_type": "proportional", "partial_rotary_factor": _fraction(R, K), "rope_theta": theta}
 
@@ -240,6 +242,15 @@ def _our_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
 
 
 def _invert(value: float, guess: float, forward: Callable[[float], float]) -> float:
-    """The shortest decimal at the guess that ``forward`` takes to the value exactly; the guess where there is none."""
-    candidates = (float(f"{guess:.{digits}g}") for digits in range(1, 18))
-    return next((candidate for candidate in candidates if forward(candidate) == value), guess)
+    """The shortest decimal at the guess that ``forward`` takes to the value exactly, or else a float beside the guess
+    that it does; the guess where there is none."""
+    decimals = (float(f"{guess:.{digits}g}") for digits in range(1, 18))
+    return next((x for x in itertools.chain(decimals, _beside(guess)) if forward(x) == value), guess)
+
+
+def _beside(x: float) -> Iterator[float]:
+    """The 64 floats below and above, nearest first: as far as rounding an exponent K / R can take a base."""
+    below = above = x
+    for _ in range(64):
+        below, above = math.nextafter(below, -math.inf), math.nextafter(above, math.inf)
+        yield from (below, above)
