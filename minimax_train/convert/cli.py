@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.convert.checkpoint import TOKENIZER
 from minimax_train.convert.from_hf import from_hf
@@ -20,7 +22,7 @@ DTYPES = {KEEP: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Console script. Exit status 2 for what cannot be converted, 1 for a disk that fails."""
+    """Console script. Exit status 2 for what cannot be converted, 1 for files that cannot be read or written."""
     options = _parser().parse_args(arguments)
     dtype = DTYPES[options.dtype]
     try:
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"checkpoint.initial_weights={options.target}"
                 + (f" data.tokenizer={tokenizer}" if tokenizer.is_dir() else "")
             )
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, SafetensorError, CheckpointException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

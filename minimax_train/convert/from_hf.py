@@ -156,4 +156,7 @@ def _parts(parameter: Parameter) -> list[Part]:
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text()) if file.is_file() else None
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}: not JSON: {error}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from minimax_train.errors import ConfigError
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,8 +31,15 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def special_token_ids(folder: Path) -> dict[str, int | None]:
-    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer in a folder, None where it has none."""
+    """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer in a folder, None where it has none.
+
+    Raises:
+        ConfigError: when there is no tokenizer that transformers opens.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{folder}: transformers cannot open the tokenizer: {error}") from error
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

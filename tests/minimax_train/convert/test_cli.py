@@ -56,6 +56,23 @@ def test_failure_midway_leaves_nothing(lab, tmp_path, monkeypatch, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 
 
+def test_damaged_files(lab, tmp_path, capsys):
+    checkpoint = lab.save_checkpoint(lab.random_model(lab.model_config()), tmp_path / "ours", tokenizer=True)
+    (checkpoint / "tokenizer" / "tokenizer.json").write_text("{")
+    assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 2
+    assert "cannot open the tokenizer" in capsys.readouterr().err
+    lab.save_tokenizer(checkpoint / "tokenizer")
+    for file in checkpoint.glob("*.distcp"):
+        file.unlink()
+    assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 1
+    assert "error: " in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{")
+    assert main(["from-hf", str(tmp_path / "other"), str(tmp_path / "back")]) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "ours"]
+
+
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("300", 300), ("7B", 7)])
 def test_sizes(text, size):
     assert parse_size(text) == size
