@@ -10,6 +10,11 @@ from minimax_train.kernels import experts, lightning, softmax
 LIGHTNING, SOFTMAX = "L", "S"
 
 
+def deep_norm_alpha(num_layers: int) -> float:
+    """DeepNorm's residual factor ``(2 N)^(1/4)`` (arXiv 2203.00555, decoder-only)."""
+    return (2 * num_layers) ** 0.25
+
+
 @dataclass
 class ModelConfig:
     """A hybrid model of the MiniMax-01 kind (arXiv 2501.08313, section 2).
@@ -29,6 +34,8 @@ class ModelConfig:
         aux_loss_coefficient: factor of the load-balancing loss
             :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows.
         norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
+        residual_scale: factor alpha of the residual stream around attention and experts; null for DeepNorm's
+            ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
     """
 
     vocab_size: int
@@ -46,6 +53,7 @@ class ModelConfig:
     capacity_factor: float | None = None
     aux_loss_coefficient: float = 0.01
     norm_eps: float = 1e-5
+    residual_scale: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_base")
@@ -89,6 +97,12 @@ class ModelConfig:
             self.aux_loss_coefficient,
             "must be 0 or greater",
         )
+        require(
+            self.residual_scale is None or self.residual_scale > 0,
+            "model.residual_scale",
+            self.residual_scale,
+            f"must be greater than 0, or null for DeepNorm's {deep_norm_alpha(self.num_layers):.4f}",
+        )
 
     @property
     def layer_kinds(self) -> str:
@@ -96,9 +110,9 @@ class ModelConfig:
         return self.layer_pattern * (self.num_layers // len(self.layer_pattern))
 
     @property
-    def residual_scale(self) -> float:
-        """DeepNorm's alpha, ``(2 N)^(1/4)`` (arXiv 2203.00555, decoder-only)."""
-        return (2 * self.num_layers) ** 0.25
+    def alpha(self) -> float:
+        """``residual_scale``, or DeepNorm's for this depth."""
+        return deep_norm_alpha(self.num_layers) if self.residual_scale is None else self.residual_scale
 
     @property
     def initial_gain(self) -> float:

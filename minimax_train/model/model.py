@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
         super().__init__()
-        self.residual_scale = config.residual_scale
+        self.alpha = config.alpha
         self.recompute = False
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = ATTENTIONS[config.layer_kinds[layer]](config, layer, kernels)
@@ -57,10 +57,10 @@ class Block(nn.Module):
 
     def _forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
         h_TD = self.attention_norm(x_TD)
-        x_TD = self.residual_scale * h_TD + self.attention(h_TD, context)
+        x_TD = self.alpha * h_TD + self.attention(h_TD, context)
         h_TD = self.expert_norm(x_TD)
         y_TD, report = self.experts(h_TD, context)
-        return self.residual_scale * h_TD + y_TD, report
+        return self.alpha * h_TD + y_TD, report
 
     def initializers(self) -> dict[str, Initializer]:
         return {"attention_norm.weight": Constant(1.0), "expert_norm.weight": Constant(1.0)}

@@ -1,0 +1,15 @@
+"""Conversion between this project's checkpoints and transformers' ``MiniMaxForCausalLM``, both ways.
+
+names        which tensor of theirs lies where in which parameter of ours
+decays       the buffers of lightning attention that transformers keeps beside the weights
+config       ModelConfig to and from transformers' MiniMaxConfig
+checkpoint   reading and writing checkpoints one parameter at a time
+shards       reading and writing safetensors folders one tensor, or one shard, at a time
+tokenizer    files and special tokens
+to_hf from_hf cli
+"""
+
+from minimax_train.convert.from_hf import from_hf
+from minimax_train.convert.to_hf import to_hf
+
+__all__ = ["from_hf", "to_hf"]

@@ -1,0 +1,75 @@
+"""``minimax-convert to-hf|from-hf SRC DST``: checkpoints to and from Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from minimax_train.convert.checkpoint import TOKENIZER
+from minimax_train.convert.from_hf import from_hf
+from minimax_train.convert.shards import parse_size
+from minimax_train.convert.to_hf import to_hf
+from minimax_train.errors import ConfigError
+
+KEEP = "keep"
+DTYPES = {KEEP: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console script. Exit status 2 for what cannot be converted, 1 for files that cannot be read or written."""
+    options = _parser().parse_args(arguments)
+    dtype = DTYPES[options.dtype]
+    try:
+        if options.direction == "to-hf":
+            size = parse_size(options.max_shard_size)
+            to_hf(options.source, options.target, dtype=dtype, max_shard_bytes=size, report=_report)
+            print(f"done: {options.target}; load it with MiniMaxForCausalLM.from_pretrained({options.target!r})")
+        else:
+            from_hf(options.source, options.target, dtype=dtype, rotary_dim=options.rotary_dim, report=_report)
+            tokenizer = Path(options.target) / TOKENIZER
+            print(
+                f"done: {options.target}; train on with minimax-train --config-dir {options.target} model=imported "
+                f"checkpoint.initial_weights={options.target}"
+                + (f" data.tokenizer={tokenizer}" if tokenizer.is_dir() else "")
+            )
+    except (ConfigError, OSError, SafetensorError, CheckpointException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "minimax-convert", description="Convert checkpoints to and from transformers' MiniMaxForCausalLM."
+    )
+    commands = parser.add_subparsers(dest="direction", required=True)
+    to = commands.add_parser("to-hf", help="a run or a checkpoint to a folder that from_pretrained loads")
+    back = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint")
+    to.add_argument("source", metavar="SRC", help="a checkpoint, or a run, whose newest is taken")
+    back.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors")
+    for command in (to, back):
+        command.add_argument("target", metavar="DST", help="a new or empty folder")
+        command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the weights (default: as they are)")
+    to.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
+    back.add_argument(
+        "--rotary-dim",
+        type=int,
+        metavar="R",
+        help="how many leading dimensions of each head the weights were trained to rotate, where config.json names "
+        "another number than transformers rotates",
+    )
+    return parser
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

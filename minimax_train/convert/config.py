@@ -1,0 +1,256 @@
+"""A model's configuration as transformers' MiniMaxConfig, and back.
+
+What one side can say and the other cannot is refused by name, never dropped: the tables say what is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minimax_train.errors import ConfigError, require
+from minimax_train.model import ModelConfig
+from minimax_train.model.config import LIGHTNING, SOFTMAX, deep_norm_alpha
+
+if TYPE_CHECKING:
+    from transformers import MiniMaxConfig
+
+ARCHITECTURE, MODEL_TYPE = "MiniMaxForCausalLM", "minimax"
+
+# Theirs to ours, the same number in both.
+SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "intermediate_size": "expert_hidden_size",
+    "rms_norm_eps": "norm_eps",
+}
+LAYER_TYPES = {LIGHTNING: "linear_attention", SOFTMAX: "full_attention"}
+ALPHAS = ("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")
+BETAS = ("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor")
+# What this framework has no counterpart for, and the only values with which nothing is lost.
+WITHOUT_COUNTERPART = {
+    "hidden_act": ("silu", "swish"),
+    "sliding_window": (None,),
+    "attention_dropout": (0,),
+    "router_jitter_noise": (0,),
+    "tie_word_embeddings": (False,),
+    "quantization_config": (None,),
+    **dict.fromkeys(BETAS, (1,)),
+}
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What transformers' configuration holds besides the model."""
+
+    max_position_embeddings: int
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def of(cls, hf: MiniMaxConfig) -> Surroundings:
+        return cls(**{field.name: getattr(hf, field.name) for field in dataclasses.fields(cls)})
+
+
+def to_hf_config(model: ModelConfig, surroundings: Surroundings, dtype: torch.dtype) -> MiniMaxConfig:
+    """Transformers' configuration of a model of ours.
+
+    Raises:
+        ConfigError: when transformers cannot express the model.
+    """
+    from transformers import MiniMaxConfig
+
+    return MiniMaxConfig(
+        **{theirs: getattr(model, ours) for theirs, ours in SAME.items()},
+        **dict.fromkeys(ALPHAS, model.alpha),
+        **dict.fromkeys(BETAS, 1),
+        layer_types=[LAYER_TYPES[kind] for kind in model.layer_kinds],
+        rope_parameters=_to_rope(model),
+        router_aux_loss_coef=_their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
+        tie_word_embeddings=False,
+        max_position_embeddings=surroundings.max_position_embeddings,
+        bos_token_id=surroundings.bos_token_id,
+        eos_token_id=surroundings.eos_token_id,
+        pad_token_id=surroundings.pad_token_id,
+        architectures=[ARCHITECTURE],
+        dtype=dtype,
+    )
+
+
+def from_hf_config(raw: dict[str, Any], *, rotary_dim: int | None = None) -> ModelConfig:
+    """A model of ours that computes what transformers' does.
+
+    Args:
+        raw: the content of a ``config.json``.
+        rotary_dim: leading dimensions of each head that the weights were trained to rotate, for a configuration that
+            contradicts itself about it; see :func:`_from_rope`.
+
+    Raises:
+        ConfigError: naming the field, its value and what is accepted.
+    """
+    hf = parse(raw)
+    for name, accepted in WITHOUT_COUNTERPART.items():
+        value = getattr(hf, name, None)
+        require(value in accepted, name, value, f"must be {' or '.join(map(str, accepted))}; there is no other here")
+    values = {ours: getattr(hf, theirs) for theirs, ours in SAME.items()}
+    values["head_dim"] = hf.head_dim or hf.hidden_size // hf.num_attention_heads
+    alphas = {name: getattr(hf, name) for name in ALPHAS}
+    for name, value in alphas.items():
+        require(value == alphas[ALPHAS[0]], name, value, f"must equal {ALPHAS[0]}={alphas[ALPHAS[0]]!r}")
+    alpha = float(alphas[ALPHAS[0]])
+    layers, experts = hf.num_hidden_layers, hf.num_local_experts
+    rotary_dim, base = _from_rope(hf, values["head_dim"], rotary_dim)
+    return ModelConfig(
+        **values,
+        layer_pattern=_pattern(hf),
+        rotary_dim=rotary_dim,
+        rope_base=base,
+        residual_scale=None if alpha == deep_norm_alpha(layers) else alpha,
+        aux_loss_coefficient=_our_aux(hf.router_aux_loss_coef, layers, experts),
+    )
+
+
+def parse(raw: dict[str, Any]) -> MiniMaxConfig:
+    """A ``config.json`` as transformers reads it, defaults filled in.
+
+    Raises:
+        ConfigError: when it is another kind of model's, or transformers refuses it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MiniMaxConfig
+
+    require(raw.get("model_type") == MODEL_TYPE, "model_type", raw.get("model_type"), f"must be {MODEL_TYPE!r}")
+    try:
+        return MiniMaxConfig.from_dict(raw)
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config.json: transformers refuses it: {error}") from error
+
+
+def _pattern(hf: MiniMaxConfig) -> str:
+    """The shortest pattern whose repetition is ``layer_types``."""
+    kinds, layers = {theirs: kind for kind, theirs in LAYER_TYPES.items()}, hf.num_hidden_layers
+    for name in hf.layer_types:
+        require(name in kinds, "layer_types", name, f"must be one of {', '.join(kinds)}")
+    letters = "".join(kinds[name] for name in hf.layer_types)
+    require(len(letters) == layers, "layer_types", hf.layer_types, f"must name num_hidden_layers={layers} layers")
+    lengths = [length for length in range(1, layers + 1) if layers % length == 0]
+    return next(letters[:length] for length in lengths if letters[:length] * (layers // length) == letters)
+
+
+# Rotary position embedding. Transformers rotates the whole head under rope_type "default", whatever
+# partial_rotary_factor says. Its "proportional" type rotates a part, with frequencies theta^(-2i / K) where ours are
+# base^(-2i / R): so theta = base^(K / R), and the rows of queries and keys are permuted (names.rotary_row_order).
+
+
+def _to_rope(model: ModelConfig) -> dict[str, Any]:
+    R, K = model.rotary_dim, model.head_dim
+    require(K % 2 == 0, "model.head_dim", K, "must be even: transformers pairs the two halves of a head")
+    if R == K:
+        return {"rope_type": "default", "rope_theta": model.rope_base}
+    theta = _theta(model.rope_base, R, K)
+    require(
+        theta <= FLOAT32_MAX,
+        "model.rotary_dim",
+        R,
+        f"transformers would need rope_theta={model.rope_base}^({K}/{R}), which does not fit in float32; "
+        f"model.rope_base can be at most about {FLOAT32_MAX ** (R / K):.4g} with it",
+    )
+    return {"rope_type": "proportional", "partial_rotary_factor": _fraction(R, K), "rope_theta": theta}
+
+
+def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tuple[int, float]:
+    """Rotary dimensions and base.
+
+    ``rotary_dim`` beside rope_type "default", as in configurations derived from the original MiniMax-Text-01, is
+    refused: transformers ignores it and rotates the whole head, but the weights may have been trained otherwise.
+    Whoever knows says so.
+    """
+    rope = hf.rope_parameters
+    unknown = [key for key in rope if key not in ROPE_KEYS]
+    require(not unknown, "rope_parameters", rope, f"{', '.join(unknown)} not known here: accepted {sorted(ROPE_KEYS)}")
+    require(rope.get("factor") in (None, 1), "rope_parameters.factor", rope.get("factor"), "must be 1, or left out")
+    kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor")
+    require(
+        kind in ("default", "proportional"), "rope_parameters.rope_type", kind, "must be 'default' or 'proportional'"
+    )
+    if kind == "proportional":
+        require(
+            rotary_dim is None, "--rotary-dim", rotary_dim, "only for rope_type 'default'; 'proportional' is explicit"
+        )
+        # int() of it, as transformers has it.
+        rotary_dim = 2 * int((1.0 if part is None else part) * head_dim // 2)
+        if rotary_dim == 0:
+            return 0, theta
+        guess = theta ** (rotary_dim / head_dim)
+        return rotary_dim, _invert(theta, guess, lambda base: _theta(base, rotary_dim, head_dim))
+    if rotary_dim is not None:
+        return rotary_dim, theta
+    told = {
+        "rope_parameters.partial_rotary_factor": (part, 1),
+        "rotary_dim": (getattr(hf, "rotary_dim", None), head_dim),
+    }
+    for key, (value, whole) in told.items():
+        require(
+            value in (None, whole),
+            key,
+            value,
+            f"contradicts rope_type 'default', with which transformers rotates all {head_dim} dimensions; pass "
+            f"--rotary-dim with the number the weights were trained with ({head_dim} to do as transformers does)",
+        )
+    return head_dim, theta
+
+
+def _theta(base: float, rotary_dim: int, head_dim: int) -> float:
+    if rotary_dim == 0:
+        return base
+    try:
+        return base ** (head_dim / rotary_dim)
+    except OverflowError:
+        return float("inf")
+
+
+def _fraction(rotary_dim: int, head_dim: int) -> float:
+    """R / K, such that transformers' ``int(fraction * K // 2)`` is R / 2 in spite of rounding."""
+    fraction = rotary_dim / head_dim
+    return fraction if int(fraction * head_dim // 2) == rotary_dim // 2 else (rotary_dim + 0.5) / head_dim
+
+
+def _their_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
+    """Ours is the sum over layers of ``1/E sum_i f_i m_i``; theirs ``E sum_i f_i m_i`` with f and m averaged over
+    layers. The same objective for one layer, or for layers that route alike."""
+    return coefficient * num_layers / num_experts**2
+
+
+def _our_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
+    guess = coefficient * num_experts**2 / num_layers
+    return _invert(coefficient, guess, lambda ours: _their_aux(ours, num_layers, num_experts))
+
+
+def _invert(value: float, guess: float, forward: Callable[[float], float]) -> float:
+    """The shortest decimal at the guess that ``forward`` takes to the value exactly, or else a float beside the guess
+    that it does; the guess where there is none."""
+    decimals = (float(f"{guess:.{digits}g}") for digits in range(1, 18))
+    return next((x for x in itertools.chain(decimals, _beside(guess)) if forward(x) == value), guess)
+
+
+def _beside(x: float) -> Iterator[float]:
+    """The 64 floats below and above, nearest first: as far as rounding an exponent K / R can take a base."""
+    below = above = x
+    for _ in range(64):
+        below, above = math.nextafter(below, -math.inf), math.nextafter(above, math.inf)
+        yield from (below, above)

@@ -1,0 +1,155 @@
+"""Which tensor of transformers' MiniMax lies where in which parameter of ours.
+
+The tables below are the whole correspondence of names. Theirs are the names on disk, as ``save_pretrained`` writes
+them: one tensor per expert and projection, under ``block_sparse_moe``. In memory transformers fuses them as
+``mlp.experts.gate_up_proj`` and ``down_proj``, which are our own; both spellings are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimax_train.model import HybridModel, ModelConfig
+from minimax_train.model.config import LIGHTNING, SOFTMAX
+
+MODEL = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+BLOCK = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "expert_norm.weight": "post_attention_layernorm.weight",
+    "experts.router.weight": "block_sparse_moe.gate.weight",
+}
+ATTENTION = {
+    LIGHTNING: {
+        "attention.qkv_proj.weight": "self_attn.qkv_proj.weight",
+        "attention.gate_proj.weight": "self_attn.output_gate.weight",
+        "attention.norm.weight": "self_attn.norm.weight",
+        "attention.o_proj.weight": "self_attn.out_proj.weight",
+    },
+    SOFTMAX: {
+        "attention.q_proj.weight": "self_attn.q_proj.weight",
+        "attention.k_proj.weight": "self_attn.k_proj.weight",
+        "attention.v_proj.weight": "self_attn.v_proj.weight",
+        "attention.o_proj.weight": "self_attn.o_proj.weight",
+    },
+}
+# Ours is [expert, rows, columns]; theirs are one tensor per expert, one above the other in our rows.
+EXPERTS = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+ROTATED = ("attention.q_proj.weight", "attention.k_proj.weight")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of theirs: ``chunk[index]``, its rows then taken in the order ``rows`` where that is given.
+
+    Attributes:
+        name: its name on disk.
+        index: basic indices into the chunk.
+        rows: int64 row order, for what rotary position embedding wants elsewhere.
+        fused: the other place it may be read from: a fused tensor's name, and the indices into it.
+    """
+
+    name: str
+    index: tuple[int | slice, ...] = ()
+    rows: Tensor | None = None
+    fused: tuple[str, tuple[int | slice, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``parameter[start : start + length]``, made of whole tensors of theirs."""
+
+    start: int
+    length: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of ours, cut along its first dimension into what can be converted by itself."""
+
+    name: str
+    shape: torch.Size
+    chunks: tuple[Chunk, ...]
+
+
+def correspondence(config: ModelConfig, *, permute_rotary: bool = True) -> list[Parameter]:
+    """Every parameter of a model, in the order of the model.
+
+    Args:
+        config: the model.
+        permute_rotary: whether theirs have the rows of partly rotated queries and keys in :func:`rotary_row_order`.
+    """
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in HybridModel(config).named_parameters()}
+    return [Parameter(name, shape, _chunks(name, shape, config, permute_rotary)) for name, shape in shapes.items()]
+
+
+def rotary_row_order(head_dim: int, rotary_dim: int) -> Tensor:
+    """Where each row of a head of theirs lies in ours, int64 ``[head_dim]``.
+
+    Ours rotates pairs (i, i + R/2) of the first R dimensions. Transformers' ``proportional`` RoPE pairs (i, i + K/2)
+    over all K, with frequency 0 from i = R/2 on; so the second half of the rotated rows moves to K/2.
+    """
+    R, K = rotary_dim, head_dim
+    middle = R + (K - R) // 2
+    rows = torch.arange(K)
+    return torch.cat([rows[: R // 2], rows[R:middle], rows[R // 2 : R], rows[middle:]])
+
+
+def _chunks(name: str, shape: torch.Size, config: ModelConfig, permute_rotary: bool) -> tuple[Chunk, ...]:
+    if name in MODEL:
+        return (Chunk(0, shape[0], (Part(MODEL[name]),)),)
+    _, layer, inner = name.split(".", 2)
+    prefix = f"model.layers.{layer}."
+    if inner in EXPERTS:
+        return _expert_chunks(inner, shape, prefix)
+    rows = _rotary_rows(shape[0], config) if permute_rotary and inner in ROTATED else None
+    names = BLOCK | ATTENTION[config.layer_kinds[int(layer)]]
+    return (Chunk(0, shape[0], (Part(prefix + names[inner], rows=rows),)),)
+
+
+def _expert_chunks(inner: str, shape: torch.Size, prefix: str) -> tuple[Chunk, ...]:
+    num_experts, height = shape[0], shape[1] // len(EXPERTS[inner])
+
+    def part(expert: int, place: int, projection: str) -> Part:
+        rows = slice(place * height, (place + 1) * height)
+        return Part(
+            f"{prefix}block_sparse_moe.experts.{expert}.{projection}.weight",
+            index=(0, rows),
+            fused=(f"{prefix}block_sparse_moe.{inner}", (expert, rows)),
+        )
+
+    return tuple(
+        Chunk(expert, 1, tuple(part(expert, *item) for item in enumerate(EXPERTS[inner])))
+        for expert in range(num_experts)
+    )
+
+
+def _rotary_rows(num_rows: int, config: ModelConfig) -> Tensor | None:
+    order = rotary_row_order(config.head_dim, config.rotary_dim)
+    heads = torch.arange(0, num_rows, config.head_dim)
+    rows = (heads[:, None] + order).flatten()
+    return None if torch.equal(rows, torch.arange(num_rows)) else rows
+
+
+def take(chunk_tensor: Tensor, part: Part) -> Tensor:
+    """Theirs out of a chunk of ours; may be a view."""
+    theirs = chunk_tensor[part.index]
+    return theirs if part.rows is None else theirs[part.rows]
+
+
+def put(chunk_tensor: Tensor, part: Part, read: Callable[[Part], Tensor]) -> None:
+    """Theirs into its place in a chunk of ours."""
+    place = chunk_tensor[part.index]
+    if part.rows is None:
+        place.copy_(read(part))
+    else:
+        place[part.rows] = read(part).to(place.dtype)

@@ -1,0 +1,138 @@
+"""Safetensors folders as transformers lays them out, read a tensor at a time and written a shard at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimax_train.errors import ConfigError, require
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: what it will be, and how to make it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``500 MB``, ``1048576``; powers of ten, as in transformers.
+
+    Raises:
+        ConfigError: when it is not such a size, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    require(size > 0, "--max-shard-size", text, "must be a size such as 5GB or 500MB")
+    return size
+
+
+def write_shards(
+    outputs: Iterable[Output], folder: Path, max_shard_bytes: int, report: Callable[[str], None]
+) -> list[str]:
+    """Write the tensors in order, a new file wherever the next one would take the file over the limit.
+
+    The names and sizes are known before anything is made, so one shard at a time is in memory.
+
+    Returns:
+        The files' names.
+    """
+    shards, filled = [[]], 0
+    for output in outputs:
+        if shards[-1] and filled + output.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(output)
+        filled += output.num_bytes
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        report(f"writing {name}: {len(shard)} tensors, {sum(o.num_bytes for o in shard) / 1e9:.2f} GB")
+        _write_shard(shard, folder / name)
+    if len(shards) > 1:
+        everything = [output for shard in shards for output in shard]
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(output.shape) for output in everything),
+                "total_size": sum(output.num_bytes for output in everything),
+            },
+            "weight_map": {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def _write_shard(shard: list[Output], file: Path) -> None:
+    # A copy of each: parts of one parameter share storage, which safetensors refuses.
+    tensors = {o.name: o.make().to(o.dtype, memory_format=torch.contiguous_format, copy=True) for o in shard}
+    assert all(tensors[o.name].shape == o.shape for o in shard)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+class TensorFolder:
+    """The tensors of a safetensors folder, sharded or not; each is read from disk when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index.
+
+        Raises:
+            ConfigError: when there are no safetensors, or a file that the index names is missing or broken.
+        """
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        else:
+            files = [WEIGHTS]
+        self._files, self._file_of = {}, {}
+        for file in files:
+            try:
+                self._files[file] = safe_open(folder / file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{folder / file}: not a readable safetensors file: {error}") from error
+            self._file_of |= dict.fromkeys(self._files[file].keys(), file)
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor.
+
+        Raises:
+            ConfigError: when it is none that a weight can have here, such as a quantised one.
+        """
+        code = self._slice(name).get_dtype()
+        require(code in DTYPES, name, code, f"weights must be one of {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """A tensor, or the part of it at basic indices, without reading the rest."""
+        return self._slice(name)[index or ...]
+
+    def _slice(self, name: str):
+        return self._files[self._file_of[name]].get_slice(name)
