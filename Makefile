@@ -19,6 +19,14 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 test: install
 	$(BIN)/pytest
 
+# Two processes train on the Python standard library's sources; then the result is converted and opened in transformers.
+demo: install
+	rm -rf runs/demo runs/demo-hf
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun.sh --standalone --nproc-per-node=2 -- experiment=demo
+	$(BIN)/minimax-convert to-hf runs/demo runs/demo-hf
+	$(BIN)/python -P -m minimax_train.convert.sample runs/demo-hf "def __init__(self"
+	@echo "loss curve: runs/demo/loss.png   checkpoint: runs/demo/checkpoints   Hugging Face export: runs/demo-hf"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
