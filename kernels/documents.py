@@ -42,14 +42,23 @@ class Documents:
     Attributes:
         cu_seqlens: int32 ``[N + 1]`` on the compute device, the form varlen kernels take.
         cu_seqlens_cpu: the same on the host.
+        first_positions: position of each document's first token, host integers: 0 unless these are pieces of documents
+            that began elsewhere.
     """
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
+    first_positions: tuple[int, ...]
     _chunks: dict[int, Chunks] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+    def from_lengths(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        first_positions: Sequence[int] | None = None,
+    ) -> Documents:
         """Documents of the given lengths in tokens, one after the other.
 
         Raises:
@@ -59,11 +68,14 @@ class Documents:
             raise ValueError(f"document lengths must be at least one positive integer, got {list(lengths)}")
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        return cls(cu_seqlens.to(device, non_blocking=True), cu_seqlens)
+        first_positions = tuple(first_positions) if first_positions is not None else (0,) * len(lengths)
+        assert len(first_positions) == len(lengths)
+        return cls(cu_seqlens.to(device, non_blocking=True), cu_seqlens, first_positions)
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents for kernels on another device."""
-        return Documents(self.cu_seqlens_cpu.to(device, non_blocking=True), self.cu_seqlens_cpu)
+        cu_seqlens = self.cu_seqlens_cpu.to(device, non_blocking=True)
+        return Documents(cu_seqlens, self.cu_seqlens_cpu, self.first_positions)
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +102,8 @@ class Documents:
     def positions_T(self) -> Tensor:
         """Position of each token within its document, int64, on the compute device."""
         lengths = self.cu_seqlens_cpu.diff().long()
-        starts = self.cu_seqlens_cpu[:-1].long().repeat_interleave(lengths)
-        return (torch.arange(self.num_tokens) - starts).to(self.device, non_blocking=True)
+        shift = (torch.tensor(self.first_positions) - self.cu_seqlens_cpu[:-1]).repeat_interleave(lengths)
+        return (torch.arange(self.num_tokens) + shift).to(self.device, non_blocking=True)
 
     def chunks(self, size: int) -> Chunks:
         """The documents cut in chunks of at most ``size`` tokens; computed once per size."""

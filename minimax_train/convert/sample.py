@@ -1,4 +1,4 @@
-"""Open an export in transformers and let it continue a text: ``python -P -m minimax_train.convert.sample DIR PROMPT``."""
+"""Let an export continue a text in transformers: ``python -P -m minimax_train.convert.sample DIR PROMPT``."""
 
 from __future__ import annotations
 
