@@ -1,0 +1,84 @@
+"""What context-parallel algorithms say to each other with: an all-gather and a batch of sends and receives.
+
+The algorithms are given a :class:`Communicator` and know no process group, so the same code runs over NCCL, over gloo,
+and over an emulated link (``benchmarks/``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Pending:
+    """A transfer under way."""
+
+    wait: Callable[[], Tensor | None]
+    """Blocks the current stream (or the host, on CPU) until the transfer is done; returns what was received, if the
+    call that started it returns anything."""
+
+
+class Communicator(Protocol):
+    """The ranks that share a packed row. Every method is called by all of them in the same order."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, x: Tensor) -> Pending:
+        """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank."""
+
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+        """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
+
+        Buffers may be used again after ``wait()``. Each pair of ranks must agree on what passes between them.
+        """
+
+
+class GroupCommunicator:
+    """A communicator over a process group: NCCL as it is, gloo with CUDA tensors staged through the host.
+
+    Args:
+        group: the ranks, in the order of the sequence layout.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._is_nccl = dist.get_backend(group) == "nccl"
+
+    def all_gather(self, x: Tensor) -> Pending:
+        x = x.contiguous()
+        if not self._is_nccl and x.is_cuda:  # gloo
+            host = self.all_gather(x.cpu())
+            return Pending(lambda: host.wait().to(x.device))
+        out = x.new_empty(self.size, *x.shape)
+        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return Pending(lambda: (work.wait(), out)[1])
+
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+        if not sends and not receives:
+            return Pending(lambda: None)
+        staged = not self._is_nccl and any(x.is_cuda for x in [*sends.values(), *receives.values()])
+        outgoing = {peer: x.contiguous().cpu() if staged else x.contiguous() for peer, x in sends.items()}
+        incoming = {peer: torch.empty_like(x, device="cpu") if staged else x for peer, x in receives.items()}
+        operations = [
+            *(dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in outgoing.items()),
+            *(dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in incoming.items()),
+        ]
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            if staged:
+                for peer, x in incoming.items():
+                    receives[peer].copy_(x)
+            outgoing.clear()  # kept alive until here
+
+        return Pending(wait)
