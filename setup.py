@@ -38,6 +38,7 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
+        "cuda": ["flash-attn-4[cu13]>=4.0.0b36; sys_platform == 'linux'"],
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
     },
     entry_points={
