@@ -2,7 +2,7 @@
 
 A chunk maps the state that enters it to the state that leaves it by ``leaving = own + carry * entering``: ``own`` is
 what its tokens after the last document start contribute, ``carry`` is ``exp(-slope * length)`` where one document
-covers the chunk and 0 where a document starts inside. So each rank runs its chunks as if nothing entered them, the ranks
+covers the chunk and 0 where a document starts inside. So each rank runs its chunks as if nothing entered, the ranks
 exchange the small ``own`` states, and what an entering state adds is added to the tokens before the chunk's first
 document start (MiniMax-01, arXiv 2501.08313, section 2.2.4; LASP-2, arXiv 2502.07563). The gradient of the exchange
 is the same exchange in the opposite direction.
