@@ -97,6 +97,19 @@ def test_configuration_is_printed_and_own_folder_searched(tmp_path, capsys):
     assert "--config-dir" in capsys.readouterr().err
 
 
+def test_options_may_stand_among_overrides(tmp_path, capsys):
+    assert main(["seed=9", "--cfg", "recipe.steps=200", "--config-dir", str(tmp_path), "model=tiny"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["recipe"]["steps"], printed["seed"]) == (200, 9)
+
+
+def test_a_launcher_that_sets_half_its_variables(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert main(["seed=9"]) == 2
+    assert "MASTER_PORT not set" in capsys.readouterr().err
+
+
 def _run(folder, *more):
     command = [sys.executable, "-m", "minimax_train", *overrides(folder, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
