@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     parser.add_argument("--config-dir", help="a folder of your own configuration groups")
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     environment = ProcessEnvironment()
     try:
-        environment = ProcessEnvironment.detect()
+        environment = _environment()
         config = load_config(options.overrides, config_dir=options.config_dir)
         if options.cfg:
             print(to_yaml(config), end="")
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
     return 0
+
+
+def _environment() -> ProcessEnvironment:
+    try:
+        return ProcessEnvironment.detect()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from minimax_train import configs
 from minimax_train.checkpoint.config import CheckpointConfig
@@ -107,6 +108,9 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None 
     Raises:
         ConfigError: naming the key, its value and what would be accepted.
     """
+    for override in overrides:
+        if re.match(r"[+~]*hydra[./=@]", override):
+            raise ConfigError(f"{override}: Hydra's own settings are not read here; --config-dir adds a search path")
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", str(config_dir), "must be a folder")
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
@@ -128,7 +132,7 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         return _instantiate(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
 
 
@@ -169,7 +173,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     match = re.search(r"full_key: (\S+)", text)
     if match is None:
         return "\n".join(dict.fromkeys(line for line in str(error).splitlines() if line.strip()))
-    key = match[1]
+    key = re.sub(r"\[.*", "", match[1])  # of a list, not of its element
     given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
     parent, _, name = key.rpartition(".")
     fields = _fields_of(parent)

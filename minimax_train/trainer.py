@@ -185,8 +185,3 @@ class Trainer:
         if checkpoint.initial_weights is not None:
             load_weights(find_checkpoint(checkpoint.initial_weights), self.model)
         return Progress()
-
-    def _total_targets(self, batches: list[MicroBatch]) -> int:
-        total = torch.tensor(sum(batch.num_targets for batch in batches))
-        dist.all_reduce(total, group=self.grid.dp_group)
-        return int(total)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from minimax_train.cli import main
-from minimax_train.config import load_config
+from minimax_train.config import load_config, read_config, save_config
 from minimax_train.errors import ConfigError
 from support.runs import overrides
 
@@ -44,11 +44,29 @@ from support.runs import overrides
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
+        ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
+        ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
+        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be greater than 0, and finite"),
+        ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be 0 or greater, and finite"),
+        ("parallel.timeout_s=inf", r"parallel.timeout_s=inf: must be greater than 0, and finite"),
+        ("hydra.run.dir=/x", r"hydra.run.dir=/x: Hydra's own settings are not read here"),
+        ("+hydra.extra=1", r"\+hydra.extra=1: Hydra's own settings are not read here"),
     ],
 )
 def test_refused_before_anything_starts(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config([override])
+
+
+def test_what_is_saved_is_what_is_read(tmp_path):
+    lists = ["data=files", "data.format=json", "data.train_files=['a b,c',/d/*.jsonl]"]
+    for more in (["model=text-01"], lists, ["recipe.gradient_clip=null", "model.capacity_factor=1.25"]):
+        config = load_config(more)
+        save_config(config, tmp_path / "config.yaml")
+        assert read_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(ConfigError, match=r"config.yaml: not a configuration"):
+        read_config(tmp_path / "config.yaml")
 
 
 def test_world_size_that_does_not_divide():
@@ -77,6 +95,19 @@ def test_configuration_is_printed_and_own_folder_searched(tmp_path, capsys):
     assert (printed["recipe"]["steps"], printed["seed"]) == (123, 9)
     assert main(["--cfg", "--config-dir", str(tmp_path / "none")]) == 2
     assert "--config-dir" in capsys.readouterr().err
+
+
+def test_options_may_stand_among_overrides(tmp_path, capsys):
+    assert main(["seed=9", "--cfg", "recipe.steps=200", "--config-dir", str(tmp_path), "model=tiny"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["recipe"]["steps"], printed["seed"]) == (200, 9)
+
+
+def test_a_launcher_that_sets_half_its_variables(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert main(["seed=9"]) == 2
+    assert "MASTER_PORT not set" in capsys.readouterr().err
 
 
 def _run(folder, *more):
