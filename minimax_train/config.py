@@ -25,6 +25,8 @@ from minimax_train.engines import FSDPConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
+from minimax_train.parallel import linear, softmax
+from minimax_train.parallel.layout import LAYOUTS, SequenceLayout
 from minimax_train.recipe import RecipeConfig
 
 CONFIG_DIR = Path(configs.__file__).parent
@@ -35,13 +37,24 @@ class ParallelConfig:
     """How ranks work together.
 
     Attributes:
+        cp: context-parallel size: how many ranks share each row.
+        layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
+        linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
+        softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
         timeout_s: seconds after which a collective that has not finished ends the run with an error.
     """
 
+    cp: int = 1
+    layout: str = "zigzag"
+    linear_cp: str = "auto"
+    softmax_cp: str = "auto"
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        require_positive("parallel", self, "timeout_s")
+        require_positive("parallel", self, "cp", "timeout_s")
+        require_choice("parallel.layout", self.layout, LAYOUTS)
+        require_choice("parallel.linear_cp", self.linear_cp, linear.METHODS)
+        require_choice("parallel.softmax_cp", self.softmax_cp, softmax.METHODS)
 
 
 @dataclass
@@ -71,6 +84,15 @@ class Config:
     def __post_init__(self) -> None:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require(bool(self.run_dir), "run_dir", self.run_dir, "must be a path")
+        try:
+            self.layout.check_length(self.data.sequence_length)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """How rows are dealt to context-parallel ranks."""
+        return SequenceLayout(self.parallel.layout, self.parallel.cp)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that this configuration cannot run on.
@@ -78,20 +100,23 @@ class Config:
         Raises:
             ConfigError: naming the key to change and the values that would do.
         """
-        recipe, streams = self.recipe, self.data.num_streams
-        rows = world_size * recipe.micro_batch_size
+        recipe, streams, cp = self.recipe, self.data.num_streams, self.parallel.cp
+        require(world_size % cp == 0, "parallel.cp", cp, f"must divide the number of processes, {world_size}")
+        dp = world_size // cp
+        rows = dp * recipe.micro_batch_size
         require(
             recipe.global_batch_size % rows == 0,
             "recipe.global_batch_size",
             recipe.global_batch_size,
-            f"must be a multiple of {rows}: {world_size} processes x recipe.micro_batch_size={recipe.micro_batch_size}",
+            f"must be a multiple of {rows}: {dp} data-parallel ranks x "
+            f"recipe.micro_batch_size={recipe.micro_batch_size}",
         )
         fitting = [size for size in range(1, streams + 1) if streams % size == 0]
         require(
-            streams % world_size == 0,
+            streams % dp == 0,
             "data.num_streams",
             streams,
-            f"must be a multiple of the {world_size} processes; with it, {fitting} processes would do",
+            f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
         )
 
 

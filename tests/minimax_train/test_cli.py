@@ -72,10 +72,12 @@ def test_what_is_saved_is_what_is_read(tmp_path):
 def test_world_size_that_does_not_divide():
     config = load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=3"])
     config.check_world_size(4)
-    with pytest.raises(ConfigError, match=r"recipe.global_batch_size=12: must be a multiple of 24: 8 processes x"):
+    with pytest.raises(
+        ConfigError, match=r"recipe.global_batch_size=12: must be a multiple of 24: 8 data-parallel ranks x"
+    ):
         config.check_world_size(8)
     with pytest.raises(
-        ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 processes; .*\[1, 2, 4, 8\]"
+        ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 data-parallel ranks; .*\[1, 2, 4, 8\]"
     ):
         load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=4"]).check_world_size(3)
 

@@ -16,7 +16,9 @@ from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 180) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, cp: int = 1, timeout_s: float = 180
+) -> list[Any]:
     """``function(grid, *arguments)`` on gloo ranks; returns each rank's result.
 
     The function must be importable, that is, defined at the top of a test module. A rank that raises fails the test
@@ -25,7 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("fork")
         processes = [
-            context.Process(target=_rank, args=(function, rank, world_size, folder, arguments), daemon=True)
+            context.Process(target=_rank, args=(function, rank, world_size, cp, folder, arguments), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -41,12 +43,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple) -> None:
+def _rank(function: Callable[..., Any], rank: int, world_size: int, cp: int, folder: str, arguments: tuple) -> None:
     try:
         torch.set_num_threads(1)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
         environment.init_process_group("cpu", timedelta(seconds=60))
-        result = function(ProcessGrid.create("cpu"), *arguments)
+        result = function(ProcessGrid.create("cpu", cp=cp), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:
