@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,28 @@ def test_a_killed_run_continues(tmp_path):
     subprocess.run(parts, check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     assert sorted(p.name for p in (tmp_path / "parts/run/checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_killed_while_a_file_is_written_again(tmp_path, name, monkeypatch):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 1, config)
+    write_text = Path.write_text
+
+    def killed(path, text, *arguments, **options):
+        if not path.name.startswith(name):
+            return write_text(path, text, *arguments, **options)
+        write_text(path, text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before = (tmp_path / "run" / name).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(FileNotFoundError, match="result-0"):  # the rank died without a word
+            run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
+    run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
 
 
 def test_what_a_resumed_run_may_not_change(tmp_path):
