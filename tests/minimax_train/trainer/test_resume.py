@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
@@ -50,6 +51,18 @@ def test_stopping_twice_changes_nothing(tmp_path, world_size):
     for name, weight in weights.items():
         assert torch.equal(weight, right[name]), name
     assert _losses(tmp_path / "parts") == [r for r in _losses(tmp_path / "whole") if r["step"] > 3]
+
+
+def _restored_step(grid, config):
+    if not grid.is_first:
+        CheckpointStore.latest = lambda store: None  # a network file system that shows this rank an older folder
+    return Trainer(config, grid, torch.device("cpu")).progress.step
+
+
+def test_one_rank_decides_what_to_resume_from(tmp_path):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 2, config, 1)
+    assert run_ranks(_restored_step, 2, config, timeout_s=60) == [1, 1]
 
 
 def test_continuing_on_another_number_of_ranks(tmp_path):
@@ -122,3 +135,9 @@ def test_initial_weights(tmp_path):
         assert torch.equal(weight, right[name]), name
     with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
+    for change, message in [
+        ("model.num_heads=8", r"this model's layers.0.attention.qkv_proj.weight is \(144, 20\), .* \(108, 20\)"),
+        ("model.num_layers=8", "this model's layers.4.*, the checkpoint holds no such parameter"),
+    ]:
+        with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: checkpoint.initial_weights=.*{message}"):
+            run_ranks(_train, 1, tiny_run(tmp_path / "d", f"checkpoint.initial_weights={tmp_path}/a/run", change))
