@@ -23,6 +23,7 @@ from minimax_train.checkpoint.config import CheckpointConfig
 from minimax_train.data.config import DataConfig
 from minimax_train.engines import FSDPConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
+from minimax_train.files import replace_text
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.parallel import linear, softmax
@@ -163,7 +164,7 @@ def read_config(path: str | Path) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    Path(path).write_text(to_yaml(config))
+    replace_text(Path(path), to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:

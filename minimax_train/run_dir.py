@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.config import Config, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 from minimax_train.parallel.grid import ProcessGrid
 
 # What a resumed run may not change: the weights and the data position would not mean the same.
@@ -41,6 +42,11 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
 
 
 def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
+    require(os.access(folder, os.W_OK), "run_dir", config.run_dir, "must be a folder this run can write")
     saved = folder / "config.yaml"
     if store.latest() is not None:
         if config.checkpoint.resume == "never":
@@ -52,7 +58,6 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
     else:
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
     save_config(config, saved)
 

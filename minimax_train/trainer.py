@@ -178,7 +178,10 @@ class Trainer:
 
     def _restore(self) -> Progress:
         checkpoint = self.config.checkpoint
-        latest = self.store.latest()
+        # One rank looks: on a network file system the others may not see the same folder yet.
+        found = [self.store.latest() if self.grid.is_first else None]
+        dist.broadcast_object_list(found, src=0)
+        latest = found[0]
         if latest is not None:
             progress = self.store.load(latest, self.model, self.engine.optimizer_state())
             self.loader.load_state_dict(progress.data)

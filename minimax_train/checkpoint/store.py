@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -79,8 +79,23 @@ class CheckpointStore:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill the parameters alone from a checkpoint."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=path)
+    """Fill the parameters alone from a checkpoint.
+
+    Raises:
+        ConfigError: when it lacks a parameter, or holds it in another shape.
+    """
+    state = model.state_dict()
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, parameter in state.items():
+        size = getattr(stored.get(f"model.{name}"), "size", None)
+        held = "no such parameter" if size is None else f"one of {tuple(size)}"
+        require(
+            size == parameter.shape,
+            "checkpoint.initial_weights",
+            str(path),
+            f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}",
+        )
+    dcp.load({"model": state}, checkpoint_id=path)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minimax_train.errors import ConfigError
+from minimax_train.files import replace_text
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.metrics.console import ConsoleReporter
 from minimax_train.metrics.plot import plot_loss
@@ -39,7 +40,7 @@ class MetricLog:
             return
         self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
         kept = [record for record in self.records() if record["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a", buffering=1)
         self.console = ConsoleReporter(total_steps, first_step)
         self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
@@ -93,5 +94,5 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
         dir=run_dir,
         config=dict(run_config),
     )
-    id_file.write_text(run.id)
+    replace_text(id_file, run.id)
     return run

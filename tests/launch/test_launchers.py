@@ -76,6 +76,22 @@ def test_overrides_arrive_unchanged(tmp_path):
     assert (tmp_path / "srun.args").read_text().splitlines()[-3:] == arguments
 
 
+@pytest.mark.parametrize(("visible", "processes"), [(None, 4), ("", 1), ("3", 1), ("0,2", 2)])
+def test_one_process_per_visible_gpu(tmp_path, monkeypatch, visible, processes):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "torchrun").write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/torchrun.args\n')
+    (tools / "nvidia-smi").write_text('#!/usr/bin/env bash\nprintf "GPU %s\\n" 0 1 2 3\n')
+    (tools / "minimax-train").write_text("#!/usr/bin/env bash\n")
+    for tool in tools.iterdir():
+        tool.chmod(stat.S_IRWXU)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _start("torchrun.sh", ["model=tiny"], tmp_path, tools).returncode == 0
+    assert f"--nproc-per-node={processes}" in (tmp_path / "torchrun.args").read_text().splitlines()
+
+
 def test_environments():
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}
     assert ProcessEnvironment.detect(torchrun) == ProcessEnvironment(3, 4, 1, "tcp://n0:29400")

@@ -143,6 +143,7 @@ def test_a_whole_run(tmp_path):
             "step 2: .*gradient norm nan; not finite: .*gradients: embedding.weight",
         ),
         (["data.text_column=body"], 2, "data.text_column='body'"),
+        (["run_dir=/dev/null"], 2, "run_dir='/dev/null': must be a folder this run can write"),
         (["model.vocab_size=200"], 2, "model.vocab_size"),
         (["device=cuda"], 2, "device='cuda': this machine has no GPU"),
     ],

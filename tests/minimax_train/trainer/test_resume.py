@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
@@ -51,6 +53,18 @@ def test_stopping_twice_changes_nothing(tmp_path, world_size):
     assert _losses(tmp_path / "parts") == [r for r in _losses(tmp_path / "whole") if r["step"] > 3]
 
 
+def _restored_step(grid, config):
+    if not grid.is_first:
+        CheckpointStore.latest = lambda store: None  # a network file system that shows this rank an older folder
+    return Trainer(config, grid, torch.device("cpu")).progress.step
+
+
+def test_one_rank_decides_what_to_resume_from(tmp_path):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 2, config, 1)
+    assert run_ranks(_restored_step, 2, config, timeout_s=60) == [1, 1]
+
+
 def test_continuing_on_another_number_of_ranks(tmp_path):
     more = ("checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64")
     right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
@@ -82,6 +96,28 @@ def test_a_killed_run_continues(tmp_path):
     assert sorted(p.name for p in (tmp_path / "parts/run/checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_killed_while_a_file_is_written_again(tmp_path, name, monkeypatch):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 1, config)
+    write_text = Path.write_text
+
+    def killed(path, text, *arguments, **options):
+        if not path.name.startswith(name):
+            return write_text(path, text, *arguments, **options)
+        write_text(path, text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before = (tmp_path / "run" / name).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(FileNotFoundError, match="result-0"):  # the rank died without a word
+            run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
+    run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
+
+
 def test_what_a_resumed_run_may_not_change(tmp_path):
     config = tiny_run(tmp_path, "checkpoint.resume=auto")
     run_ranks(_train, 1, config, 1)
@@ -99,3 +135,9 @@ def test_initial_weights(tmp_path):
         assert torch.equal(weight, right[name]), name
     with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
+    for change, message in [
+        ("model.num_heads=8", r"this model's layers.0.attention.qkv_proj.weight is \(144, 20\), .* \(108, 20\)"),
+        ("model.num_layers=8", "this model's layers.4.*, the checkpoint holds no such parameter"),
+    ]:
+        with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: checkpoint.initial_weights=.*{message}"):
+            run_ranks(_train, 1, tiny_run(tmp_path / "d", f"checkpoint.initial_weights={tmp_path}/a/run", change))
