@@ -54,6 +54,11 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
     return segments, max(1, min(16 // segments, num_chunks // segments // 4))
 
 
+def choose_hopper(x_THK: Tensor) -> bool:
+    """Whether the hand-scheduled kernel takes this dtype on this device."""
+    return x_THK.is_cuda and x_THK.element_size() == 2 and torch.cuda.get_device_capability(x_THK.device)[0] == 9
+
+
 class _Table(NamedTuple):
     """Chunks of the documents as the kernels read them, int32; ``starts`` has T and ``owners`` the last as sentinel."""
 
@@ -85,6 +90,7 @@ class _Run(NamedTuple):
     segments: int
     per: int
     table: _Table
+    hopper: bool
 
     @classmethod
     def plan(cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents) -> _Run:
@@ -93,7 +99,8 @@ class _Run(NamedTuple):
         table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
         columns = H * triton.cdiv(max(K, V), tiles.slice)
         segments, per = choose_segments(table.count, columns, x_THK.device)
-        return cls(slopes_H, documents, tiles, segments, per, table)
+        hopper = max(K, V) <= 128 and choose_hopper(x_THK)
+        return cls(slopes_H, documents, tiles, segments, per, table, hopper)
 
     def _shared(self, K: int, V: int, dtype: torch.dtype) -> dict:
         C, width, warps, stages = self.tiles
@@ -110,6 +117,20 @@ class _Run(NamedTuple):
     def _where(self) -> tuple[Tensor, ...]:
         return (self.slopes_H, self.table.starts, self.table.infos, self.table.owners, self.documents.cu_seqlens)
 
+    def _copy_engine_takes(self, *tensors: Tensor) -> bool:
+        """Whether the Hopper kernels can read these: the copy engine wants everything on 16 bytes."""
+        return self.hopper and all(
+            x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+            for x in tensors
+        )
+
+    def _hopper(self, K: int, V: int) -> tuple:
+        # Gluon is imported only where it can run.
+        from minimax_train.kernels.lightning import hopper_kernels
+
+        BK, BV = (max(64, triton.next_power_of_2(size)) for size in (K, V))
+        return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
+
     def partials(self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool) -> Tensor | None:
         """States handed from fine segment to fine segment, float32 ``[F', H, K, V]``; None where nothing is cut."""
         if self.segments == 1:
@@ -118,12 +139,22 @@ class _Run(NamedTuple):
         V = z_THV.shape[-1]
         fine = self.segments * self.per
         partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
+        initial_strides = initial_NHKV.stride() if initial_NHKV is not None else [0] * 4
+        flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None}
+        if self._copy_engine_takes(y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            hopper.partials[H, fine - self.per](
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), initial_NHKV, partial_FHKV, *self._where,
+                *initial_strides, self.table.count, fine, self.per,
+                H=H, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
+            )  # fmt: skip
+            return partial_FHKV
         shared = self._shared(K, V, y_THK.dtype)
         triton_kernels.partials[triton.cdiv(V, shared["BV"]), H, fine - self.per](
             y_THK, z_THV, initial_NHKV, partial_FHKV, *self._where,
-            *y_THK.stride()[:2], *z_THV.stride()[:2], *(initial_NHKV.stride() if initial_NHKV is not None else [0] * 4),
-            self.table.count, fine, self.per,
-            H=H, K=K, V=V, REVERSE=reverse, HAS_INITIAL=initial_NHKV is not None, **shared,
+            *y_THK.stride()[:2], *z_THV.stride()[:2], *initial_strides, self.table.count, fine, self.per,
+            H=H, K=K, V=V, **shared, **flags,
         )  # fmt: skip
         return partial_FHKV
 
@@ -143,17 +174,69 @@ class _Run(NamedTuple):
         V = z_THV.shape[-1]
         out_THV = torch.empty(T, H, V, dtype=z_THV.dtype, device=z_THV.device)
         shared = self._shared(K, V, x_THK.dtype)
-        fine = self.segments * self.per
         states = (initial_NHKV, final_NHKV, partial_FHKV)
+        fine = self.segments * self.per
+        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
+        flags = {
+            "REVERSE": reverse,
+            "HAS_INITIAL": initial_NHKV is not None,
+            "HAS_FINAL": final_NHKV is not None,
+            "HAS_PARTIAL": partial_FHKV is not None,
+            "FINE": triton.next_power_of_2(fine),
+        }
+        if self._copy_engine_takes(x_THK, y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            hopper.attend[H, self.segments](
+                *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV), (out_THV, C, BV)),
+                out_THV, *states, *self._where, *out_THV.stride()[:2], *state_strides,
+                self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=8, **shape, **flags,
+            )  # fmt: skip
+            return out_THV
         triton_kernels.attend[triton.cdiv(V, shared["BV"]), H, self.segments](
             x_THK, y_THK, z_THV, out_THV, *states, *self._where,
-            *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2],
-            *(stride for state in states for stride in (state.stride() if state is not None else [0] * 4)),
+            *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *state_strides,
             self.table.count, fine, self.per,
-            H=H, K=K, V=V, REVERSE=reverse, HAS_INITIAL=initial_NHKV is not None, HAS_FINAL=final_NHKV is not None,
-            HAS_PARTIAL=partial_FHKV is not None, FINE=triton.next_power_of_2(fine), **shared,
+            H=H, K=K, V=V, **shared, **flags,
         )  # fmt: skip
         return out_THV
+
+
+    def dk_dv(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THV: Tensor,
+        do_THV: Tensor,
+        d_final_NHKV: Tensor | None,
+        d_partial_FHKV: Tensor | None,
+        d_initial_NHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``A'(v, do, q)`` and ``A'(k, q, do)``, in one pass where the kernel for it runs; fills ``d_initial_NHKV``."""
+        if not self._copy_engine_takes(q_THK, k_THK, v_THV, do_THV):
+            dk = self.attend(v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_partial_FHKV), reverse=True)
+            dv = self.attend(k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV)
+            return dk, dv
+        T, H, K = q_THK.shape
+        V = v_THV.shape[-1]
+        dk_THK = torch.empty(T, H, K, dtype=k_THK.dtype, device=k_THK.device)
+        dv_THV = torch.empty(T, H, V, dtype=v_THV.dtype, device=v_THV.device)
+        hopper, shape = self._hopper(K, V)
+        C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+        states = (d_final_NHKV, d_initial_NHKV, d_partial_FHKV)
+        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
+        fine = self.segments * self.per
+        keys = [(x, C, BK) for x in (q_THK, k_THK)]
+        values = [(x, C, BV) for x in (v_THV, do_THV)]
+        hopper.attend_dk_dv[H, self.segments](
+            *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)),
+            dk_THK, dv_THV, *states, *self._where, *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides,
+            self.table.count, fine, self.per,
+            HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
+            HAS_PARTIAL=d_partial_FHKV is not None, FINE=triton.next_power_of_2(fine),
+            STAGES=hopper.STAGES_BACKWARD, num_warps=8, **shape,
+        )  # fmt: skip
+        return dk_THK, dv_THV
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -194,12 +277,7 @@ class _TritonLightning(torch.autograd.Function):
             d_initial_NHKV = torch.empty(initial_NHKV.shape, dtype=torch.float32, device=q_THK.device)
         dq = run.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(partial_FHKV), reverse=False)
         d_partial_FHKV = run.partials(q_THK, do_THV, d_final_NHKV, reverse=True)
-        dk = run.attend(
-            v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_partial_FHKV), reverse=True
-        )
-        dv = run.attend(
-            k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV
-        )
+        dk, dv = run.dk_dv(q_THK, k_THK, v_THV, do_THV, d_final_NHKV, d_partial_FHKV, d_initial_NHKV)
         if d_initial_NHKV is not None:
             d_initial_NHKV = d_initial_NHKV.to(initial_NHKV.dtype)
         return dq, dk, dv, None, None, d_initial_NHKV, None

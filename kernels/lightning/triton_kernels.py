@@ -88,10 +88,15 @@ def partials(
                 at = initial + document.to(tl.int64) * initial_n + h * initial_h
                 at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        next_start = tl.load(starts + first_chunk).to(tl.int64)
+        next_length = tl.load(infos + first_chunk) >> LENGTH_SHIFT
         for step in range(0, count):
             m = first_chunk - step if REVERSE else first_chunk + step
-            start = tl.load(starts + m).to(tl.int64)
-            length = tl.load(infos + m) >> LENGTH_SHIFT
+            start = next_start
+            length = next_length
+            following = tl.maximum(m - 1, 0) if REVERSE else tl.minimum(m + 1, num_chunks - 1)
+            next_start = tl.load(starts + following).to(tl.int64)
+            next_length = tl.load(infos + following) >> LENGTH_SHIFT
             valid = slots < length
             y_CK = _load_rows(y + start * y_t + h * y_h, y_t, valid, columns_k, K, C, BK)
             z_CV = _load_rows(z + start * z_t + h * z_h, z_t, valid, columns_v, V, C, BV)
@@ -158,10 +163,17 @@ def attend(
                 at += columns_k[:, None] * partial_k + columns_v[None, :] * partial_v
                 state += tl.load(at, mask=inside, other=0.0) * tl.exp(-slope * away)
 
+    # The next chunk's place is carried from step to step: loaded in the same step as the tensors whose addresses it
+    # gives, it would cost the software pipeline a stage.
+    next_start = tl.load(starts + (high - 1 if REVERSE else low)).to(tl.int64)
+    next_info = tl.load(infos + (high - 1 if REVERSE else low))
     for step in range(0, high - low):
         m = high - 1 - step if REVERSE else low + step
-        start = tl.load(starts + m).to(tl.int64)
-        info = tl.load(infos + m)
+        start = next_start
+        info = next_info
+        following = tl.maximum(m - 1, 0) if REVERSE else tl.minimum(m + 1, num_chunks - 1)
+        next_start = tl.load(starts + following).to(tl.int64)
+        next_info = tl.load(infos + following)
         length = info >> LENGTH_SHIFT
         enters = (info & (ENDS if REVERSE else BEGINS)) != 0
         valid = slots < length
@@ -190,8 +202,8 @@ def attend(
         scores_CC = (scores_CC * within_CC).to(z_CV.dtype)
         acc_CV = tl.dot(scores_CC, z_CV, acc_CV * from_state[:, None], input_precision=PRECISION)
 
-        at = out + start * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
-        tl.store(at, acc_CV.to(out.dtype.element_ty), mask=valid[:, None] & (columns_v < V)[None, :])
+        rows = out + start * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+        tl.store(rows, acc_CV.to(out.dtype.element_ty), mask=valid[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
                 at = final + tl.load(owners + m).to(tl.int64) * final_n + h * final_h

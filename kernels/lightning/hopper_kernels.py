@@ -1,0 +1,493 @@
+"""The ``attend`` kernel of :mod:`minimax_train.kernels.lightning.triton_kernels`, scheduled by hand for Hopper.
+
+Triton waits for every matrix product before it starts the next, which leaves the tensor cores idle for most of this
+chain of four. Here the three that depend only on the entering state run back to back (scores, state times x, state
+update), the decay mask is applied while the last two run, and the copy engine (TMA) fills STAGES buffers ahead.
+Written in Gluon, Triton's lower level: needs compute capability 9.0, two-byte elements and 16-byte-aligned strides.
+
+Shape legend: as in ``triton_kernels``.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from minimax_train.kernels.lightning import triton_kernels
+
+# Buffers per kernel: as many as fit in the 227 KB of shared memory at K = V = 128.
+STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 4, 2
+
+REACH = gl.constexpr(triton_kernels.REACH.value)
+BEGINS = gl.constexpr(triton_kernels.BEGINS.value)
+ENDS = gl.constexpr(triton_kernels.ENDS.value)
+LENGTH_SHIFT = gl.constexpr(triton_kernels.LENGTH_SHIFT.value)
+
+
+_ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def descriptors(*blocks: tuple[Tensor, int, int]) -> list[TensorDescriptor]:
+    """How the copy engine sees each ``(x [T, H, K], chunk, columns)``: as ``[H, T, K]``, one head's chunk at a time."""
+    result = []
+    for x_THK, chunk, columns in blocks:
+        x_HTK = x_THK.transpose(0, 1)
+        layout = gl.NVMMASharedLayout.get_default_for([1, chunk, columns], _ELEMENT[x_THK.dtype])
+        result.append(TensorDescriptor(x_HTK, list(x_HTK.shape), list(x_HTK.stride()), [1, chunk, columns], layout))
+    return result
+
+
+@gluon.jit
+def _fetch(desc, h, start, column, bar, tile, wanted):
+    tma.async_copy_global_to_shared(desc, [h, start, column], bar, tile, pred=wanted)
+
+
+@gluon.jit
+def _cut(num_chunks, fine, num_fine):
+    """The chunk that fine segment ``fine`` begins with."""
+    return (num_chunks.to(gl.int64) * fine // num_fine).to(gl.int32)
+
+
+@gluon.jit
+def _entering(
+    partial, slope, starts, owners, cu_seqlens, h, cut, edge, num_chunks, num_fine, PER,
+    partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state,
+    REVERSE: gl.constexpr, FINE: gl.constexpr,
+):  # fmt: skip
+    """``state`` plus what crosses chunk ``cut``, where fine segment ``edge`` meets the one before it."""
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    is_open = cut < num_chunks if REVERSE else cut > 0
+    if is_open:
+        cut_token = gl.load(starts + cut)
+        document = gl.load(owners + cut)
+        fines = gl.arange(0, FINE, layout=line)
+        ends_token = gl.load(
+            starts + _cut(num_chunks, fines if REVERSE else fines + 1, num_fine), mask=fines < num_fine, other=0
+        )
+        # The fine segments of the same document whose states have not decayed away: consecutive, up to the cut.
+        if REVERSE:
+            near = (ends_token - cut_token).to(gl.float32) * slope <= REACH
+            begun = cut_token > gl.load(cu_seqlens + document)
+            reaching = (fines >= edge) & (fines < num_fine) & near & begun
+            reaching = reaching & (ends_token < gl.load(cu_seqlens + document + 1))
+            from_fine = edge
+            to_fine = edge + gl.sum(reaching.to(gl.int32), 0)
+        else:
+            near = (cut_token - ends_token).to(gl.float32) * slope <= REACH
+            reaching = (fines < edge) & (ends_token > gl.load(cu_seqlens + document)) & near
+            to_fine = edge
+            from_fine = edge - gl.sum(reaching.to(gl.int32), 0)
+        for f in range(from_fine, to_fine):
+            end_token = gl.load(starts + _cut(num_chunks, f if REVERSE else f + 1, num_fine))
+            away = end_token - cut_token if REVERSE else cut_token - end_token
+            row = f - PER if REVERSE else f
+            at = partial + row.to(gl.int64) * partial_f + h * partial_h
+            at = at + rows_k[:, None] * partial_k + columns_v[None, :] * partial_v
+            state += gl.load(at, mask=inside, other=0.0) * gl.exp(-slope * away.to(gl.float32))
+    return state
+
+
+@gluon.jit
+def partials(
+    y_desc, z_desc, initial, partial, slopes, starts, infos, owners, cu_seqlens,
+    initial_n, initial_h, initial_k, initial_v,
+    num_chunks, num_fine, PER,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = y_desc.dtype
+    groups: gl.constexpr = gl.num_warps() // 4
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+
+    h = gl.program_id(0)
+    row = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    fine = row + PER if REVERSE else row
+    low = _cut(num_chunks, fine, num_fine)
+    high = _cut(num_chunks, fine + 1, num_fine)
+    cut = low if REVERSE else high
+    nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
+    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
+    document = gl.load(owners + cut)
+    document_start = gl.load(cu_seqlens + document)
+    document_end = gl.load(cu_seqlens + document + 1)
+    cut_token = gl.load(starts + cut)
+    document_chunk = cut - (cut_token - document_start) // C
+    reach = gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
+    if REVERSE:
+        last = gl.minimum(gl.minimum(document_end, gl.load(starts + high)), reader + reach) - 1
+        needed = (document_start < reader) & (cut_token > document_start) & (last >= cut_token)
+        first_chunk = gl.minimum(document_chunk + (last - document_start) // C, high - 1)
+        count = first_chunk - low + 1
+    else:
+        first = gl.maximum(gl.maximum(document_start, gl.load(starts + low)), reader - reach)
+        needed = (document_end > reader) & (cut_token > document_start) & (first < cut_token)
+        first_chunk = gl.maximum(document_chunk + (first - document_start) // C, low)
+        count = high - first_chunk
+    if needed:
+        y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+        z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
+        weighted_tiles = gl.allocate_shared_memory(dtype, [2, C, BV], tile_v)
+        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(bars.index(i), count=1)
+        size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
+        for i in gl.static_range(STAGES - 1):
+            wanted = i < count
+            start = gl.load(starts + (first_chunk - i if REVERSE else first_chunk + i), mask=wanted, other=0)
+            mbarrier.expect(bars.index(i), size, pred=wanted)
+            _fetch(y_desc, h, start, 0, bars.index(i), y_tiles.index(i), wanted)
+            _fetch(z_desc, h, start, 0, bars.index(i), z_tiles.index(i), wanted)
+
+        rows_k = gl.arange(0, BK, layout=by_row)
+        columns_v = gl.arange(0, BV, layout=by_column)
+        inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+        slots = gl.arange(0, C, layout=by_row)
+        state = gl.zeros([BK, BV], gl.float32, mma)
+        if HAS_INITIAL:
+            if (gl.load(infos + first_chunk) & (ENDS if REVERSE else BEGINS)) != 0:
+                at = initial + document.to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        state = warpgroup_mma_init(state)
+        for step in range(0, count):
+            stage = step % STAGES
+            length = gl.load(infos + (first_chunk - step if REVERSE else first_chunk + step)) >> LENGTH_SHIFT
+            ahead = step + STAGES - 1
+            wanted = ahead < count
+            start = gl.load(starts + (first_chunk - ahead if REVERSE else first_chunk + ahead), mask=wanted, other=0)
+            to_state = gl.exp(-slope * (slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)).to(gl.float32))
+            y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+            z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+            weighted_s = weighted_tiles.index(step % 2)
+            mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
+            weighted = z_s.load(mma).to(gl.float32) * to_state[:, None]
+            weighted_s.store(gl.where((slots < length)[:, None], weighted, 0.0).to(dtype))
+            fence_async_shared()
+            # The previous product reads the buffers refilled below, in every warp.
+            state = warpgroup_mma_wait(0, deps=[state])
+            gl.thread_barrier()
+            free = ahead % STAGES
+            mbarrier.expect(bars.index(free), size, pred=wanted)
+            _fetch(y_desc, h, start, 0, bars.index(free), y_tiles.index(free), wanted)
+            _fetch(z_desc, h, start, 0, bars.index(free), z_tiles.index(free), wanted)
+            state = state * gl.exp(-slope * length.to(gl.float32))
+            state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
+        state = warpgroup_mma_wait(0, deps=[state])
+        at = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        gl.store(at, state, mask=inside)
+        gl.thread_barrier()
+        for i in gl.static_range(STAGES):
+            mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def attend(
+    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+    out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x_desc.dtype
+    groups: gl.constexpr = gl.num_warps() // 4
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    count = high - low
+
+    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], x_desc.layout)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+    z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
+    weighted_s = gl.allocate_shared_memory(dtype, [C, BV], tile_v)
+    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
+    out_s = gl.allocate_shared_memory(dtype, [1, C, BV], out_desc.layout)
+    size: gl.constexpr = x_desc.block_type.nbytes + y_desc.block_type.nbytes + z_desc.block_type.nbytes
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    for i in gl.static_range(STAGES - 1):
+        m = high - 1 - i if REVERSE else low + i
+        wanted = i < count
+        start = gl.load(starts + m, mask=wanted, other=0)
+        mbarrier.expect(bars.index(i), size, pred=wanted)
+        _fetch(x_desc, h, start, 0, bars.index(i), x_tiles.index(i), wanted)
+        _fetch(y_desc, h, start, 0, bars.index(i), y_tiles.index(i), wanted)
+        _fetch(z_desc, h, start, 0, bars.index(i), z_tiles.index(i), wanted)
+
+    rows_k = gl.arange(0, BK, layout=by_row)
+    columns_v = gl.arange(0, BV, layout=by_column)
+    inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+    slots = gl.arange(0, C, layout=by_row)
+    others = gl.arange(0, C, layout=by_column)
+    distance = others[None, :] - slots[:, None] if REVERSE else slots[:, None] - others[None, :]
+    within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+
+    state = gl.zeros([BK, BV], gl.float32, mma)
+    if HAS_PARTIAL:
+        state = _entering(
+            partial, slope, starts, owners, cu_seqlens, h, high if REVERSE else low,
+            segment * PER + PER if REVERSE else segment * PER, num_chunks, num_fine, PER,
+            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, REVERSE, FINE,
+        )  # fmt: skip
+
+    for step in range(0, count):
+        stage = step % STAGES
+        m = high - 1 - step if REVERSE else low + step
+        start = gl.load(starts + m)
+        info = gl.load(infos + m)
+        length = info >> LENGTH_SHIFT
+        enters = (info & (ENDS if REVERSE else BEGINS)) != 0
+        ahead = step + STAGES - 1
+        wanted = ahead < count
+        ahead_start = gl.load(starts + (high - 1 - ahead if REVERSE else low + ahead), mask=wanted, other=0)
+
+        valid = slots < length
+        before = (slots + 1).to(gl.float32)
+        after = gl.maximum(length - 1 - slots, 0).to(gl.float32)
+        from_state = gl.exp(-slope * (after if REVERSE else before))
+        to_state = gl.exp(-slope * (before if REVERSE else after))
+        through = gl.exp(-slope * length.to(gl.float32))
+        if HAS_INITIAL:
+            if enters:
+                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        else:
+            from_state = gl.where(enters, 0.0, from_state)
+            through = gl.where(enters, 0.0, through)
+
+        x_s = x_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        state_s.store(state.to(dtype))
+        mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
+        weighted = z_s.load(mma).to(gl.float32) * to_state[:, None]
+        weighted_s.store(gl.where(valid[:, None], weighted, 0.0).to(dtype))
+        tma.store_wait(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        # Every warp is past the previous chunk: its buffers may be filled again.
+        free = ahead % STAGES
+        mbarrier.expect(bars.index(free), size, pred=wanted)
+        _fetch(x_desc, h, ahead_start, 0, bars.index(free), x_tiles.index(free), wanted)
+        _fetch(y_desc, h, ahead_start, 0, bars.index(free), y_tiles.index(free), wanted)
+        _fetch(z_desc, h, ahead_start, 0, bars.index(free), z_tiles.index(free), wanted)
+
+        scores = gl.zeros([C, C], gl.float32, mma)
+        scores = warpgroup_mma(x_s, y_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+        acc = gl.zeros([C, BV], gl.float32, mma)
+        acc = warpgroup_mma(x_s, state_s, acc, use_acc=False, is_async=True)
+        state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state * through, is_async=True)
+
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        scores = scores * within_CC
+        if REVERSE:
+            scores = gl.where((others < length)[None, :], scores, 0.0)
+        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma, 2))
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        acc = warpgroup_mma(scores, z_s, acc * from_state[:, None], is_async=True)
+        state = warpgroup_mma_wait(1, deps=[state])
+        acc = warpgroup_mma_wait(0, deps=[acc])
+
+        if length == C:
+            out_s._reinterpret(dtype, [C, BV], tile_v).store(acc.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(out_desc, [h, start, 0], out_s)
+        else:
+            at = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+            gl.store(at, acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
+            gl.thread_barrier()
+        if HAS_FINAL:
+            if (info & (BEGINS if REVERSE else ENDS)) != 0:
+                at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
+                gl.store(at, state, mask=inside)
+    tma.store_wait(0)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def attend_dk_dv(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
+    slopes, starts, infos, owners, cu_seqlens,
+    dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
+    dtype: gl.constexpr = q_desc.dtype
+    groups: gl.constexpr = gl.num_warps() // 4
+    mma_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BK // groups, 16])
+    mma_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma_v)
+    by_column: gl.constexpr = gl.SliceLayout(0, mma_v)
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    count = high - low
+
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], v_desc.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], do_desc.layout)
+    weighted_s = gl.allocate_shared_memory(dtype, [C, BV], tile_v)
+    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
+    dk_s = gl.allocate_shared_memory(dtype, [1, C, BK], dk_desc.layout)
+    dv_s = gl.allocate_shared_memory(dtype, [1, C, BV], dv_desc.layout)
+    size: gl.constexpr = 2 * (q_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    for i in gl.static_range(STAGES - 1):
+        wanted = i < count
+        start = gl.load(starts + high - 1 - i, mask=wanted, other=0)
+        mbarrier.expect(bars.index(i), size, pred=wanted)
+        _fetch(k_desc, h, start, 0, bars.index(i), k_tiles.index(i), wanted)
+        _fetch(q_desc, h, start, 0, bars.index(i), q_tiles.index(i), wanted)
+        _fetch(v_desc, h, start, 0, bars.index(i), v_tiles.index(i), wanted)
+        _fetch(do_desc, h, start, 0, bars.index(i), do_tiles.index(i), wanted)
+
+    rows_k = gl.arange(0, BK, layout=by_row)
+    columns_v = gl.arange(0, BV, layout=by_column)
+    inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+    slots = gl.arange(0, C, layout=by_row)
+    others = gl.arange(0, C, layout=by_column)
+    distance = others[None, :] - slots[:, None]
+    within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+
+    state = gl.zeros([BK, BV], gl.float32, mma_v)
+    if HAS_PARTIAL:
+        state = _entering(
+            partial, slope, starts, owners, cu_seqlens, h, high, segment * PER + PER, num_chunks, num_fine, PER,
+            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, True, FINE,
+        )  # fmt: skip
+
+    for step in range(0, count):
+        stage = step % STAGES
+        m = high - 1 - step
+        start = gl.load(starts + m)
+        info = gl.load(infos + m)
+        length = info >> LENGTH_SHIFT
+        enters = (info & ENDS) != 0
+        ahead = step + STAGES - 1
+        wanted = ahead < count
+        ahead_start = gl.load(starts + high - 1 - ahead, mask=wanted, other=0)
+
+        valid = slots < length
+        from_state = gl.exp(-slope * gl.maximum(length - 1 - slots, 0).to(gl.float32))
+        to_state = gl.exp(-slope * (slots + 1).to(gl.float32))
+        through = gl.exp(-slope * length.to(gl.float32))
+        if HAS_INITIAL:
+            if enters:
+                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        else:
+            from_state = gl.where(enters, 0.0, from_state)
+            through = gl.where(enters, 0.0, through)
+
+        q_s = q_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        k_s = k_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        v_s = v_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        do_s = do_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        state_s.store(state.to(dtype))
+        mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
+        weighted = do_s.load(mma_v).to(gl.float32) * to_state[:, None]
+        weighted_s.store(gl.where(valid[:, None], weighted, 0.0).to(dtype))
+        tma.store_wait(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        # Every warp is past the previous chunk: its buffers may be filled again.
+        free = ahead % STAGES
+        mbarrier.expect(bars.index(free), size, pred=wanted)
+        _fetch(k_desc, h, ahead_start, 0, bars.index(free), k_tiles.index(free), wanted)
+        _fetch(q_desc, h, ahead_start, 0, bars.index(free), q_tiles.index(free), wanted)
+        _fetch(v_desc, h, ahead_start, 0, bars.index(free), v_tiles.index(free), wanted)
+        _fetch(do_desc, h, ahead_start, 0, bars.index(free), do_tiles.index(free), wanted)
+
+        scores = gl.zeros([C, C], gl.float32, mma_v)
+        scores = warpgroup_mma(k_s, q_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+        dv_acc = gl.zeros([C, BV], gl.float32, mma_v)
+        dv_acc = warpgroup_mma(k_s, state_s, dv_acc, use_acc=False, is_async=True)
+        d_scores = gl.zeros([C, C], gl.float32, mma_k)
+        d_scores = warpgroup_mma(v_s, do_s.permute((1, 0)), d_scores, use_acc=False, is_async=True)
+
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        scores = gl.where((others < length)[None, :], scores * within_CC, 0.0)
+        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma_v, 2))
+        dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
+        dv_acc = warpgroup_mma(scores, do_s, dv_acc * from_state[:, None], is_async=True)
+        dk_acc = gl.zeros([C, BK], gl.float32, mma_k)
+        dk_acc = warpgroup_mma(v_s, state_s.permute((1, 0)), dk_acc, use_acc=False, is_async=True)
+
+        d_scores = warpgroup_mma_wait(2, deps=[d_scores])
+        d_scores = gl.convert_layout(d_scores, mma_v)
+        d_scores = gl.where((others < length)[None, :], d_scores * within_CC, 0.0)
+        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, mma_k, 2))
+        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state * through, is_async=True)
+        dk_acc = warpgroup_mma_wait(1, deps=[dk_acc])
+        from_state_k = gl.convert_layout(from_state, gl.SliceLayout(1, mma_k))
+        dk_acc = warpgroup_mma(d_scores, q_s, dk_acc * from_state_k[:, None], is_async=True)
+        dv_acc = warpgroup_mma_wait(2, deps=[dv_acc])
+        whole = length == C
+        if whole:
+            dv_s._reinterpret(dtype, [C, BV], tile_v).store(dv_acc.to(dtype))
+        else:
+            at = dv + start.to(gl.int64) * dv_t + h * dv_h + slots[:, None] * dv_t + columns_v[None, :]
+            gl.store(at, dv_acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
+        state = warpgroup_mma_wait(1, deps=[state])
+        dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
+        if whole:
+            dk_s._reinterpret(dtype, [C, BK], tile_k).store(dk_acc.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(dv_desc, [h, start, 0], dv_s)
+            tma.async_copy_shared_to_global(dk_desc, [h, start, 0], dk_s)
+        else:
+            slots_k = gl.arange(0, C, layout=gl.SliceLayout(1, mma_k))
+            columns_k = gl.arange(0, BK, layout=gl.SliceLayout(0, mma_k))
+            at = dk + start.to(gl.int64) * dk_t + h * dk_h + slots_k[:, None] * dk_t + columns_k[None, :]
+            gl.store(at, dk_acc.to(dtype), mask=(slots_k < length)[:, None] & (columns_k < K)[None, :])
+            gl.thread_barrier()
+        if HAS_FINAL:
+            if (info & BEGINS) != 0:
+                at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
+                gl.store(at, state, mask=inside)
+    tma.store_wait(0)
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
