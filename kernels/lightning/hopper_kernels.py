@@ -24,8 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minimax_train.kernels.lightning import triton_kernels
 
-# Buffers per kernel: as many as fit in the 227 KB of shared memory at K = V = 128.
-STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 4, 2
+# Buffers per kernel at K = V = 128: as many as fit in 227 KB of shared memory; for ``partials`` in half of it.
+STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 2, 2
 
 REACH = gl.constexpr(triton_kernels.REACH.value)
 BEGINS = gl.constexpr(triton_kernels.BEGINS.value)
@@ -120,23 +120,30 @@ def partials(
     high = _cut(num_chunks, fine + 1, num_fine)
     cut = low if REVERSE else high
     nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
-    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
-    document = gl.load(owners + cut)
-    document_start = gl.load(cu_seqlens + document)
-    document_end = gl.load(cu_seqlens + document + 1)
-    cut_token = gl.load(starts + cut)
-    document_chunk = cut - (cut_token - document_start) // C
     reach = gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
-    if REVERSE:
-        last = gl.minimum(gl.minimum(document_end, gl.load(starts + high)), reader + reach) - 1
-        needed = (document_start < reader) & (cut_token > document_start) & (last >= cut_token)
-        first_chunk = gl.minimum(document_chunk + (last - document_start) // C, high - 1)
-        count = first_chunk - low + 1
+    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
+    cut_token = gl.load(starts + cut)
+    needed = gl.abs(reader - cut_token) < reach
+    if needed:
+        # Most programs of a fast head end here; only the others wait for the chain of loads that places the document.
+        document = gl.load(owners + cut)
+        document_start = gl.load(cu_seqlens + document)
+        document_end = gl.load(cu_seqlens + document + 1)
+        document_chunk = cut - (cut_token - document_start) // C
+        if REVERSE:
+            last = gl.minimum(gl.minimum(document_end, gl.load(starts + high)), reader + reach) - 1
+            needed = (document_start < reader) & (cut_token > document_start) & (last >= cut_token)
+            first_chunk = gl.minimum(document_chunk + (last - document_start) // C, high - 1)
+            count = first_chunk - low + 1
+        else:
+            first = gl.maximum(gl.maximum(document_start, gl.load(starts + low)), reader - reach)
+            needed = (document_end > reader) & (cut_token > document_start) & (first < cut_token)
+            first_chunk = gl.maximum(document_chunk + (first - document_start) // C, low)
+            count = high - first_chunk
     else:
-        first = gl.maximum(gl.maximum(document_start, gl.load(starts + low)), reader - reach)
-        needed = (document_end > reader) & (cut_token > document_start) & (first < cut_token)
-        first_chunk = gl.maximum(document_chunk + (first - document_start) // C, low)
-        count = high - first_chunk
+        document = 0
+        first_chunk = 0
+        count = 0
     if needed:
         y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
         z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
@@ -170,12 +177,12 @@ def partials(
             wanted = ahead < count
             start = gl.load(starts + (first_chunk - ahead if REVERSE else first_chunk + ahead), mask=wanted, other=0)
             to_state = gl.exp(-slope * (slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)).to(gl.float32))
+            to_state = gl.where(slots < length, to_state, 0.0)
             y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
             z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
             weighted_s = weighted_tiles.index(step % 2)
             mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-            weighted = z_s.load(mma).to(gl.float32) * to_state[:, None]
-            weighted_s.store(gl.where((slots < length)[:, None], weighted, 0.0).to(dtype))
+            weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
             fence_async_shared()
             # The previous product reads the buffers refilled below, in every warp.
             state = warpgroup_mma_wait(0, deps=[state])
@@ -195,81 +202,77 @@ def partials(
 
 
 @gluon.jit
-def attend(
-    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+def _produce(
+    x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp keeps the copy engine STAGES chunks ahead of both consumers."""
+    size: gl.constexpr = x_desc.block_type.nbytes + y_desc.block_type.nbytes + 2 * z_desc.block_type.nbytes
+    HALF: gl.constexpr = z_desc.block_type.shape[2]
+    for step in range(0, high - low):
+        stage = step % STAGES
+        start = gl.load(starts + (high - 1 - step if REVERSE else low + step))
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, size)
+        tma.async_copy_global_to_shared(x_desc, [h, start, 0], bar, x_tiles.index(stage))
+        tma.async_copy_global_to_shared(y_desc, [h, start, 0], bar, y_tiles.index(stage))
+        tma.async_copy_global_to_shared(z_desc, [h, start, 0], bar, z_tiles.index(stage * 2))
+        tma.async_copy_global_to_shared(z_desc, [h, start, HALF], bar, z_tiles.index(stage * 2 + 1))
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+    out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
-    num_chunks, num_fine, PER,
-    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
     REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
     FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = x_desc.dtype
-    groups: gl.constexpr = gl.num_warps() // 4
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    """One warp group: half of the value columns, with its own half of the state."""
+    dtype: gl.constexpr = out_desc.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
     tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
-    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
-
-    h = gl.program_id(0)
-    segment = gl.program_id(1)
-    slope = gl.load(slopes + h).to(gl.float32)
-    low = _cut(num_chunks, segment * PER, num_fine)
-    high = _cut(num_chunks, segment * PER + PER, num_fine)
-    count = high - low
-
-    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], x_desc.layout)
-    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
-    z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
-    weighted_s = gl.allocate_shared_memory(dtype, [C, BV], tile_v)
-    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
-    out_s = gl.allocate_shared_memory(dtype, [1, C, BV], out_desc.layout)
-    size: gl.constexpr = x_desc.block_type.nbytes + y_desc.block_type.nbytes + z_desc.block_type.nbytes
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1)
-    for i in gl.static_range(STAGES - 1):
-        m = high - 1 - i if REVERSE else low + i
-        wanted = i < count
-        start = gl.load(starts + m, mask=wanted, other=0)
-        mbarrier.expect(bars.index(i), size, pred=wanted)
-        _fetch(x_desc, h, start, 0, bars.index(i), x_tiles.index(i), wanted)
-        _fetch(y_desc, h, start, 0, bars.index(i), y_tiles.index(i), wanted)
-        _fetch(z_desc, h, start, 0, bars.index(i), z_tiles.index(i), wanted)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], dtype)
+    weighted_s = weighted_tiles.index(half)
+    state_s = state_tiles.index(half)
+    out_s = out_tiles.index(half)
 
     rows_k = gl.arange(0, BK, layout=by_row)
-    columns_v = gl.arange(0, BV, layout=by_column)
+    columns_v = half * HALF + gl.arange(0, HALF, layout=by_column)
     inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
     slots = gl.arange(0, C, layout=by_row)
-    others = gl.arange(0, C, layout=by_column)
-    distance = others[None, :] - slots[:, None] if REVERSE else slots[:, None] - others[None, :]
+    here = gl.arange(0, C, layout=gl.SliceLayout(1, mma_scores))
+    others = gl.arange(0, C, layout=gl.SliceLayout(0, mma_scores))
+    distance = others[None, :] - here[:, None] if REVERSE else here[:, None] - others[None, :]
     within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
 
-    state = gl.zeros([BK, BV], gl.float32, mma)
+    state = gl.zeros([BK, HALF], gl.float32, mma)
     if HAS_PARTIAL:
         state = _entering(
-            partial, slope, starts, owners, cu_seqlens, h, high if REVERSE else low,
-            segment * PER + PER if REVERSE else segment * PER, num_chunks, num_fine, PER,
+            partial, slope, starts, owners, cu_seqlens, h, high if REVERSE else low, edge, num_chunks, num_fine, PER,
             partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, REVERSE, FINE,
         )  # fmt: skip
 
-    for step in range(0, count):
+    for step in range(0, high - low):
         stage = step % STAGES
         m = high - 1 - step if REVERSE else low + step
         start = gl.load(starts + m)
         info = gl.load(infos + m)
         length = info >> LENGTH_SHIFT
         enters = (info & (ENDS if REVERSE else BEGINS)) != 0
-        ahead = step + STAGES - 1
-        wanted = ahead < count
-        ahead_start = gl.load(starts + (high - 1 - ahead if REVERSE else low + ahead), mask=wanted, other=0)
 
         valid = slots < length
         before = (slots + 1).to(gl.float32)
         after = gl.maximum(length - 1 - slots, 0).to(gl.float32)
         from_state = gl.exp(-slope * (after if REVERSE else before))
-        to_state = gl.exp(-slope * (before if REVERSE else after))
+        to_state = gl.where(valid, gl.exp(-slope * (before if REVERSE else after)), 0.0)
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
             if enters:
@@ -282,26 +285,21 @@ def attend(
 
         x_s = x_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
         y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
-        z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        z_s = z_tiles.index(stage * 2 + half)._reinterpret(dtype, [C, HALF], tile_v)
         state_s.store(state.to(dtype))
-        mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-        weighted = z_s.load(mma).to(gl.float32) * to_state[:, None]
-        weighted_s.store(gl.where(valid[:, None], weighted, 0.0).to(dtype))
+        # Before the first product: registers of a product in flight cannot be written without waiting for all.
+        state = state * through
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
         gl.thread_barrier()
-        # Every warp is past the previous chunk: its buffers may be filled again.
-        free = ahead % STAGES
-        mbarrier.expect(bars.index(free), size, pred=wanted)
-        _fetch(x_desc, h, ahead_start, 0, bars.index(free), x_tiles.index(free), wanted)
-        _fetch(y_desc, h, ahead_start, 0, bars.index(free), y_tiles.index(free), wanted)
-        _fetch(z_desc, h, ahead_start, 0, bars.index(free), z_tiles.index(free), wanted)
 
-        scores = gl.zeros([C, C], gl.float32, mma)
+        scores = gl.zeros([C, C], gl.float32, mma_scores)
         scores = warpgroup_mma(x_s, y_s.permute((1, 0)), scores, use_acc=False, is_async=True)
-        acc = gl.zeros([C, BV], gl.float32, mma)
+        acc = gl.zeros([C, HALF], gl.float32, mma)
         acc = warpgroup_mma(x_s, state_s, acc, use_acc=False, is_async=True)
-        state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state * through, is_async=True)
+        state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
 
         scores = warpgroup_mma_wait(2, deps=[scores])
         scores = scores * within_CC
@@ -312,24 +310,88 @@ def attend(
         acc = warpgroup_mma(scores, z_s, acc * from_state[:, None], is_async=True)
         state = warpgroup_mma_wait(1, deps=[state])
         acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
 
-        if length == C:
-            out_s._reinterpret(dtype, [C, BV], tile_v).store(acc.to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(out_desc, [h, start, 0], out_s)
-        else:
-            at = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
-            gl.store(at, acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
-            gl.thread_barrier()
+        # A chunk that fills its tile leaves by the copy engine, another one row by row: whichever does not apply is
+        # sent out of range rather than branched around, so that the loop stays free of branches.
+        out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        whole = length == C
+        tma.async_copy_shared_to_global(out_desc, [h, gl.where(whole, start, num_tokens), half * HALF], out_s)
+        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+        gl.store(rows, acc.to(dtype), mask=(valid & (length < C))[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
                 at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
                 at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
                 gl.store(at, state, mask=inside)
     tma.store_wait(0)
+
+
+@gluon.jit
+def attend(
+    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+    out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x_desc.dtype
+    HALF: gl.constexpr = BV // 2
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    edge = segment * PER + PER if REVERSE else segment * PER
+
+    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], x_desc.layout)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+    z_tiles = gl.allocate_shared_memory(dtype, [STAGES * 2, 1, C, HALF], z_desc.layout)
+    weighted_tiles = gl.allocate_shared_memory(
+        dtype, [2, C, HALF], gl.NVMMASharedLayout.get_default_for([C, HALF], dtype)
+    )
+    state_tiles = gl.allocate_shared_memory(
+        dtype, [2, BK, HALF], gl.NVMMASharedLayout.get_default_for([BK, HALF], dtype)
+    )
+    out_tiles = gl.allocate_shared_memory(dtype, [2, 1, C, HALF], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.invalidate(bars.index(i))
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    left: gl.constexpr = 0
+    right: gl.constexpr = 1
+    # Spelled out in place: a tuple given a name would turn its compile-time constants into run-time values.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                left, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_consume, (
+                right, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_produce, (
+                x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty, REVERSE, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+        mbarrier.invalidate(empty.index(i))
 
 
 @gluon.jit
@@ -409,7 +471,7 @@ def attend_dk_dv(
 
         valid = slots < length
         from_state = gl.exp(-slope * gl.maximum(length - 1 - slots, 0).to(gl.float32))
-        to_state = gl.exp(-slope * (slots + 1).to(gl.float32))
+        to_state = gl.where(valid, gl.exp(-slope * (slots + 1).to(gl.float32)), 0.0)
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
             if enters:
@@ -425,9 +487,9 @@ def attend_dk_dv(
         v_s = v_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
         do_s = do_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
         state_s.store(state.to(dtype))
+        state = state * through
         mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-        weighted = do_s.load(mma_v).to(gl.float32) * to_state[:, None]
-        weighted_s.store(gl.where(valid[:, None], weighted, 0.0).to(dtype))
+        weighted_s.store((do_s.load(mma_v).to(gl.float32) * to_state[:, None]).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
         gl.thread_barrier()
@@ -458,7 +520,7 @@ def attend_dk_dv(
         d_scores = gl.convert_layout(d_scores, mma_v)
         d_scores = gl.where((others < length)[None, :], d_scores * within_CC, 0.0)
         d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, mma_k, 2))
-        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state * through, is_async=True)
+        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state, is_async=True)
         dk_acc = warpgroup_mma_wait(1, deps=[dk_acc])
         from_state_k = gl.convert_layout(from_state, gl.SliceLayout(1, mma_k))
         dk_acc = warpgroup_mma(d_scores, q_s, dk_acc * from_state_k[:, None], is_async=True)

@@ -187,10 +187,12 @@ class _Run(NamedTuple):
         if self._copy_engine_takes(x_THK, y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            # The kernel takes no None: a state that is not there is any pointer that it will not follow.
+            initial, final, partial = (self.slopes_H if state is None else state for state in states)
             hopper.attend[H, self.segments](
-                *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV), (out_THV, C, BV)),
-                out_THV, *states, *self._where, *out_THV.stride()[:2], *state_strides,
-                self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=8, **shape, **flags,
+                *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV // 2), (out_THV, C, BV // 2)),
+                out_THV, initial, final, partial, *self._where, *out_THV.stride()[:2], *state_strides,
+                T, self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
             )  # fmt: skip
             return out_THV
         triton_kernels.attend[triton.cdiv(V, shared["BV"]), H, self.segments](
