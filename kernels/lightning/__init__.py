@@ -22,9 +22,7 @@ def _explicit_states(run: Callable) -> Callable:
     def with_states(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state):
         if initial_state_NHKV is None:
             dtype = torch.promote_types(q_THK.dtype, torch.float32)
-            initial_state_NHKV = q_THK.new_zeros(
-                len(documents), *q_THK.shape[1:], v_THV.shape[-1], dtype=dtype
-            )
+            initial_state_NHKV = q_THK.new_zeros(len(documents), *q_THK.shape[1:], v_THV.shape[-1], dtype=dtype)
         out_THV, final_NHKV = run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV)
         return out_THV, final_NHKV if return_final_state else None
 

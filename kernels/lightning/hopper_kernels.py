@@ -24,14 +24,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minimax_train.kernels.lightning import triton_kernels
 
-# Buffers per kernel at K = V = 128: as many as fit in 227 KB of shared memory; for ``partials`` in half of it.
-STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 2, 2
+# Buffers per kernel: as many as fit in the 227 KB of shared memory at K = V = 128.
+STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 4, 2
 
 REACH = gl.constexpr(triton_kernels.REACH.value)
 BEGINS = gl.constexpr(triton_kernels.BEGINS.value)
 ENDS = gl.constexpr(triton_kernels.ENDS.value)
 LENGTH_SHIFT = gl.constexpr(triton_kernels.LENGTH_SHIFT.value)
 
+
+# Renamed between Triton 3.6 and 3.8.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -98,7 +101,7 @@ def _entering(
 
 @gluon.jit
 def partials(
-    y_desc, z_desc, initial, partial, slopes, starts, infos, owners, cu_seqlens,
+    y_desc, z_desc, initial, partial, slopes, starts, owners, cu_seqlens,
     initial_n, initial_h, initial_k, initial_v,
     num_chunks, num_fine, PER,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
@@ -111,92 +114,85 @@ def partials(
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
     tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
     tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
 
     h = gl.program_id(0)
     row = gl.program_id(1)
     slope = gl.load(slopes + h).to(gl.float32)
     fine = row + PER if REVERSE else row
-    low = _cut(num_chunks, fine, num_fine)
-    high = _cut(num_chunks, fine + 1, num_fine)
-    cut = low if REVERSE else high
+    cut = _cut(num_chunks, fine if REVERSE else fine + 1, num_fine)
     nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
     reach = gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
-    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
     cut_token = gl.load(starts + cut)
-    needed = gl.abs(reader - cut_token) < reach
-    if needed:
-        # Most programs of a fast head end here; only the others wait for the chain of loads that places the document.
+    far_token = gl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
+    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
+    begin = cut_token
+    end = cut_token
+    document = 0
+    enters = False
+    if gl.abs(reader - cut_token) < reach:
+        # Most programs of a fast head do not come here: only the others wait for the loads that place the document.
         document = gl.load(owners + cut)
         document_start = gl.load(cu_seqlens + document)
         document_end = gl.load(cu_seqlens + document + 1)
-        document_chunk = cut - (cut_token - document_start) // C
         if REVERSE:
-            last = gl.minimum(gl.minimum(document_end, gl.load(starts + high)), reader + reach) - 1
-            needed = (document_start < reader) & (cut_token > document_start) & (last >= cut_token)
-            first_chunk = gl.minimum(document_chunk + (last - document_start) // C, high - 1)
-            count = first_chunk - low + 1
+            if (document_start < reader) & (cut_token > document_start):
+                end = gl.minimum(gl.minimum(document_end, far_token), reader + reach)
+                enters = end == document_end
         else:
-            first = gl.maximum(gl.maximum(document_start, gl.load(starts + low)), reader - reach)
-            needed = (document_end > reader) & (cut_token > document_start) & (first < cut_token)
-            first_chunk = gl.maximum(document_chunk + (first - document_start) // C, low)
-            count = high - first_chunk
-    else:
-        document = 0
-        first_chunk = 0
-        count = 0
-    if needed:
+            if (document_end > reader) & (cut_token > document_start):
+                begin = gl.maximum(gl.maximum(document_start, far_token), reader - reach)
+                enters = begin == document_start
+    if begin < end:
+        count = (end - begin + C - 1) // C
         y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
         z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
         weighted_tiles = gl.allocate_shared_memory(dtype, [2, C, BV], tile_v)
         bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(STAGES):
             mbarrier.init(bars.index(i), count=1)
-        size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
         for i in gl.static_range(STAGES - 1):
-            wanted = i < count
-            start = gl.load(starts + (first_chunk - i if REVERSE else first_chunk + i), mask=wanted, other=0)
-            mbarrier.expect(bars.index(i), size, pred=wanted)
-            _fetch(y_desc, h, start, 0, bars.index(i), y_tiles.index(i), wanted)
-            _fetch(z_desc, h, start, 0, bars.index(i), z_tiles.index(i), wanted)
-
+            first = begin + (count - 1 - i if REVERSE else i) * C
+            mbarrier.expect(bars.index(i), size, pred=i < count)
+            _fetch(y_desc, h, first, 0, bars.index(i), y_tiles.index(i), i < count)
+            _fetch(z_desc, h, first, 0, bars.index(i), z_tiles.index(i), i < count)
         rows_k = gl.arange(0, BK, layout=by_row)
         columns_v = gl.arange(0, BV, layout=by_column)
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
         slots = gl.arange(0, C, layout=by_row)
         state = gl.zeros([BK, BV], gl.float32, mma)
         if HAS_INITIAL:
-            if (gl.load(infos + first_chunk) & (ENDS if REVERSE else BEGINS)) != 0:
+            if enters:
                 at = initial + document.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
         state = warpgroup_mma_init(state)
         for step in range(0, count):
             stage = step % STAGES
-            length = gl.load(infos + (first_chunk - step if REVERSE else first_chunk + step)) >> LENGTH_SHIFT
-            ahead = step + STAGES - 1
-            wanted = ahead < count
-            start = gl.load(starts + (first_chunk - ahead if REVERSE else first_chunk + ahead), mask=wanted, other=0)
-            to_state = gl.exp(-slope * (slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)).to(gl.float32))
-            to_state = gl.where(slots < length, to_state, 0.0)
+            length = gl.minimum(C, end - begin - (count - 1 - step if REVERSE else step) * C)
+            away = slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)
+            weight = gl.where(slots < length, gl.exp(-slope * away.to(gl.float32)), 0.0)
             y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
             z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
             weighted_s = weighted_tiles.index(step % 2)
             mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-            weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
+            weighted_s.store((z_s.load(mma).to(gl.float32) * weight[:, None]).to(dtype))
             fence_async_shared()
             # The previous product reads the buffers refilled below, in every warp.
             state = warpgroup_mma_wait(0, deps=[state])
-            gl.thread_barrier()
-            free = ahead % STAGES
-            mbarrier.expect(bars.index(free), size, pred=wanted)
-            _fetch(y_desc, h, start, 0, bars.index(free), y_tiles.index(free), wanted)
-            _fetch(z_desc, h, start, 0, bars.index(free), z_tiles.index(free), wanted)
+            thread_barrier()
             state = state * gl.exp(-slope * length.to(gl.float32))
             state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
+            ahead = step + STAGES - 1
+            free = ahead % STAGES
+            first = begin + (count - 1 - ahead if REVERSE else ahead) * C
+            mbarrier.expect(bars.index(free), size, pred=ahead < count)
+            _fetch(y_desc, h, first, 0, bars.index(free), y_tiles.index(free), ahead < count)
+            _fetch(z_desc, h, first, 0, bars.index(free), z_tiles.index(free), ahead < count)
         state = warpgroup_mma_wait(0, deps=[state])
-        at = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
-        gl.store(at, state, mask=inside)
-        gl.thread_barrier()
+        to = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        gl.store(to, state, mask=inside)
+        thread_barrier()
         for i in gl.static_range(STAGES):
             mbarrier.invalidate(bars.index(i))
 
@@ -293,7 +289,7 @@ def _consume(
         weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
         scores = gl.zeros([C, C], gl.float32, mma_scores)
         scores = warpgroup_mma(x_s, y_s.permute((1, 0)), scores, use_acc=False, is_async=True)
@@ -316,7 +312,7 @@ def _consume(
         # sent out of range rather than branched around, so that the loop stays free of branches.
         out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         whole = length == C
         tma.async_copy_shared_to_global(out_desc, [h, gl.where(whole, start, num_tokens), half * HALF], out_s)
         rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
@@ -395,83 +391,76 @@ def attend(
 
 
 @gluon.jit
-def attend_dk_dv(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
-    slopes, starts, infos, owners, cu_seqlens,
-    dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+def _produce_backward(
+    q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles, full, empty,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    size: gl.constexpr = 2 * (q_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    for step in range(0, high - low):
+        stage = step % STAGES
+        start = gl.load(starts + high - 1 - step)
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, size)
+        tma.async_copy_global_to_shared(do_desc, [h, start, 0], bar, do_tiles.index(stage))
+        tma.async_copy_global_to_shared(q_desc, [h, start, 0], bar, q_tiles.index(stage))
+        tma.async_copy_global_to_shared(k_desc, [h, start, 0], bar, k_tiles.index(stage))
+        tma.async_copy_global_to_shared(v_desc, [h, start, 0], bar, v_tiles.index(stage))
+
+
+@gluon.jit
+def _consume_backward(
+    side: gl.constexpr, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, out_s,
+    full, empty, ready, free, out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens,
+    h, low, high, edge, out_t, out_h,
+    initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
-    num_chunks, num_fine, PER,
+    num_tokens, num_chunks, num_fine, PER,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
     FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
-    dtype: gl.constexpr = q_desc.dtype
-    groups: gl.constexpr = gl.num_warps() // 4
-    mma_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BK // groups, 16])
-    mma_v: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
-    by_row: gl.constexpr = gl.SliceLayout(1, mma_v)
-    by_column: gl.constexpr = gl.SliceLayout(0, mma_v)
+    """One warp group: dv (side 0) or dk (side 1), and half of the state that both read."""
+    dtype: gl.constexpr = out_desc.dtype
+    HALF: gl.constexpr = BV // 2
+    WIDTH: gl.constexpr = K if side == 1 else V
+    BLOCK: gl.constexpr = BK if side == 1 else BV
+    mma_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
     tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    tile_out: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BLOCK], dtype)
+    weighted_s = weighted_tiles.index(side)
+    my_state_s = state_s.slice(side * HALF, HALF, dim=1)
 
-    h = gl.program_id(0)
-    segment = gl.program_id(1)
-    slope = gl.load(slopes + h).to(gl.float32)
-    low = _cut(num_chunks, segment * PER, num_fine)
-    high = _cut(num_chunks, segment * PER + PER, num_fine)
-    count = high - low
-
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], q_desc.layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], v_desc.layout)
-    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], do_desc.layout)
-    weighted_s = gl.allocate_shared_memory(dtype, [C, BV], tile_v)
-    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
-    dk_s = gl.allocate_shared_memory(dtype, [1, C, BK], dk_desc.layout)
-    dv_s = gl.allocate_shared_memory(dtype, [1, C, BV], dv_desc.layout)
-    size: gl.constexpr = 2 * (q_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1)
-    for i in gl.static_range(STAGES - 1):
-        wanted = i < count
-        start = gl.load(starts + high - 1 - i, mask=wanted, other=0)
-        mbarrier.expect(bars.index(i), size, pred=wanted)
-        _fetch(k_desc, h, start, 0, bars.index(i), k_tiles.index(i), wanted)
-        _fetch(q_desc, h, start, 0, bars.index(i), q_tiles.index(i), wanted)
-        _fetch(v_desc, h, start, 0, bars.index(i), v_tiles.index(i), wanted)
-        _fetch(do_desc, h, start, 0, bars.index(i), do_tiles.index(i), wanted)
-
-    rows_k = gl.arange(0, BK, layout=by_row)
-    columns_v = gl.arange(0, BV, layout=by_column)
+    rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma_state))
+    columns_v = side * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, mma_state))
     inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
-    slots = gl.arange(0, C, layout=by_row)
-    others = gl.arange(0, C, layout=by_column)
-    distance = others[None, :] - slots[:, None]
+    slots = gl.arange(0, C, layout=gl.SliceLayout(1, mma))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, mma))
+    sources = gl.arange(0, C, layout=gl.SliceLayout(1, mma_state))
+    here = gl.arange(0, C, layout=gl.SliceLayout(1, mma_scores))
+    others = gl.arange(0, C, layout=gl.SliceLayout(0, mma_scores))
+    distance = others[None, :] - here[:, None]
     within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
 
-    state = gl.zeros([BK, BV], gl.float32, mma_v)
+    state = gl.zeros([BK, HALF], gl.float32, mma_state)
     if HAS_PARTIAL:
         state = _entering(
-            partial, slope, starts, owners, cu_seqlens, h, high, segment * PER + PER, num_chunks, num_fine, PER,
+            partial, slope, starts, owners, cu_seqlens, h, high, edge, num_chunks, num_fine, PER,
             partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, True, FINE,
         )  # fmt: skip
 
-    for step in range(0, count):
+    for step in range(0, high - low):
         stage = step % STAGES
         m = high - 1 - step
         start = gl.load(starts + m)
         info = gl.load(infos + m)
         length = info >> LENGTH_SHIFT
         enters = (info & ENDS) != 0
-        ahead = step + STAGES - 1
-        wanted = ahead < count
-        ahead_start = gl.load(starts + high - 1 - ahead, mask=wanted, other=0)
-
-        valid = slots < length
         from_state = gl.exp(-slope * gl.maximum(length - 1 - slots, 0).to(gl.float32))
-        to_state = gl.where(valid, gl.exp(-slope * (slots + 1).to(gl.float32)), 0.0)
+        to_state = gl.where(sources < length, gl.exp(-slope * (sources + 1).to(gl.float32)), 0.0)
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
             if enters:
@@ -486,70 +475,126 @@ def attend_dk_dv(
         k_s = k_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
         v_s = v_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
         do_s = do_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
-        state_s.store(state.to(dtype))
+        # Both sides have read the state of the chunk before.
+        mbarrier.wait(free, (step & 1) ^ 1)
+        my_state_s.store(state.to(dtype))
         state = state * through
-        mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-        weighted_s.store((do_s.load(mma_v).to(gl.float32) * to_state[:, None]).to(dtype))
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        do_half = do_s.slice(side * HALF, HALF, dim=1).load(mma_state)
+        weighted_s.store((do_half.to(gl.float32) * to_state[:, None]).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
-        gl.thread_barrier()
-        # Every warp is past the previous chunk: its buffers may be filled again.
-        free = ahead % STAGES
-        mbarrier.expect(bars.index(free), size, pred=wanted)
-        _fetch(k_desc, h, ahead_start, 0, bars.index(free), k_tiles.index(free), wanted)
-        _fetch(q_desc, h, ahead_start, 0, bars.index(free), q_tiles.index(free), wanted)
-        _fetch(v_desc, h, ahead_start, 0, bars.index(free), v_tiles.index(free), wanted)
-        _fetch(do_desc, h, ahead_start, 0, bars.index(free), do_tiles.index(free), wanted)
+        thread_barrier()
+        mbarrier.arrive(ready, count=1)
 
-        scores = gl.zeros([C, C], gl.float32, mma_v)
-        scores = warpgroup_mma(k_s, q_s.permute((1, 0)), scores, use_acc=False, is_async=True)
-        dv_acc = gl.zeros([C, BV], gl.float32, mma_v)
-        dv_acc = warpgroup_mma(k_s, state_s, dv_acc, use_acc=False, is_async=True)
-        d_scores = gl.zeros([C, C], gl.float32, mma_k)
-        d_scores = warpgroup_mma(v_s, do_s.permute((1, 0)), d_scores, use_acc=False, is_async=True)
-
+        scores = gl.zeros([C, C], gl.float32, mma_scores)
+        acc = gl.zeros([C, BLOCK], gl.float32, mma)
+        if side == 0:
+            scores = warpgroup_mma(k_s, q_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+            mbarrier.wait(ready, step & 1)
+            acc = warpgroup_mma(k_s, state_s, acc, use_acc=False, is_async=True)
+        else:
+            scores = warpgroup_mma(v_s, do_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+            mbarrier.wait(ready, step & 1)
+            acc = warpgroup_mma(v_s, state_s.permute((1, 0)), acc, use_acc=False, is_async=True)
+        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state, is_async=True)
         scores = warpgroup_mma_wait(2, deps=[scores])
         scores = gl.where((others < length)[None, :], scores * within_CC, 0.0)
-        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma_v, 2))
-        dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
-        dv_acc = warpgroup_mma(scores, do_s, dv_acc * from_state[:, None], is_async=True)
-        dk_acc = gl.zeros([C, BK], gl.float32, mma_k)
-        dk_acc = warpgroup_mma(v_s, state_s.permute((1, 0)), dk_acc, use_acc=False, is_async=True)
-
-        d_scores = warpgroup_mma_wait(2, deps=[d_scores])
-        d_scores = gl.convert_layout(d_scores, mma_v)
-        d_scores = gl.where((others < length)[None, :], d_scores * within_CC, 0.0)
-        d_scores = gl.convert_layout(d_scores.to(dtype), gl.DotOperandLayout(0, mma_k, 2))
-        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state, is_async=True)
-        dk_acc = warpgroup_mma_wait(1, deps=[dk_acc])
-        from_state_k = gl.convert_layout(from_state, gl.SliceLayout(1, mma_k))
-        dk_acc = warpgroup_mma(d_scores, q_s, dk_acc * from_state_k[:, None], is_async=True)
-        dv_acc = warpgroup_mma_wait(2, deps=[dv_acc])
-        whole = length == C
-        if whole:
-            dv_s._reinterpret(dtype, [C, BV], tile_v).store(dv_acc.to(dtype))
+        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma, 2))
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(free, count=1)
+        if side == 0:
+            acc = warpgroup_mma(scores, do_s, acc * from_state[:, None], is_async=True)
         else:
-            at = dv + start.to(gl.int64) * dv_t + h * dv_h + slots[:, None] * dv_t + columns_v[None, :]
-            gl.store(at, dv_acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
+            acc = warpgroup_mma(scores, q_s, acc * from_state[:, None], is_async=True)
         state = warpgroup_mma_wait(1, deps=[state])
-        dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
-        if whole:
-            dk_s._reinterpret(dtype, [C, BK], tile_k).store(dk_acc.to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(dv_desc, [h, start, 0], dv_s)
-            tma.async_copy_shared_to_global(dk_desc, [h, start, 0], dk_s)
-        else:
-            slots_k = gl.arange(0, C, layout=gl.SliceLayout(1, mma_k))
-            columns_k = gl.arange(0, BK, layout=gl.SliceLayout(0, mma_k))
-            at = dk + start.to(gl.int64) * dk_t + h * dk_h + slots_k[:, None] * dk_t + columns_k[None, :]
-            gl.store(at, dk_acc.to(dtype), mask=(slots_k < length)[:, None] & (columns_k < K)[None, :])
-            gl.thread_barrier()
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
+
+        out_s._reinterpret(dtype, [C, BLOCK], tile_out).store(acc.to(dtype))
+        fence_async_shared()
+        thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), 0], out_s)
+        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
+        partly = (slots < length) & (length < C)
+        gl.store(rows, acc.to(dtype), mask=partly[:, None] & (columns < WIDTH)[None, :])
         if HAS_FINAL:
             if (info & BEGINS) != 0:
                 at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
                 at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
                 gl.store(at, state, mask=inside)
     tma.store_wait(0)
+
+
+@gluon.jit
+def attend_dk_dv(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
+    slopes, starts, infos, owners, cu_seqlens,
+    dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
+    dtype: gl.constexpr = q_desc.dtype
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    edge = segment * PER + PER
+
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], v_desc.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], do_desc.layout)
+    weighted_tiles = gl.allocate_shared_memory(
+        dtype, [2, C, BV // 2], gl.NVMMASharedLayout.get_default_for([C, BV // 2], dtype)
+    )
+    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
+    dk_s = gl.allocate_shared_memory(dtype, [1, C, BK], dk_desc.layout)
+    dv_s = gl.allocate_shared_memory(dtype, [1, C, BV], dv_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.invalidate(bars.index(i))
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(ready, count=2)
+    mbarrier.init(free, count=2)
+    for_dv: gl.constexpr = 0
+    for_dk: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_consume_backward, (
+                for_dv, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dv_s,
+                full, empty, ready, free, dv_desc, dv, initial, final, partial, slope, starts, infos, owners,
+                cu_seqlens, h, low, high, edge, dv_t, dv_h,
+                initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_consume_backward, (
+                for_dk, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dk_s,
+                full, empty, ready, free, dk_desc, dk, initial, final, partial, slope, starts, infos, owners,
+                cu_seqlens, h, low, high, edge, dk_t, dk_h,
+                initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_produce_backward, (
+                q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles,
+                full, empty, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+        mbarrier.invalidate(empty.index(i))
+    mbarrier.invalidate(ready)
+    mbarrier.invalidate(free)

@@ -51,7 +51,7 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
     segments = max(1, min(processors // columns, num_chunks // 4))
     if segments == 1:
         return 1, 1
-    return segments, max(1, min(16 // segments, num_chunks // segments // 4))
+    return segments, max(1, min(16 // segments, num_chunks // segments // 16))
 
 
 def choose_hopper(x_THK: Tensor) -> bool:
@@ -99,6 +99,9 @@ class _Run(NamedTuple):
         table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
         columns = H * triton.cdiv(max(K, V), tiles.slice)
         segments, per = choose_segments(table.count, columns, x_THK.device)
+        # No segment may be empty: nothing would write the state it hands on.
+        segments = min(segments, table.count)
+        per = min(per, table.count // segments)
         hopper = max(K, V) <= 128 and choose_hopper(x_THK)
         return cls(slopes_H, documents, tiles, segments, per, table, hopper)
 
@@ -140,19 +143,20 @@ class _Run(NamedTuple):
         fine = self.segments * self.per
         partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
         initial_strides = initial_NHKV.stride() if initial_NHKV is not None else [0] * 4
+        where = (self.slopes_H, self.table.starts, self.table.owners, self.documents.cu_seqlens)
         flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None}
         if self._copy_engine_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
             hopper.partials[H, fine - self.per](
-                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), initial_NHKV, partial_FHKV, *self._where,
-                *initial_strides, self.table.count, fine, self.per,
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), initial_NHKV, partial_FHKV,
+                *where, *initial_strides, self.table.count, fine, self.per,
                 H=H, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
             )  # fmt: skip
             return partial_FHKV
         shared = self._shared(K, V, y_THK.dtype)
         triton_kernels.partials[triton.cdiv(V, shared["BV"]), H, fine - self.per](
-            y_THK, z_THV, initial_NHKV, partial_FHKV, *self._where,
+            y_THK, z_THV, initial_NHKV, partial_FHKV, *where,
             *y_THK.stride()[:2], *z_THV.stride()[:2], *initial_strides, self.table.count, fine, self.per,
             H=H, K=K, V=V, **shared, **flags,
         )  # fmt: skip
@@ -203,7 +207,6 @@ class _Run(NamedTuple):
         )  # fmt: skip
         return out_THV
 
-
     def dk_dv(
         self,
         q_THK: Tensor,
@@ -217,7 +220,9 @@ class _Run(NamedTuple):
         """``A'(v, do, q)`` and ``A'(k, q, do)``, in one pass where the kernel for it runs; fills ``d_initial_NHKV``."""
         if not self._copy_engine_takes(q_THK, k_THK, v_THV, do_THV):
             dk = self.attend(v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_partial_FHKV), reverse=True)
-            dv = self.attend(k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV)
+            dv = self.attend(
+                k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV
+            )
             return dk, dv
         T, H, K = q_THK.shape
         V = v_THV.shape[-1]
@@ -230,13 +235,14 @@ class _Run(NamedTuple):
         fine = self.segments * self.per
         keys = [(x, C, BK) for x in (q_THK, k_THK)]
         values = [(x, C, BV) for x in (v_THV, do_THV)]
+        initial, final, partial = (self.slopes_H if state is None else state for state in states)
         hopper.attend_dk_dv[H, self.segments](
             *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)),
-            dk_THK, dv_THV, *states, *self._where, *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides,
-            self.table.count, fine, self.per,
+            dk_THK, dv_THV, initial, final, partial, *self._where,
+            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
             HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
             HAS_PARTIAL=d_partial_FHKV is not None, FINE=triton.next_power_of_2(fine),
-            STAGES=hopper.STAGES_BACKWARD, num_warps=8, **shape,
+            STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape,
         )  # fmt: skip
         return dk_THK, dv_THV
 
@@ -260,9 +266,7 @@ class _TritonLightning(torch.autograd.Function):
         if return_final_state:
             final_NHKV = torch.empty(len(documents), H, K, V, dtype=torch.float32, device=q_THK.device)
         partial_FHKV = run.partials(k_THK, v_THV, initial_NHKV, reverse=False)
-        out_THV = run.attend(
-            q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV, reverse=False, final_NHKV=final_NHKV
-        )
+        out_THV = run.attend(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV, reverse=False, final_NHKV=final_NHKV)
         ctx.save_for_backward(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV)
         ctx.run = run
         ctx.set_materialize_grads(False)

@@ -23,23 +23,25 @@ LENGTH_SHIFT = tl.constexpr(2)
 
 
 @triton.jit
-def _decay_reach(slope):
-    """A distance in tokens that no contribution outlives, a little generous so that rounding cannot shorten it."""
-    return tl.minimum(1.001 / tl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(tl.int32)
+def _cut(num_chunks, fine, num_fine):
+    """The chunk that fine segment ``fine`` begins with."""
+    return (num_chunks.to(tl.int64) * fine // num_fine).to(tl.int32)
 
 
 @triton.jit
 def _load_rows(base, stride, valid, columns, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.arange(0, C)
-    mask = valid[:, None] & tl.full([1, BLOCK], True, tl.int1) if WIDTH % BLOCK == 0 else (
-        valid[:, None] & (columns < WIDTH)[None, :]
+    mask = (
+        valid[:, None] & tl.full([1, BLOCK], True, tl.int1)
+        if WIDTH % BLOCK == 0
+        else (valid[:, None] & (columns < WIDTH)[None, :])
     )
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def partials(
-    y, z, initial, partial, slopes, starts, infos, owners, cu_seqlens,
+    y, z, initial, partial, slopes, starts, owners, cu_seqlens,
     y_t, y_h, z_t, z_h, initial_n, initial_h, initial_k, initial_v,
     num_chunks, num_fine, PER,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -47,64 +49,59 @@ def partials(
 ):  # fmt: skip
     """``partial[f, h]``: the state fine segment f hands on, of the one document that leaves it. ``[F', H, K, V]``.
 
-    Written only where some segment of ``attend`` will read it. F' is F - PER: nothing reads what the last segment
-    (REVERSE: the first) hands on.
+    Written only where some segment of ``attend`` will read it, from the tokens that reach that segment. F' is F - PER:
+    nothing reads what the last segment (REVERSE: the first) hands on.
     """
     slice_v = tl.program_id(0)
     h = tl.program_id(1)
     row = tl.program_id(2)
     slope = tl.load(slopes + h).to(tl.float32)
     fine = row + PER if REVERSE else row
-    low = (num_chunks.to(tl.int64) * fine // num_fine).to(tl.int32)
-    high = (num_chunks.to(tl.int64) * (fine + 1) // num_fine).to(tl.int32)
-    # The document at the cut on the far side, and the nearest segment boundary from which its state may be read.
-    cut = low if REVERSE else high
+    # The cut the state crosses, the segment's other edge, and the nearest boundary where a segment may read it.
+    cut = _cut(num_chunks, fine if REVERSE else fine + 1, num_fine)
     nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
-    reader = tl.load(starts + (num_chunks.to(tl.int64) * nearest // num_fine).to(tl.int32))
+    cut_token = tl.load(starts + cut)
+    far_token = tl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
+    reader = tl.load(starts + _cut(num_chunks, nearest, num_fine))
+    # A distance that no contribution outlives, a little generous so that rounding cannot shorten it.
+    reach = tl.minimum(1.001 / tl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(tl.int32)
     document = tl.load(owners + cut)
     document_start = tl.load(cu_seqlens + document)
     document_end = tl.load(cu_seqlens + document + 1)
-    cut_token = tl.load(starts + cut)
-    document_chunk = cut - (cut_token - document_start) // C
-    reach = _decay_reach(slope)
-    if REVERSE:
-        last = tl.minimum(tl.minimum(document_end, tl.load(starts + high)), reader + reach) - 1
-        needed = (document_start < reader) & (cut_token > document_start) & (last >= cut_token)
-        first_chunk = tl.minimum(document_chunk + (last - document_start) // C, high - 1)
-        count = first_chunk - low + 1
-    else:
-        first = tl.maximum(tl.maximum(document_start, tl.load(starts + low)), reader - reach)
-        needed = (document_end > reader) & (cut_token > document_start) & (first < cut_token)
-        first_chunk = tl.maximum(document_chunk + (first - document_start) // C, low)
-        count = high - first_chunk
-    if needed:
+    begin = cut_token
+    end = cut_token
+    if cut_token > document_start:
+        if REVERSE:
+            if document_start < reader:
+                end = tl.minimum(tl.minimum(document_end, far_token), reader + reach)
+        else:
+            if document_end > reader:
+                begin = tl.maximum(tl.maximum(document_start, far_token), reader - reach)
+    if begin < end:
         columns_k = tl.arange(0, BK)
         columns_v = slice_v * BV + tl.arange(0, BV)
         slots = tl.arange(0, C)
         inside = (columns_k < K)[:, None] & (columns_v < V)[None, :]
         state = tl.zeros([BK, BV], tl.float32)
         if HAS_INITIAL:
-            if (tl.load(infos + first_chunk) & (ENDS if REVERSE else BEGINS)) != 0:
+            if (end == document_end) if REVERSE else (begin == document_start):
                 at = initial + document.to(tl.int64) * initial_n + h * initial_h
                 at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        next_start = tl.load(starts + first_chunk).to(tl.int64)
-        next_length = tl.load(infos + first_chunk) >> LENGTH_SHIFT
+        count = (end - begin + C - 1) // C
         for step in range(0, count):
-            m = first_chunk - step if REVERSE else first_chunk + step
-            start = next_start
-            length = next_length
-            following = tl.maximum(m - 1, 0) if REVERSE else tl.minimum(m + 1, num_chunks - 1)
-            next_start = tl.load(starts + following).to(tl.int64)
-            next_length = tl.load(infos + following) >> LENGTH_SHIFT
+            # Weights are local to the tile: near one for a slow head, so that rounding z to its dtype costs nothing.
+            offset = (count - 1 - step if REVERSE else step) * C
+            length = tl.minimum(end - begin - offset, C)
             valid = slots < length
-            y_CK = _load_rows(y + start * y_t + h * y_h, y_t, valid, columns_k, K, C, BK)
-            z_CV = _load_rows(z + start * z_t + h * z_h, z_t, valid, columns_v, V, C, BV)
-            to_state = slots + 1 if REVERSE else tl.maximum(length - 1 - slots, 0)
-            z_CV = (z_CV * tl.exp(-slope * to_state)[:, None]).to(z_CV.dtype)
+            first = (begin + offset).to(tl.int64)
+            y_CK = _load_rows(y + first * y_t + h * y_h, y_t, valid, columns_k, K, C, BK)
+            z_CV = _load_rows(z + first * z_t + h * z_h, z_t, valid, columns_v, V, C, BV)
+            away = slots + 1 if REVERSE else tl.maximum(length - 1 - slots, 0)
+            z_CV = (z_CV * tl.exp(-slope * away)[:, None]).to(z_CV.dtype)
             state = tl.dot(tl.trans(y_CK), z_CV, state * tl.exp(-slope * length), input_precision=PRECISION)
-        at = partial + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
-        tl.store(at, state, mask=inside)
+        to = partial + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
+        tl.store(to, state, mask=inside)
 
 
 @triton.jit
@@ -118,13 +115,13 @@ def attend(
     REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_PARTIAL: tl.constexpr,
     FINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [T, H, V]`` of one head, one slice of V and one segment; ``final [N, H, K, V]`` of documents ending in it."""
+    """``out [T, H, V]`` of one head, slice of V and segment; ``final [N, H, K, V]`` of the documents it ends."""
     slice_v = tl.program_id(0)
     h = tl.program_id(1)
     segment = tl.program_id(2)
     slope = tl.load(slopes + h).to(tl.float32)
-    low = (num_chunks.to(tl.int64) * (segment * PER) // num_fine).to(tl.int32)
-    high = (num_chunks.to(tl.int64) * (segment * PER + PER) // num_fine).to(tl.int32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
 
     slots = tl.arange(0, C)
     columns_k = tl.arange(0, BK)
@@ -142,7 +139,7 @@ def attend(
             cut_token = tl.load(starts + cut)
             document = tl.load(owners + cut)
             fines = tl.arange(0, FINE)
-            ends = (num_chunks.to(tl.int64) * (fines if REVERSE else fines + 1) // num_fine).to(tl.int32)
+            ends = _cut(num_chunks, fines if REVERSE else fines + 1, num_fine)
             ends_token = tl.load(starts + ends, mask=fines < num_fine, other=0)
             near = tl.abs(cut_token - ends_token) * slope <= REACH
             if REVERSE:
@@ -156,7 +153,7 @@ def attend(
                 to_fine = segment * PER
                 from_fine = to_fine - tl.sum((reaching & near).to(tl.int32), 0)
             for f in range(from_fine, to_fine):
-                end = (num_chunks.to(tl.int64) * (f if REVERSE else f + 1) // num_fine).to(tl.int32)
+                end = _cut(num_chunks, f if REVERSE else f + 1, num_fine)
                 away = tl.abs(cut_token - tl.load(starts + end))
                 row = f - PER if REVERSE else f
                 at = partial + row.to(tl.int64) * partial_f + h * partial_h
