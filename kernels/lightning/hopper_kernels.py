@@ -8,6 +8,8 @@ Written in Gluon, Triton's lower level: needs compute capability 9.0, two-byte e
 Shape legend: as in ``triton_kernels``.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -39,13 +41,31 @@ thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
+class _Layout(gl.NVMMASharedLayout):
+    """A layout that spells itself once: the launcher asks every descriptor of every call for it."""
+
+    def __repr__(self) -> str:
+        text = self.__dict__.get("text")
+        if text is None:
+            text = super().__repr__().replace("_Layout", "NVMMASharedLayout")
+            object.__setattr__(self, "text", text)
+        return text
+
+
+@cache
+def _layout(chunk: int, columns: int, dtype: torch.dtype) -> _Layout:
+    default = gl.NVMMASharedLayout.get_default_for([1, chunk, columns], _ELEMENT[dtype])
+    return _Layout(default.swizzle_byte_width, default.element_bitwidth, default.rank)
+
+
 def descriptors(*blocks: tuple[Tensor, int, int]) -> list[TensorDescriptor]:
     """How the copy engine sees each ``(x [T, H, K], chunk, columns)``: as ``[H, T, K]``, one head's chunk at a time."""
     result = []
     for x_THK, chunk, columns in blocks:
-        x_HTK = x_THK.transpose(0, 1)
-        layout = gl.NVMMASharedLayout.get_default_for([1, chunk, columns], _ELEMENT[x_THK.dtype])
-        result.append(TensorDescriptor(x_HTK, list(x_HTK.shape), list(x_HTK.stride()), [1, chunk, columns], layout))
+        T, H, K = x_THK.shape
+        stride_t, stride_h, _ = x_THK.stride()
+        layout = _layout(chunk, columns, x_THK.dtype)
+        result.append(TensorDescriptor(x_THK, [H, T, K], [stride_h, stride_t, 1], [1, chunk, columns], layout))
     return result
 
 

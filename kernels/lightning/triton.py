@@ -16,15 +16,23 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents, F fine seg
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import triton_kernels
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _ceil_div(size: int, step: int) -> int:
+    return -(-size // step)
 
 
 class Tiles(NamedTuple):
@@ -43,12 +51,21 @@ def choose_tiles(dtype: torch.dtype, K: int, V: int) -> Tiles:
     return Tiles(64, 128, 8, 3)
 
 
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tuple[int, int]:
     """Segments of ``attend`` and fine segments of ``partials`` per segment, for ``columns`` independent programs."""
     if device.type != "cuda":
         return 1, 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    segments = max(1, min(processors // columns, num_chunks // 4))
+    segments = max(1, min(_processors(device) // columns, num_chunks // 4))
     if segments == 1:
         return 1, 1
     return segments, max(1, min(16 // segments, num_chunks // segments // 16))
@@ -56,7 +73,7 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
 
 def choose_hopper(x_THK: Tensor) -> bool:
     """Whether the hand-scheduled kernel takes this dtype on this device."""
-    return x_THK.is_cuda and x_THK.element_size() == 2 and torch.cuda.get_device_capability(x_THK.device)[0] == 9
+    return x_THK.element_size() == 2 and _is_hopper(x_THK.device)
 
 
 class _Table(NamedTuple):
@@ -97,7 +114,7 @@ class _Run(NamedTuple):
         H, K = x_THK.shape[1:]
         tiles = choose_tiles(x_THK.dtype, K, V)
         table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
-        columns = H * triton.cdiv(max(K, V), tiles.slice)
+        columns = H * _ceil_div(max(K, V), tiles.slice)
         segments, per = choose_segments(table.count, columns, x_THK.device)
         # No segment may be empty: nothing would write the state it hands on.
         segments = min(segments, table.count)
@@ -109,8 +126,8 @@ class _Run(NamedTuple):
         C, width, warps, stages = self.tiles
         return {
             "C": C,
-            "BK": max(16, triton.next_power_of_2(K)),
-            "BV": min(width, max(16, triton.next_power_of_2(V))),
+            "BK": max(16, _power_of_two(K)),
+            "BV": min(width, max(16, _power_of_two(V))),
             "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
             "num_warps": warps,
             "num_stages": stages,
@@ -131,7 +148,7 @@ class _Run(NamedTuple):
         # Gluon is imported only where it can run.
         from minimax_train.kernels.lightning import hopper_kernels
 
-        BK, BV = (max(64, triton.next_power_of_2(size)) for size in (K, V))
+        BK, BV = (max(64, _power_of_two(size)) for size in (K, V))
         return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
 
     def partials(self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool) -> Tensor | None:
@@ -155,7 +172,7 @@ class _Run(NamedTuple):
             )  # fmt: skip
             return partial_FHKV
         shared = self._shared(K, V, y_THK.dtype)
-        triton_kernels.partials[triton.cdiv(V, shared["BV"]), H, fine - self.per](
+        triton_kernels.partials[_ceil_div(V, shared["BV"]), H, fine - self.per](
             y_THK, z_THV, initial_NHKV, partial_FHKV, *where,
             *y_THK.stride()[:2], *z_THV.stride()[:2], *initial_strides, self.table.count, fine, self.per,
             H=H, K=K, V=V, **shared, **flags,
@@ -186,7 +203,7 @@ class _Run(NamedTuple):
             "HAS_INITIAL": initial_NHKV is not None,
             "HAS_FINAL": final_NHKV is not None,
             "HAS_PARTIAL": partial_FHKV is not None,
-            "FINE": triton.next_power_of_2(fine),
+            "FINE": _power_of_two(fine),
         }
         if self._copy_engine_takes(x_THK, y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
@@ -199,7 +216,7 @@ class _Run(NamedTuple):
                 T, self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
             )  # fmt: skip
             return out_THV
-        triton_kernels.attend[triton.cdiv(V, shared["BV"]), H, self.segments](
+        triton_kernels.attend[_ceil_div(V, shared["BV"]), H, self.segments](
             x_THK, y_THK, z_THV, out_THV, *states, *self._where,
             *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *state_strides,
             self.table.count, fine, self.per,
@@ -241,7 +258,7 @@ class _Run(NamedTuple):
             dk_THK, dv_THV, initial, final, partial, *self._where,
             *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
             HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
-            HAS_PARTIAL=d_partial_FHKV is not None, FINE=triton.next_power_of_2(fine),
+            HAS_PARTIAL=d_partial_FHKV is not None, FINE=_power_of_two(fine),
             STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape,
         )  # fmt: skip
         return dk_THK, dv_THV
