@@ -4,8 +4,8 @@ With ``A(x, y, z)_i = sum over j <= i of decay^(i - j) (x_i . y_j) z_j`` and A' 
 
     o = A(q, k, v)    dq = A(do, v, k)    dk = A'(v, do, q)    dv = A'(k, q, do)
 
-where A's running state is S (transposed for dq) and that of A' is the gradient of S (transposed for dk). Each call
-reads three tensors and writes one, so forward and backward together move 16 of them.
+where A's running state is S (transposed for dq) and that of A' is the gradient of S (transposed for dk). On Hopper
+dk and dv come from one pass over what they share. ``docs/kernels.md`` counts the bytes and has the measurements.
 
 One program holds one head's state, so the token axis is cut in as many segments as fill the device. What crosses a
 cut is summed beforehand from finer segments in parallel: reading at most y and z of all but one segment once more,
