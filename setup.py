@@ -38,7 +38,8 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"],
     },
     entry_points={
         "console_scripts": [
