@@ -50,7 +50,13 @@ class LightningAttention(nn.Module):
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""
         out_THK, _ = lightning_attention(
-            q_THK, k_THK, v_THK, slopes_H, context.documents, implementation=self.implementation
+            q_THK,
+            k_THK,
+            v_THK,
+            slopes_H,
+            context.documents,
+            return_final_state=False,
+            implementation=self.implementation,
         )
         return out_THK
 
