@@ -135,6 +135,11 @@ def test_initial_weights(tmp_path):
         assert torch.equal(weight, right[name]), name
     with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
+    with pytest.raises(AssertionError, match=r"data.tokenizer='train': gives other token ids than .*; pass data.token"):
+        one = "data.tokenizer_documents=1"
+        run_ranks(_train, 2, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/a/run", one))
+    kept = f"data.tokenizer={tmp_path}/a/run/tokenizer"
+    run_ranks(_train, 1, tiny_run(tmp_path / "e", f"checkpoint.initial_weights={tmp_path}/a/run", kept), 0)
     for change, message in [
         ("model.num_heads=8", r"this model's layers.0.attention.qkv_proj.weight is \(144, 20\), .* \(108, 20\)"),
         ("model.num_layers=8", "this model's layers.4.*, the checkpoint holds no such parameter"),
