@@ -56,6 +56,11 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
             )
         _refuse_changes(read_config(saved), config)
     else:
+        # What the run is told to start from must not be what it writes over.
+        weights = config.checkpoint.initial_weights
+        apart = weights is None or Path(weights).resolve() != folder.resolve()
+        apart &= Path(config.data.tokenizer).resolve() != (folder / "tokenizer").resolve()
+        require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
