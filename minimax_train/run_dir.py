@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minimax_train.checkpoint.store import CheckpointStore
+from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint
 from minimax_train.config import Config, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
@@ -56,10 +56,28 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
             )
         _refuse_changes(read_config(saved), config)
     else:
+        # What the run is told to start from must not be what it writes over.
+        weights = config.checkpoint.initial_weights
+        apart = weights is None or Path(weights).resolve() != folder.resolve()
+        apart &= Path(config.data.tokenizer).resolve() != (folder / "tokenizer").resolve()
+        require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+    tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+    if store.latest() is None and config.checkpoint.initial_weights is not None:
+        _refuse_other_tokens(config, tokenizer)
     save_config(config, saved)
+
+
+def _refuse_other_tokens(config: Config, tokenizer: Tokenizer) -> None:
+    """Embedding rows of initial weights mean the tokens they were trained with."""
+    theirs = find_checkpoint(config.checkpoint.initial_weights) / "tokenizer"
+    if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "
+            f"checkpoint.initial_weights={config.checkpoint.initial_weights!r} was trained with; "
+            f"pass data.tokenizer={theirs}"
+        )
 
 
 def _refuse_changes(before: Config, now: Config) -> None:

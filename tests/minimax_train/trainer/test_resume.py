@@ -127,6 +127,18 @@ def test_what_a_resumed_run_may_not_change(tmp_path):
         run_ranks(_train, 1, tiny_run(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["checkpoint.initial_weights", "data.tokenizer"])
+def test_a_run_does_not_write_over_what_it_starts_from(tmp_path, key):
+    run_ranks(_train, 1, tiny_run(tmp_path / "a"), 0)
+    source = tmp_path / "a/run/checkpoints/step-00000000"
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    value = source / "tokenizer" if key == "data.tokenizer" else source
+    config = tiny_run(tmp_path / "b", f"{key}={value}", f"run_dir={source}")
+    with pytest.raises(AssertionError, match="must be another folder than the weights' and the tokenizer's"):
+        run_ranks(_train, 1, config, 0)
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+
+
 def test_initial_weights(tmp_path):
     right = run_ranks(_train, 1, tiny_run(tmp_path / "a"))[0]
     config = tiny_run(tmp_path / "b", f"checkpoint.initial_weights={tmp_path}/a/run", "seed=5")
@@ -135,6 +147,11 @@ def test_initial_weights(tmp_path):
         assert torch.equal(weight, right[name]), name
     with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
+    with pytest.raises(AssertionError, match=r"data.tokenizer='train': gives other token ids than .*; pass data.token"):
+        one = "data.tokenizer_documents=1"
+        run_ranks(_train, 2, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/a/run", one))
+    kept = f"data.tokenizer={tmp_path}/a/run/tokenizer"
+    run_ranks(_train, 1, tiny_run(tmp_path / "e", f"checkpoint.initial_weights={tmp_path}/a/run", kept), 0)
     for change, message in [
         ("model.num_heads=8", r"this model's layers.0.attention.qkv_proj.weight is \(144, 20\), .* \(108, 20\)"),
         ("model.num_layers=8", "this model's layers.4.*, the checkpoint holds no such parameter"),
