@@ -85,14 +85,17 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
 
     # The id lives with the run, so that a resumed run goes on in the same place.
     id_file = run_dir / "wandb_id"
-    run = wandb.init(
-        project=config.wandb_project,
-        name=config.wandb_name or run_dir.resolve().name,
-        id=id_file.read_text() if id_file.is_file() else None,
-        resume="allow",
-        mode=config.wandb,
-        dir=run_dir,
-        config=dict(run_config),
-    )
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.resolve().name,
+            id=id_file.read_text() if id_file.is_file() else None,
+            resume="allow",
+            mode=config.wandb,
+            dir=run_dir,
+            config=dict(run_config),
+        )
+    except wandb.Error as error:
+        raise ConfigError(f"logging.wandb={config.wandb!r}: {error}; or pass offline, or off") from error
     replace_text(id_file, run.id)
     return run

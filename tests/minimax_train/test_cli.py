@@ -114,7 +114,8 @@ def test_a_launcher_that_sets_half_its_variables(monkeypatch, capsys):
 
 def _run(folder, *more):
     command = [sys.executable, "-m", "minimax_train", *overrides(folder, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # No key of this machine's user: runs that report must fail before they reach the network.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder), "WANDB_API_KEY": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -143,6 +144,7 @@ def test_a_whole_run(tmp_path):
             "step 2: .*gradient norm nan; not finite: .*gradients: embedding.weight",
         ),
         (["data.text_column=body"], 2, "data.text_column='body'"),
+        (["logging.wandb=online"], 2, "logging.wandb='online': .*API key.*; or pass offline, or off"),
         (["run_dir=/dev/null"], 2, "run_dir='/dev/null': must be a folder this run can write"),
         (["model.vocab_size=200"], 2, "model.vocab_size"),
         (["device=cuda"], 2, "device='cuda': this machine has no GPU"),

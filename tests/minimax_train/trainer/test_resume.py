@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,38 @@ def test_a_killed_run_continues(tmp_path):
     subprocess.run(parts, check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     assert sorted(p.name for p in (tmp_path / "parts/run/checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
+
+
+def _train_until_killed(grid, config, owner, name, step):
+    """The process dies at the store's first call of a function on the checkpoint of a step, half-way where it can."""
+    call = getattr(owner, name)
+
+    def killed(path, *arguments, **options):
+        if f"step-{step:08d}" not in f"{path} {arguments}" or not Path(path).exists():
+            return call(path, *arguments, **options)
+        if name == "rmtree":
+            (path / "progress.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, killed)
+    return _train(grid, config)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(shutil, "copy", 2), (shutil, "copytree", 2), (Path, "rename", 2), (shutil, "rmtree", 1)],
+)
+def test_killed_while_a_checkpoint_is_written_or_removed(tmp_path, owner, name, step):
+    more = ("checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.resume=auto", "recipe.steps=4")
+    config = tiny_run(tmp_path / "parts", *more)
+    right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
+    with pytest.raises(FileNotFoundError, match="result-0"):  # the rank died without a word
+        run_ranks(_train_until_killed, 1, config, owner, name, step)
+    weights = run_ranks(_train, 1, config)[0]
+    for parameter, weight in weights.items():
+        assert torch.equal(weight, right[parameter]), parameter
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "parts/run/checkpoints").iterdir()] == ["step-00000004"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
