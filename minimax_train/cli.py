@@ -68,7 +68,10 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
-    device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
+    try:
+        device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     Trainer(config, ProcessGrid.create(device_type, cp=config.parallel.cp), device).train()
     # Only after success: leaving a group whose other ranks may be stuck in a collective could wait for them.
     dist.destroy_process_group()

@@ -90,6 +90,11 @@ class Config:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+        if self.model.capacity_factor is not None:
+            capacity = self.model.expert_capacity(self.data.sequence_length)
+            accepted = f"must leave each expert at least 1 choice of a row; it leaves {capacity}"
+            require(capacity >= 1, "model.capacity_factor", self.model.capacity_factor, accepted)
+
     @property
     def layout(self) -> SequenceLayout:
         """How rows are dealt to context-parallel ranks."""

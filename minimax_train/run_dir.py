@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,8 +14,9 @@ from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
 from minimax_train.parallel.grid import ProcessGrid
 
-# What a resumed run may not change: the weights and the data position would not mean the same.
-_FIXED = ("model.", "data.", "seed", "recipe.global_batch_size")
+# What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
+# saved position would not survive.
+_FIXED = ("model.", "data.tokenizer", "seed")
 
 
 def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -> Tokenizer:
@@ -28,16 +28,21 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
         ConfigError: when the folder holds another run.
     """
     folder = Path(config.run_dir)
-    error: list[Any] = [None]
-    if grid.is_first:
-        try:
+    refusal: list[str | None] = [None]
+    try:
+        if grid.is_first:
             _prepare(config, folder, store)
-        except Exception as caught:  # raised again below, on every rank
-            error[0] = caught
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        error[0].on_all_ranks = True
-        raise error[0]
+    except Exception as error:
+        # Told to the ranks that wait; what is not the configuration's fault keeps its traceback here.
+        refusal[0] = str(error)
+        if not isinstance(error, ConfigError):
+            dist.broadcast_object_list(refusal, src=0)
+            raise
+    dist.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        error = ConfigError(refusal[0])
+        error.on_all_ranks = True
+        raise error
     return load_tokenizer(folder / "tokenizer")
 
 

@@ -69,6 +69,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step of the recipe."""
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        if recipe.eval_interval and not self.validation:
+            self.log.say("no held-out documents are configured: no evaluation")
         try:
             while self.progress.step < recipe.steps:
                 metrics = self.train_step()
@@ -93,7 +95,6 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns its metrics."""
         started, step = time.perf_counter(), self.progress.step
-        self.seconds.clear()
         with self.phase("data"):
             batches = self.next_batches()
         sums = self.accumulate_gradients(batches)
@@ -107,6 +108,9 @@ class Trainer:
         tokens = self.config.recipe.global_batch_size * self.config.data.sequence_length
         self.progress = Progress(step + 1, self.progress.tokens + tokens)
         elapsed = time.perf_counter() - started
+        # With those of an evaluation or a checkpoint that came after the step before.
+        seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
+        self.seconds.clear()
         return {
             **sums,
             "grad_norm": gradient_norm,
@@ -115,7 +119,7 @@ class Trainer:
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
             **self._memory(),
-            **{f"seconds/{name}": value for name, value in self.seconds.items()},
+            **seconds,
         }
 
     def next_batches(self) -> list[MicroBatch]:

@@ -57,7 +57,8 @@ class CheckpointStore:
         path = self.folder / f"step-{progress.step:08d}"
         draft = path.with_name(path.name + _UNFINISHED)
         if self.is_first:
-            shutil.rmtree(draft, ignore_errors=True)
+            for left in self.folder.glob(f"*{_UNFINISHED}"):  # by a run that was killed while writing or removing
+                shutil.rmtree(left)
             draft.mkdir(parents=True)
         dist.barrier()
         dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=draft)
@@ -65,10 +66,10 @@ class CheckpointStore:
             (draft / "progress.json").write_text(json.dumps(asdict(progress)))
             shutil.copy(self.run_dir / "config.yaml", draft)
             shutil.copytree(self.run_dir / "tokenizer", draft / "tokenizer")
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             draft.rename(path)
             for old in _finished(self.folder)[: -self.keep] if self.keep else []:
-                shutil.rmtree(old)
+                _remove(old)
         dist.barrier()
         return path
 
@@ -111,6 +112,14 @@ def find_checkpoint(path: str | Path) -> Path:
     if newest is None:
         raise ConfigError(f"{path}: neither a checkpoint (a folder with .metadata) nor a run that holds one")
     return newest
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed in between, what is left does not look like one."""
+    if path.exists():
+        leaving = path.with_name(f"{path.name}.old{_UNFINISHED}")
+        path.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def _finished(folder: Path) -> list[Path]:

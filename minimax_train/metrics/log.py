@@ -39,6 +39,8 @@ class MetricLog:
         if not enabled:
             return
         self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
+        if not first_step:
+            (run_dir / "wandb_id").unlink(missing_ok=True)  # of a run that never reached a checkpoint
         kept = [record for record in self.records() if record["step"] <= first_step] if first_step else []
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a", buffering=1)
@@ -52,7 +54,7 @@ class MetricLog:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.console.report(step, metrics)
         if self.wandb is not None:
-            self.wandb.log(dict(metrics), step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def say(self, text: str) -> None:
         """Tell the person watching."""
@@ -97,5 +99,6 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
         )
     except wandb.Error as error:
         raise ConfigError(f"logging.wandb={config.wandb!r}: {error}; or pass offline, or off") from error
+    run.define_metric("*", step_metric="step")  # a resumed run logs the steps after its checkpoint again
     replace_text(id_file, run.id)
     return run

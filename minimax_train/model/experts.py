@@ -51,7 +51,7 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
         config, pieces = self.config, context.pieces
-        # Routing decisions are made in float32 at least: bfloat16 logits tie too often.
+        # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
         probabilities_TE, weights_TK, experts_TK = top_k_routing(logits_TE, config.experts_per_token)
@@ -63,8 +63,7 @@ class ExpertLayer(nn.Module):
         aux_loss = load_balancing_loss(probabilities_TE, pieces.piece_T, row_load_PE, pieces.row_length)
         if config.capacity_factor is not None:
             taken_PE = (load_JBE.cumsum(0) - load_JBE)[pieces.chunks_P, pieces.rows_P]
-            share = config.experts_per_token * pieces.row_length / config.num_experts
-            capacity = int(config.capacity_factor * share)
+            capacity = config.expert_capacity(pieces.row_length)
             experts_TK = drop_over_capacity(experts_TK, pieces.piece_T, load_PE, taken_PE, capacity)
         y_TD = expert_mlp(
             x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj, implementation=self.implementation

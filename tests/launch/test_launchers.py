@@ -19,7 +19,7 @@ SRUN = """#!/usr/bin/env bash
 shift
 for task in 0 1; do
   SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 \\
-    SLURM_LAUNCH_NODE_IPADDR=127.0.0.1 "$@" &
+    SLURM_STEP_NODELIST=localhost "$@" &
   pids[$task]=$!
 done
 wait "${pids[0]}" && wait "${pids[1]}"
@@ -101,9 +101,11 @@ def test_environments():
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_ID": "0",
-        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+        "SLURM_STEP_NODELIST": "gpu[007-012,020],login1",
     }
-    assert ProcessEnvironment.detect(slurm) == ProcessEnvironment(5, 8, 1, "tcp://10.0.0.7:23456")
+    assert ProcessEnvironment.detect(slurm) == ProcessEnvironment(5, 8, 1, "tcp://gpu007:24192")
+    for nodes, first in [("n1", "n1"), ("n1,n2", "n1"), ("rack[1-2]-n", "rack1-n"), ("a-[3,5].local,b", "a-3.local")]:
+        assert ProcessEnvironment.detect({**slurm, "SLURM_STEP_NODELIST": nodes}).init_method == f"tcp://{first}:24192"
     assert ProcessEnvironment.detect({}) == ProcessEnvironment()
     # Inside a batch script, but not started by srun: a run of its own.
     assert ProcessEnvironment.detect({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == ProcessEnvironment()

@@ -43,6 +43,7 @@ from support.runs import overrides
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
+        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 choice"),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
         ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
         ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from support.runs import overrides
 
 TIMEOUT_S = 8
