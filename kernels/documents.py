@@ -5,9 +5,10 @@ Shape legend: T tokens, N documents, M chunks, C tokens per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Documents:
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
     first_positions: tuple[int, ...]
-    _chunks: dict[int, Chunks] = field(default_factory=dict, repr=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_lengths(
@@ -107,9 +108,13 @@ class Documents:
 
     def chunks(self, size: int) -> Chunks:
         """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
-        if size not in self._chunks:
-            self._chunks[size] = self._cut(size)
-        return self._chunks[size]
+        return self.derive(("chunks", size), lambda documents: documents._cut(size))
+
+    def derive(self, key: Hashable, make: Callable[[Documents], Any]) -> Any:
+        """``make(self)``, made at the first request for ``key`` and kept for all layers."""
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
 
     def _cut(self, size: int) -> Chunks:
         lengths_N = self.cu_seqlens_cpu.diff().long()

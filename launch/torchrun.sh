@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start a run with torchrun, one process per GPU of this machine (one process where there is none).
+# Start a run with torchrun, one process per visible GPU of this machine (one process where there is none).
 #
 #   launch/torchrun.sh model=small recipe.steps=1000
 #
@@ -20,7 +20,11 @@ if [[ " $* " == *" -- "* ]]; then
   done
   shift
 else
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    gpus=$(grep -o '[^,]\+' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) || true
+  else
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+  fi
   options=(--standalone "--nproc-per-node=$((gpus > 0 ? gpus : 1))")
 fi
 

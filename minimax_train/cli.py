@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     parser.add_argument("--config-dir", help="a folder of your own configuration groups")
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     environment = ProcessEnvironment()
     try:
-        environment = ProcessEnvironment.detect()
+        environment = _environment()
         config = load_config(options.overrides, config_dir=options.config_dir)
         if options.cfg:
             print(to_yaml(config), end="")
@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
     return 0
+
+
+def _environment() -> ProcessEnvironment:
+    try:
+        return ProcessEnvironment.detect()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:
@@ -61,8 +68,11 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
-    device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
-    Trainer(config, ProcessGrid.create(device_type), device).train()
+    try:
+        device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    Trainer(config, ProcessGrid.create(device_type, cp=config.parallel.cp), device).train()
     # Only after success: leaving a group whose other ranks may be stuck in a collective could wait for them.
     dist.destroy_process_group()
 

@@ -16,14 +16,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from minimax_train import configs
 from minimax_train.checkpoint.config import CheckpointConfig
 from minimax_train.data.config import DataConfig
 from minimax_train.engines import FSDPConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
+from minimax_train.files import replace_text
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
+from minimax_train.parallel import linear, softmax
+from minimax_train.parallel.layout import LAYOUTS, SequenceLayout
 from minimax_train.recipe import RecipeConfig
 
 CONFIG_DIR = Path(configs.__file__).parent
@@ -34,13 +38,24 @@ class ParallelConfig:
     """How ranks work together.
 
     Attributes:
+        cp: context-parallel size: how many ranks share each row.
+        layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
+        linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
+        softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
         timeout_s: seconds after which a collective that has not finished ends the run with an error.
     """
 
+    cp: int = 1
+    layout: str = "zigzag"
+    linear_cp: str = "auto"
+    softmax_cp: str = "auto"
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        require_positive("parallel", self, "timeout_s")
+        require_positive("parallel", self, "cp", "timeout_s")
+        require_choice("parallel.layout", self.layout, LAYOUTS)
+        require_choice("parallel.linear_cp", self.linear_cp, linear.METHODS)
+        require_choice("parallel.softmax_cp", self.softmax_cp, softmax.METHODS)
 
 
 @dataclass
@@ -70,6 +85,20 @@ class Config:
     def __post_init__(self) -> None:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         require(bool(self.run_dir), "run_dir", self.run_dir, "must be a path")
+        try:
+            self.layout.check_length(self.data.sequence_length)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+        if self.model.capacity_factor is not None:
+            capacity = self.model.expert_capacity(self.data.sequence_length)
+            accepted = f"must leave each expert at least 1 choice of a row; it leaves {capacity}"
+            require(capacity >= 1, "model.capacity_factor", self.model.capacity_factor, accepted)
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """How rows are dealt to context-parallel ranks."""
+        return SequenceLayout(self.parallel.layout, self.parallel.cp)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that this configuration cannot run on.
@@ -77,20 +106,23 @@ class Config:
         Raises:
             ConfigError: naming the key to change and the values that would do.
         """
-        recipe, streams = self.recipe, self.data.num_streams
-        rows = world_size * recipe.micro_batch_size
+        recipe, streams, cp = self.recipe, self.data.num_streams, self.parallel.cp
+        require(world_size % cp == 0, "parallel.cp", cp, f"must divide the number of processes, {world_size}")
+        dp = world_size // cp
+        rows = dp * recipe.micro_batch_size
         require(
             recipe.global_batch_size % rows == 0,
             "recipe.global_batch_size",
             recipe.global_batch_size,
-            f"must be a multiple of {rows}: {world_size} processes x recipe.micro_batch_size={recipe.micro_batch_size}",
+            f"must be a multiple of {rows}: {dp} data-parallel ranks x "
+            f"recipe.micro_batch_size={recipe.micro_batch_size}",
         )
         fitting = [size for size in range(1, streams + 1) if streams % size == 0]
         require(
-            streams % world_size == 0,
+            streams % dp == 0,
             "data.num_streams",
             streams,
-            f"must be a multiple of the {world_size} processes; with it, {fitting} processes would do",
+            f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
         )
 
 
@@ -107,6 +139,9 @@ def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None 
     Raises:
         ConfigError: naming the key, its value and what would be accepted.
     """
+    for override in overrides:
+        if re.match(r"[+~]*hydra[./=@]", override):
+            raise ConfigError(f"{override}: Hydra's own settings are not read here; --config-dir adds a search path")
     if config_dir is not None:
         require(Path(config_dir).is_dir(), "--config-dir", str(config_dir), "must be a folder")
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
@@ -128,13 +163,13 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         return _instantiate(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, OmegaConfBaseException) as error:
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    Path(path).write_text(to_yaml(config))
+    replace_text(Path(path), to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:
@@ -169,7 +204,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     match = re.search(r"full_key: (\S+)", text)
     if match is None:
         return "\n".join(dict.fromkeys(line for line in str(error).splitlines() if line.strip()))
-    key = match[1]
+    key = re.sub(r"\[.*", "", match[1])  # of a list, not of its element
     given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
     parent, _, name = key.rpartition(".")
     fields = _fields_of(parent)

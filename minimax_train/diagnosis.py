@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minimax_train.data import MicroBatch
+from minimax_train.evaluation import run_model
 
 _SHOWN = 5
 
@@ -54,7 +55,7 @@ def _outputs(model: nn.Module, batches: Iterable[MicroBatch]) -> list[str]:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+                run_model(model, batch)
     finally:
         for handle in handles:
             handle.remove()

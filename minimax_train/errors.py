@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the key, its value and what would be accepted.
@@ -30,10 +32,10 @@ def require(condition: bool, key: str, value: object, accepted: str) -> None:
 
 
 def require_positive(group: str, config: object, *names: str) -> None:
-    """Refuse a value of zero or less in any of the named fields of a configuration group."""
+    """Refuse zero, less, infinity and NaN in any of the named fields of a configuration group."""
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{group}.{name}", value, "must be greater than 0")
+        require(0 < value < math.inf, f"{group}.{name}", value, "must be greater than 0, and finite")
 
 
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from minimax_train.data import MicroBatch
 from minimax_train.kernels.cross_entropy import IGNORE_INDEX
+from minimax_train.model import ModelLoss
 from minimax_train.parallel.grid import ProcessGrid
+
+
+def run_model(model: nn.Module, batch: MicroBatch) -> ModelLoss:
+    """Loss of a micro-batch that is on the model's device."""
+    return model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows, shard=batch.shard)
 
 
 @torch.no_grad()
@@ -29,11 +35,11 @@ def evaluate(
         labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
         counts_V += labels_T.bincount(minlength=len(counts_V))
         batch = batch.to(device)
-        out = model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+        out = run_model(model, batch)
         loss += torch.stack([out.token_loss.double(), out.token_loss.new_tensor(len(labels_T)).double()])
     counts_V = counts_V.to(device)
-    dist.all_reduce(loss, group=grid.dp_group)
-    dist.all_reduce(counts_V, group=grid.dp_group)
+    dist.all_reduce(loss, group=grid.dp_cp_group)
+    dist.all_reduce(counts_V, group=grid.dp_cp_group)
     total_loss, targets = loss.tolist()
     return {"validation_loss": total_loss / targets, "unigram_loss": _entropy(counts_V)}
 

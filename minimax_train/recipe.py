@@ -53,7 +53,8 @@ class RecipeConfig:
         )
         require_choice("recipe.decay_shape", self.decay_shape, DECAY_SHAPES)
         for name in ("warmup_steps", "decay_steps", "weight_decay", "eval_interval", "adam_eps"):
-            require(getattr(self, name) >= 0, f"recipe.{name}", getattr(self, name), "must be 0 or greater")
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"recipe.{name}", value, "must be 0 or greater, and finite")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"recipe.{name}", getattr(self, name), "must be in [0, 1)")
         smallest = self.min_learning_rate > 0 if self.decay_shape == "exponential" else self.min_learning_rate >= 0

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from minimax_train.checkpoint.store import CheckpointStore
+from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint
 from minimax_train.config import Config, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 from minimax_train.parallel.grid import ProcessGrid
 
-# What a resumed run may not change: the weights and the data position would not mean the same.
-_FIXED = ("model.", "data.", "seed", "recipe.global_batch_size")
+# What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
+# saved position would not survive.
+_FIXED = ("model.", "data.tokenizer", "seed")
 
 
 def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -> Tokenizer:
@@ -27,20 +28,30 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
         ConfigError: when the folder holds another run.
     """
     folder = Path(config.run_dir)
-    error: list[Any] = [None]
-    if grid.is_first:
-        try:
+    refusal: list[str | None] = [None]
+    try:
+        if grid.is_first:
             _prepare(config, folder, store)
-        except Exception as caught:  # raised again below, on every rank
-            error[0] = caught
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        error[0].on_all_ranks = True
-        raise error[0]
+    except Exception as error:
+        # Told to the ranks that wait; what is not the configuration's fault keeps its traceback here.
+        refusal[0] = str(error)
+        if not isinstance(error, ConfigError):
+            dist.broadcast_object_list(refusal, src=0)
+            raise
+    dist.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        error = ConfigError(refusal[0])
+        error.on_all_ranks = True
+        raise error
     return load_tokenizer(folder / "tokenizer")
 
 
 def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
+    require(os.access(folder, os.W_OK), "run_dir", config.run_dir, "must be a folder this run can write")
     saved = folder / "config.yaml"
     if store.latest() is not None:
         if config.checkpoint.resume == "never":
@@ -50,11 +61,28 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
             )
         _refuse_changes(read_config(saved), config)
     else:
+        # What the run is told to start from must not be what it writes over.
+        weights = config.checkpoint.initial_weights
+        apart = weights is None or Path(weights).resolve() != folder.resolve()
+        apart &= Path(config.data.tokenizer).resolve() != (folder / "tokenizer").resolve()
+        require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+    tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+    if store.latest() is None and config.checkpoint.initial_weights is not None:
+        _refuse_other_tokens(config, tokenizer)
     save_config(config, saved)
+
+
+def _refuse_other_tokens(config: Config, tokenizer: Tokenizer) -> None:
+    """Embedding rows of initial weights mean the tokens they were trained with."""
+    theirs = find_checkpoint(config.checkpoint.initial_weights) / "tokenizer"
+    if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "
+            f"checkpoint.initial_weights={config.checkpoint.initial_weights!r} was trained with; "
+            f"pass data.tokenizer={theirs}"
+        )
 
 
 def _refuse_changes(before: Config, now: Config) -> None:

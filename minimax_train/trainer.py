@@ -20,7 +20,7 @@ from minimax_train.data import MicroBatch, build_train_loader, build_validation_
 from minimax_train.diagnosis import describe_non_finite
 from minimax_train.engines import FSDPEngine
 from minimax_train.errors import TrainingError
-from minimax_train.evaluation import evaluate
+from minimax_train.evaluation import evaluate, run_model
 from minimax_train.metrics.log import MetricLog
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallelize import build_model
@@ -53,7 +53,8 @@ class Trainer:
                 dp_rank=grid.dp_rank,
                 dp_size=grid.dp_size,
             )
-            self.validation = held_out.micro_batches(config.recipe.micro_batch_size)
+            batches = held_out.micro_batches(config.recipe.micro_batch_size)
+            self.validation = [batch.split(config.layout, grid.cp_rank) for batch in batches]
         self.progress = self._restore()
         self.seconds: dict[str, float] = defaultdict(float)
         self.log = MetricLog(
@@ -68,6 +69,8 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step of the recipe."""
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        if recipe.eval_interval and not self.validation:
+            self.log.say("no held-out documents are configured: no evaluation")
         try:
             while self.progress.step < recipe.steps:
                 metrics = self.train_step()
@@ -92,7 +95,6 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch. Returns its metrics."""
         started, step = time.perf_counter(), self.progress.step
-        self.seconds.clear()
         with self.phase("data"):
             batches = self.next_batches()
         sums = self.accumulate_gradients(batches)
@@ -106,6 +108,9 @@ class Trainer:
         tokens = self.config.recipe.global_batch_size * self.config.data.sequence_length
         self.progress = Progress(step + 1, self.progress.tokens + tokens)
         elapsed = time.perf_counter() - started
+        # With those of an evaluation or a checkpoint that came after the step before.
+        seconds = {f"seconds/{name}": value for name, value in self.seconds.items()}
+        self.seconds.clear()
         return {
             **sums,
             "grad_norm": gradient_norm,
@@ -114,7 +119,7 @@ class Trainer:
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed,
             **self._memory(),
-            **{f"seconds/{name}": value for name, value in self.seconds.items()},
+            **seconds,
         }
 
     def next_batches(self) -> list[MicroBatch]:
@@ -122,7 +127,7 @@ class Trainer:
         recipe = self.config.recipe
         per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.dp_size)
         batches = self.loader.next_micro_batches(recipe.micro_batch_size, per_rank)
-        return [batch.to(self.device) for batch in batches]
+        return [batch.split(self.config.layout, self.grid.cp_rank).to(self.device) for batch in batches]
 
     def accumulate_gradients(self, batches: list[MicroBatch]) -> dict[str, float]:
         """Forward and backward passes of a step. Returns sums over the global batch, the same on all ranks.
@@ -132,11 +137,11 @@ class Trainer:
         """
         config = self.config
         targets = torch.tensor(sum(batch.num_targets for batch in batches))
-        dist.all_reduce(targets, group=self.grid.dp_group)
+        dist.all_reduce(targets, group=self.grid.dp_cp_group)
         sums, load_LE = [], []
         for batch in batches:
             with self.phase("forward"):
-                out = self.model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows)
+                out = run_model(self.model, batch)
                 loss = out.token_loss / max(1, int(targets))
                 aux_loss = out.aux_loss / config.recipe.global_batch_size
             with self.phase("backward"):
@@ -145,8 +150,8 @@ class Trainer:
             load_LE.append(out.load_LE)
         with self.phase("reduce"):
             total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0).double()
-            dist.all_reduce(total, group=self.grid.dp_group)
-            dist.all_reduce(load, group=self.grid.dp_group)
+            dist.all_reduce(total, group=self.grid.dp_cp_group)
+            dist.all_reduce(load, group=self.grid.dp_cp_group)
             loss, aux_loss, dropped = total.tolist()
         return {
             "loss": loss,
@@ -177,7 +182,10 @@ class Trainer:
 
     def _restore(self) -> Progress:
         checkpoint = self.config.checkpoint
-        latest = self.store.latest()
+        # One rank looks: on a network file system the others may not see the same folder yet.
+        found = [self.store.latest() if self.grid.is_first else None]
+        dist.broadcast_object_list(found, src=0)
+        latest = found[0]
         if latest is not None:
             progress = self.store.load(latest, self.model, self.engine.optimizer_state())
             self.loader.load_state_dict(progress.data)
@@ -185,8 +193,3 @@ class Trainer:
         if checkpoint.initial_weights is not None:
             load_weights(find_checkpoint(checkpoint.initial_weights), self.model)
         return Progress()
-
-    def _total_targets(self, batches: list[MicroBatch]) -> int:
-        total = torch.tensor(sum(batch.num_targets for batch in batches))
-        dist.all_reduce(total, group=self.grid.dp_group)
-        return int(total)

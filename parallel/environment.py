@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,24 @@ class ProcessEnvironment:
             rank, world_size, local_rank, host, port = _read(environ, _TORCHRUN, "torchrun")
             return cls(int(rank), int(world_size), int(local_rank), f"tcp://{host}:{port}")
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-            rank, world_size, local_rank, job, host = _read(environ, _SLURM, "srun")
-            # Every task of a job computes the same port; jobs sharing a node get different ones.
-            port = 20000 + int(job) % 20000
-            return cls(int(rank), int(world_size), int(local_rank), f"tcp://{host}:{port}")
+            rank, world_size, local_rank, job, step, nodes = _read(environ, _SLURM, "srun")
+            # Every task of a step computes the same port; steps that share a node get different ones.
+            port = 20000 + (int(job) * 7 + int(step)) % 20000
+            return cls(int(rank), int(world_size), int(local_rank), f"tcp://{_first_node(nodes)}:{port}")
         return cls()
 
     def init_process_group(self, device_type: str, timeout: timedelta) -> torch.device:
         """Join the run: NCCL for ``cuda``, gloo for ``cpu``. Returns the device of this process.
 
         A collective that takes longer than the timeout ends the process with an error.
+
+        Raises:
+            ValueError: when this machine has fewer GPUs than processes.
         """
         if device_type == "cuda":
+            gpus = torch.cuda.device_count()
+            if self.local_rank >= gpus:
+                raise ValueError(f"process {self.local_rank} of this machine has no GPU: it has {gpus}; start {gpus}")
             device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(device)
         else:
@@ -66,6 +73,12 @@ class ProcessEnvironment:
             **meeting,
         )
         return device
+
+
+def _first_node(nodes: str) -> str:
+    """The first of Slurm's list of nodes, where its rank 0 runs: ``gpu[007-012,020],login1`` begins with gpu007."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in match.groups())
 
 
 def _read(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Router arithmetic: probabilities, choices, load and capacity.
 
-Shape legend: T tokens, E experts, K choices per token, B rows of the micro-batch.
+Shape legend: T tokens, E experts, K choices per token, P pieces of rows.
 """
 
 from __future__ import annotations
@@ -21,32 +21,52 @@ def top_k_routing(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK
 
 
-def count_choices(experts_TK: Tensor, num_experts: int, rows: int) -> Tensor:
-    """How often each expert was chosen within each row, int64 ``[B, E]``; choices of -1 are not counted."""
-    experts_BC = experts_TK.reshape(rows, -1)
-    counts_BE = torch.zeros(rows, num_experts + 1, dtype=torch.int64, device=experts_TK.device)
-    counts_BE.scatter_add_(1, experts_BC % (num_experts + 1), torch.ones_like(experts_BC))
-    return counts_BE[:, :num_experts]
+def count_choices(experts_TK: Tensor, num_experts: int, piece_T: Tensor, num_pieces: int) -> Tensor:
+    """How often each expert was chosen within each piece of the tokens, int64 ``[P, E]``; -1 is not counted.
+
+    Args:
+        experts_TK: the choices, int64.
+        piece_T: the piece each token lies in, int64.
+    """
+    slot_TK = piece_T[:, None] * (num_experts + 1) + experts_TK % (num_experts + 1)
+    counts = torch.zeros(num_pieces * (num_experts + 1), dtype=torch.int64, device=experts_TK.device)
+    counts.scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
+    return counts.view(num_pieces, num_experts + 1)[:, :num_experts]
 
 
-def drop_over_capacity(experts_TK: Tensor, num_experts: int, rows: int, capacity: int) -> Tensor:
+def drop_over_capacity(experts_TK: Tensor, piece_T: Tensor, load_PE: Tensor, taken_PE: Tensor, capacity: int) -> Tensor:
     """Choices with those over capacity replaced by -1: each expert keeps the first ``capacity`` choices of each row.
 
     First in token order, so whether a token is dropped depends on no later token.
+
+    Args:
+        experts_TK: the choices, int64.
+        piece_T: the piece of a row each token lies in, int64, ascending.
+        load_PE: choices of each expert in each piece, as :func:`count_choices` gives them.
+        taken_PE: choices of each expert in the same row before the piece.
+        capacity: choices an expert takes of a row.
     """
-    choice_BCE = torch.nn.functional.one_hot(experts_TK.reshape(rows, -1), num_experts)
-    rank_BC = (choice_BCE.cumsum(1) * choice_BCE).sum(-1)
-    return experts_TK.masked_fill((rank_BC > capacity).view_as(experts_TK), -1)
+    choice_TKE = torch.nn.functional.one_hot(experts_TK, load_PE.shape[1])
+    counted_TKE = choice_TKE.flatten(0, 1).cumsum(0).view_as(choice_TKE)
+    # Counted from the first token here; the row's count is ahead of it by what came earlier on other ranks, less what
+    # other pieces here came before.
+    ahead_PE = taken_PE - (load_PE.cumsum(0) - load_PE)
+    rank_TK = ((counted_TKE + ahead_PE[piece_T][:, None]) * choice_TKE).sum(-1)
+    return experts_TK.masked_fill(rank_TK > capacity, -1)
 
 
-def load_balancing_loss(probabilities_TE: Tensor, counts_BE: Tensor) -> Tensor:
-    """``sum over rows of 1 / E * sum_i f_i m_i``, a scalar in the dtype of the probabilities.
+def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, row_load_PE: Tensor, row_length: int) -> Tensor:
+    """These tokens' part of ``sum over rows of 1 / E * sum_i f_i m_i``, a scalar in the dtype of the probabilities.
 
     f_i is the number of choices of expert i per token of the row (they sum to k), m_i its mean router probability
     (MiniMax-01, section 2.1, after GShard). Taken per row, so that it does not depend on how rows are dealt to ranks
     and micro-batches. Transformers' ``load_balancing_loss_func`` is E^2 times this for one row and one layer.
+
+    Args:
+        probabilities_TE: the router's.
+        piece_T: the piece of a row each token lies in, int64.
+        row_load_PE: choices of each expert in the whole row of each piece.
+        row_length: tokens of a row.
     """
-    rows, num_experts = counts_BE.shape
-    probabilities_BSE = probabilities_TE.view(rows, -1, num_experts)
-    fraction_BE = counts_BE.to(probabilities_TE.dtype) / probabilities_BSE.shape[1]
-    return (fraction_BE * probabilities_BSE.mean(1)).sum() / num_experts
+    fraction_PE = row_load_PE.to(probabilities_TE.dtype) / row_length
+    return (probabilities_TE * fraction_PE[piece_T]).sum() / (row_length * probabilities_TE.shape[1])

@@ -5,6 +5,8 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,32 @@ from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
 from minimax_train.kernels.lightning.naive import lightning_attention_naive
 
-IMPLEMENTATIONS = {"naive": lightning_attention_naive, "chunked": lightning_attention_chunked}
+
+def _explicit_states(run: Callable) -> Callable:
+    """Implementations that always take and return states, under the signature where both are optional."""
+
+    def with_states(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state):
+        if initial_state_NHKV is None:
+            dtype = torch.promote_types(q_THK.dtype, torch.float32)
+            initial_state_NHKV = q_THK.new_zeros(len(documents), *q_THK.shape[1:], v_THV.shape[-1], dtype=dtype)
+        out_THV, final_NHKV = run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV)
+        return out_THV, final_NHKV if return_final_state else None
+
+    return with_states
+
+
+def _triton(*args) -> tuple[Tensor, Tensor | None]:
+    # CPU installs have no triton: imported only when asked for.
+    from minimax_train.kernels.lightning.triton import lightning_attention_triton
+
+    return lightning_attention_triton(*args)
+
+
+IMPLEMENTATIONS = {
+    "naive": _explicit_states(lightning_attention_naive),
+    "chunked": _explicit_states(lightning_attention_chunked),
+    "triton": _triton,
+}
 
 
 def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
@@ -35,8 +62,9 @@ def lightning_attention(
     documents: Documents,
     *,
     initial_state_NHKV: Tensor | None = None,
+    return_final_state: bool = True,
     implementation: str = AUTO,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``o_t = sum over s <= t in the same document of exp(-slope (t - s)) (q_t . k_s) v_s``, unscaled.
 
     Args:
@@ -44,11 +72,12 @@ def lightning_attention(
         slopes_H: non-negative decay exponents, float32 or float64; not differentiated.
         documents: the packed documents; no state passes from one to the next.
         initial_state_NHKV: state each document starts from, float32 (float64 for float64 inputs); zero if None.
-        implementation: ``auto``, ``chunked`` or ``naive``.
+        return_final_state: whether final states are wanted; 64 KB each at K = V = 128, they cost traffic.
+        implementation: ``auto``, ``triton`` (not float64), ``chunked`` or ``naive``.
 
     Returns:
         The output ``[T, H, V]`` in the dtype of v, and each document's final state ``[N, H, K, V]`` in float32
-        (float64 for float64 inputs). Both, and the initial state, are differentiable.
+        (float64 for float64 inputs), or None. Both, and the initial state, are differentiable.
 
     Raises:
         ValueError: for an unknown implementation, or shapes that do not agree.
@@ -59,8 +88,6 @@ def lightning_attention(
             f"lightning_attention: shapes disagree: q {tuple(q_THK.shape)}, k {tuple(k_THK.shape)}, "
             f"v {tuple(v_THV.shape)}, slopes {tuple(slopes_H.shape)}, documents of {documents.num_tokens} tokens"
         )
-    if initial_state_NHKV is None:
-        dtype = torch.promote_types(q_THK.dtype, torch.float32)
-        initial_state_NHKV = q_THK.new_zeros(len(documents), H, K, v_THV.shape[-1], dtype=dtype)
-    run = choose("lightning", IMPLEMENTATIONS, implementation, best="chunked")
-    return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV)
+    best = "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
+    run = choose("lightning", IMPLEMENTATIONS, implementation, best=best)
+    return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state)

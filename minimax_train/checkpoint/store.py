@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -57,7 +57,8 @@ class CheckpointStore:
         path = self.folder / f"step-{progress.step:08d}"
         draft = path.with_name(path.name + _UNFINISHED)
         if self.is_first:
-            shutil.rmtree(draft, ignore_errors=True)
+            for left in self.folder.glob(f"*{_UNFINISHED}"):  # by a run that was killed while writing or removing
+                shutil.rmtree(left)
             draft.mkdir(parents=True)
         dist.barrier()
         dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=draft)
@@ -65,10 +66,10 @@ class CheckpointStore:
             (draft / "progress.json").write_text(json.dumps(asdict(progress)))
             shutil.copy(self.run_dir / "config.yaml", draft)
             shutil.copytree(self.run_dir / "tokenizer", draft / "tokenizer")
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
             draft.rename(path)
             for old in _finished(self.folder)[: -self.keep] if self.keep else []:
-                shutil.rmtree(old)
+                _remove(old)
         dist.barrier()
         return path
 
@@ -79,8 +80,23 @@ class CheckpointStore:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill the parameters alone from a checkpoint."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=path)
+    """Fill the parameters alone from a checkpoint.
+
+    Raises:
+        ConfigError: when it lacks a parameter, or holds it in another shape.
+    """
+    state = model.state_dict()
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, parameter in state.items():
+        size = getattr(stored.get(f"model.{name}"), "size", None)
+        held = "no such parameter" if size is None else f"one of {tuple(size)}"
+        require(
+            size == parameter.shape,
+            "checkpoint.initial_weights",
+            str(path),
+            f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}",
+        )
+    dcp.load({"model": state}, checkpoint_id=path)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -96,6 +112,14 @@ def find_checkpoint(path: str | Path) -> Path:
     if newest is None:
         raise ConfigError(f"{path}: neither a checkpoint (a folder with .metadata) nor a run that holds one")
     return newest
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed in between, what is left does not look like one."""
+    if path.exists():
+        leaving = path.with_name(f"{path.name}.old{_UNFINISHED}")
+        path.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from yaml import YAMLError
 
 from minimax_train.convert.names import Chunk, Parameter
 from minimax_train.errors import ConfigError
@@ -66,7 +67,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
     try:
         tree = OmegaConf.load(path).get("model") or {}
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree))
-    except (OSError, AttributeError, OmegaConfBaseException) as error:
+    except (OSError, AttributeError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: no model configuration: {str(error).splitlines()[0]}") from error
 
 

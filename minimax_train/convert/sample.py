@@ -1,4 +1,7 @@
-"""Let an export continue a text in transformers: ``python -P -m minimax_train.convert.sample DIR PROMPT``."""
+"""Open an export in transformers and let it continue a text.
+
+python -P -m minimax_train.convert.sample DIR PROMPT
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("minimax_train.convert.sample", description=__doc__)
+    parser = argparse.ArgumentParser("minimax_train.convert.sample", description=__doc__.splitlines()[0])
     parser.add_argument("directory", help="a folder written by minimax-convert to-hf")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=60, help="how many to add")

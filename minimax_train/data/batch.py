@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minimax_train.data.packing import IGNORE_INDEX, Row
 from minimax_train.kernels.documents import Documents
+from minimax_train.parallel.layout import SequenceLayout, SequenceShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class MicroBatch:
         documents: the segments; every row's edge is an edge of a segment.
         num_rows: rows, one after the other on the token axis.
         num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
+        shard: which tokens of those rows these are, when several ranks share them; None when they are all.
     """
 
     tokens_T: Tensor
@@ -34,6 +36,7 @@ class MicroBatch:
     documents: Documents
     num_rows: int
     num_targets: int
+    shard: SequenceShard | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> MicroBatch:
@@ -45,6 +48,21 @@ class MicroBatch:
             documents=Documents.from_lengths(list(chain.from_iterable(row.lengths for row in rows))),
             num_rows=len(rows),
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
+        )
+
+    def split(self, layout: SequenceLayout, rank: int) -> MicroBatch:
+        """The part of the micro-batch that one of the ranks holds which share it; itself when there is one rank."""
+        if layout.num_ranks == 1:
+            return self
+        shard = layout.shard(self.documents, rank)
+        labels_T = shard.take(self.labels_T)
+        return replace(
+            self,
+            tokens_T=shard.take(self.tokens_T),
+            labels_T=labels_T,
+            documents=shard.documents,
+            num_targets=int((labels_T != IGNORE_INDEX).sum()),
+            shard=shard,
         )
 
     def to(self, device: torch.device | str) -> MicroBatch:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minimax_train.data.streams import DocumentStream
-
-IGNORE_INDEX = -100  # the label that no loss counts; PyTorch's default
+from minimax_train.kernels.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)

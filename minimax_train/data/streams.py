@@ -72,12 +72,13 @@ class DocumentStream:
         """The next document's ids, int64, its end included; None after the last one where epochs do not repeat.
 
         Raises:
-            ConfigError: when the stream has no document at all, or the data cannot be read.
+            ConfigError: when the stream has no document at all, the data cannot be read, or is not that of the saved
+                position.
         """
         if self._texts is None:
             self._read_block()
             if self._taken > len(self._texts):
-                raise ValueError(
+                raise ConfigError(
                     f"{self._source.description}: the data changed: the saved position is {self._taken} documents into "
                     f"a block that now holds {len(self._texts)}"
                 )

@@ -50,6 +50,10 @@ class Tokenizer:
         """The text of the ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Whether every id means the same token, so that weights trained with one serve the other."""
+        return self.eos_id == other.eos_id and self._backend.get_vocab() == other._backend.get_vocab()
+
 
 def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
     """Trains or loads the configured tokenizer and saves it to ``directory``; called by one rank.

@@ -1,4 +1,5 @@
-"""The default engine: PyTorch FSDP2 shards parameters, gradients and AdamW's state over the data-parallel ranks."""
+"""The default engine: PyTorch FSDP2 shards parameters, gradients and AdamW's state over the data- and
+context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -44,22 +45,22 @@ class FSDPConfig:
 
 
 def shard(model: nn.Module, config: FSDPConfig, grid: ProcessGrid) -> None:
-    """Shard a model in place, block by block; parameters become DTensors over the ``dp`` axis.
+    """Shard a model in place, block by block; parameters become DTensors over the ``dp_cp`` axis.
 
     Master weights are float32, or float64 when computing in float64.
     """
-    compute = config.compute_dtype(grid.mesh.device_type)
+    compute = config.compute_dtype(grid.device_type)
     master = torch.promote_types(compute, torch.float32)
     model.to(master)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
-    size = grid.dp_size
+    size = grid.dp_cp_mesh.size()
 
     def placement(parameter: nn.Parameter) -> Shard:
         # Fewer experts than ranks: cut inside the experts, or most ranks would hold nothing.
         dim = 1 if parameter.dim() == 3 and parameter.shape[0] % size and parameter.shape[1] % size == 0 else 0
         return Shard(dim)
 
-    shared = {"mesh": grid.mesh["dp"], "mp_policy": policy, "shard_placement_fn": placement}
+    shared = {"mesh": grid.dp_cp_mesh, "mp_policy": policy, "shard_placement_fn": placement}
     for block in model.layers:
         fully_shard(block, reshard_after_forward=config.reshard_after_forward, **shared)
     fully_shard(model, reshard_after_forward=False, **shared)
@@ -89,7 +90,7 @@ class FSDPEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch; the whole batch's loss is the sum over micro-batches and ranks."""
         # FSDP averages over ranks; the loss is already divided by the whole batch.
-        (loss * self.grid.dp_size).backward()
+        (loss * self.grid.dp_cp_mesh.size()).backward()
 
     def gradient_norm(self) -> float:
         """L2 norm of the whole model's gradient, over all ranks."""
@@ -101,7 +102,7 @@ class FSDPEngine:
         """Clip, update the weights, forget the gradients."""
         assert math.isfinite(gradient_norm)
         if self.gradient_clip is not None:
-            norm = torch.tensor(gradient_norm, dtype=torch.float64, device=self.grid.mesh.device_type)
+            norm = torch.tensor(gradient_norm, dtype=torch.float64, device=self.grid.device_type)
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.gradient_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minimax_train.errors import ConfigError
+from minimax_train.files import replace_text
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.metrics.console import ConsoleReporter
 from minimax_train.metrics.plot import plot_loss
@@ -38,8 +39,10 @@ class MetricLog:
         if not enabled:
             return
         self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
+        if not first_step:
+            (run_dir / "wandb_id").unlink(missing_ok=True)  # of a run that never reached a checkpoint
         kept = [record for record in self.records() if record["step"] <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = self.path.open("a", buffering=1)
         self.console = ConsoleReporter(total_steps, first_step)
         self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
@@ -51,7 +54,7 @@ class MetricLog:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.console.report(step, metrics)
         if self.wandb is not None:
-            self.wandb.log(dict(metrics), step=step)
+            self.wandb.log({"step": step, **metrics})
 
     def say(self, text: str) -> None:
         """Tell the person watching."""
@@ -84,14 +87,18 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
 
     # The id lives with the run, so that a resumed run goes on in the same place.
     id_file = run_dir / "wandb_id"
-    run = wandb.init(
-        project=config.wandb_project,
-        name=config.wandb_name or run_dir.resolve().name,
-        id=id_file.read_text() if id_file.is_file() else None,
-        resume="allow",
-        mode=config.wandb,
-        dir=run_dir,
-        config=dict(run_config),
-    )
-    id_file.write_text(run.id)
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.resolve().name,
+            id=id_file.read_text() if id_file.is_file() else None,
+            resume="allow",
+            mode=config.wandb,
+            dir=run_dir,
+            config=dict(run_config),
+        )
+    except wandb.Error as error:
+        raise ConfigError(f"logging.wandb={config.wandb!r}: {error}; or pass offline, or off") from error
+    run.define_metric("*", step_metric="step")  # a resumed run logs the steps after its checkpoint again
+    replace_text(id_file, run.id)
     return run

@@ -114,6 +114,11 @@ class ModelConfig:
         """``residual_scale``, or DeepNorm's for this depth."""
         return deep_norm_alpha(self.num_layers) if self.residual_scale is None else self.residual_scale
 
+    def expert_capacity(self, row_length: int) -> int:
+        """Choices an expert takes of a row of that many tokens; call it only with a capacity factor."""
+        share = self.capacity_factor * self.experts_per_token * row_length / self.num_experts
+        return int(share * (1 + 1e-9))  # 0.29 * 100 is 29
+
     @property
     def initial_gain(self) -> float:
         """DeepNorm's beta, ``(8 N)^(-1/4)``: Xavier gain of value, output and expert projections."""

@@ -1,6 +1,7 @@
 """The mixture of experts: router and SwiGLU experts.
 
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, B rows.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, P pieces of rows on this rank, J
+chunks and B rows of the micro-batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from minimax_train.model.initialization import Initializer, xavier
 
 
 class RouterReport(NamedTuple):
-    """What one expert layer says of its routing, summed over the rows of the micro-batch.
+    """What one expert layer says of its routing, summed over this rank's tokens of the micro-batch.
 
     Attributes:
         aux_loss: load-balancing loss before its coefficient, scalar, differentiable.
@@ -49,20 +50,29 @@ class ExpertLayer(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, hidden))
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
-        config, rows = self.config, context.num_rows
-        # Routing decisions are made in float32 at least: bfloat16 logits tie too often.
+        config, pieces = self.config, context.pieces
+        # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
         probabilities_TE, weights_TK, experts_TK = top_k_routing(logits_TE, config.experts_per_token)
-        load_BE = count_choices(experts_TK, config.num_experts, rows)
-        aux_loss = load_balancing_loss(probabilities_TE, load_BE)
+        load_PE = count_choices(experts_TK, config.num_experts, pieces.piece_T, len(pieces.rows_P))
+        load_JBE = load_PE.new_zeros(pieces.num_chunks, pieces.num_rows, config.num_experts)
+        load_JBE[pieces.chunks_P, pieces.rows_P] = load_PE
+        load_JBE = self.sum_over_ranks(load_JBE)
+        row_load_PE = load_JBE.sum(0)[pieces.rows_P]
+        aux_loss = load_balancing_loss(probabilities_TE, pieces.piece_T, row_load_PE, pieces.row_length)
         if config.capacity_factor is not None:
-            share = experts_TK.numel() / rows / config.num_experts
-            experts_TK = drop_over_capacity(experts_TK, config.num_experts, rows, int(config.capacity_factor * share))
+            taken_PE = (load_JBE.cumsum(0) - load_JBE)[pieces.chunks_P, pieces.rows_P]
+            capacity = config.expert_capacity(pieces.row_length)
+            experts_TK = drop_over_capacity(experts_TK, pieces.piece_T, load_PE, taken_PE, capacity)
         y_TD = expert_mlp(
             x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj, implementation=self.implementation
         )
-        return y_TD, RouterReport(aux_loss, load_BE.sum(0), (experts_TK < 0).sum())
+        return y_TD, RouterReport(aux_loss, load_PE.sum(0), (experts_TK < 0).sum())
+
+    def sum_over_ranks(self, load_JBE: Tensor) -> Tensor:
+        """Sum over the ranks that share the rows; context parallelism puts its own in this place."""
+        return load_JBE
 
     def initializers(self) -> dict[str, Initializer]:
         config = self.config

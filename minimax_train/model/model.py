@@ -19,10 +19,11 @@ from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
+from minimax_train.parallel.layout import SequenceShard
 
 
 class ModelLoss(NamedTuple):
-    """Sums over a micro-batch; whoever owns the whole batch divides.
+    """Sums over this rank's tokens of a micro-batch; whoever owns the whole batch divides.
 
     Attributes:
         token_loss: cross-entropy in nats summed over tokens that have a label, scalar.
@@ -79,7 +80,13 @@ class HybridModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_T: Tensor, documents: Documents, labels_T: Tensor | None = None, *, num_rows: int = 1
+        self,
+        tokens_T: Tensor,
+        documents: Documents,
+        labels_T: Tensor | None = None,
+        *,
+        num_rows: int = 1,
+        shard: SequenceShard | None = None,
     ) -> Tensor | ModelLoss:
         """Logits ``[T, V]``, or the loss when there are labels.
 
@@ -88,9 +95,10 @@ class HybridModel(nn.Module):
             documents: the documents in them; every row starts one.
             labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
             num_rows: how many rows; expert capacity and the auxiliary loss are counted within each.
+            shard: which tokens of those rows these are, when several ranks share them.
         """
         cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, self.config.rope_base)
-        context = TokenContext(documents, num_rows, cos_TR, sin_TR)
+        context = TokenContext(documents, num_rows, shard, cos_TR, sin_TR)
         x_TD = self.embedding(tokens_T)
         reports: list[RouterReport] = []
         for block in self.layers:

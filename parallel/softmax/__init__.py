@@ -67,5 +67,5 @@ def softmax_attention_cp(
     elif method == "allgather":
         attend, plan = allgather_attention, gather_plan(shard)
     else:
-        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
+        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join(METHODS)}")
     return attend(q_THK, k_TGK, v_TGV, plan, communicator, scale=scale, implementation=implementation)

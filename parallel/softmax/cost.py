@@ -9,28 +9,30 @@ from minimax_train.parallel.layout import SequenceShard
 from minimax_train.parallel.softmax.allgather import gather_plan
 from minimax_train.parallel.softmax.plan import local_lengths, ring_plan
 
-METHODS = ("ring", "allgather")
+METHODS = ("ring", "allgather", "auto")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the rule believes of the machine. The defaults are one H200 and two over NVLink.
+    """What the rule believes of the machine.
 
     Attributes:
-        link_bytes_per_s, link_latency_s: from two measured send-receives, 64 MB in 0.26 ms and 1 GB in 2.98 ms.
-        attention_flops_per_s: FlashAttention-4, head dim 128, causal, 8K to 131K tokens.
-        copy_bytes_per_s: device memory, bytes read plus bytes written.
+        link_bytes_per_s, link_latency_s: into one GPU. Within a node, two H200 over NVLink: a send-receive of 64 MB in
+            0.26 ms and of 1 GB in 2.98 ms. Between nodes a 400 Gb/s network card per GPU.
+        attention_flops_per_s: one H200, FlashAttention-4, head dim 128, causal, 8K to 131K tokens: 650 measured.
+        copy_bytes_per_s: one H200, bytes read plus bytes written, measured.
         gathered_bytes: most memory an all-gather may take for gathered keys, values and their float32 gradients.
     """
 
-    link_bytes_per_s: float = 3.44e11
+    link_bytes_per_s: float
     link_latency_s: float = 7.4e-5
-    attention_flops_per_s: float = 6.5e14
+    attention_flops_per_s: float = 650e12
     copy_bytes_per_s: float = 4.25e12
     gathered_bytes: float = 8 * 2**30
 
 
-H200 = Rates()
+IN_NODE, BETWEEN_NODES = Rates(link_bytes_per_s=344e9), Rates(link_bytes_per_s=50e9)
+RANKS_PER_NODE = 8
 # Merging one element in 16-bit arithmetic: cast (read 2, write 4 bytes), then lerp (read 4 + 4, write 4).
 MERGE_BYTES = 18
 
@@ -59,7 +61,7 @@ def estimate(
     key_dim: int,
     value_dim: int,
     element_bytes: int,
-    rates: Rates = H200,
+    rates: Rates,
 ) -> Estimate:
     """Forward times of both methods for one layer.
 
@@ -113,9 +115,14 @@ def choose_method(
     key_dim: int,
     value_dim: int,
     element_bytes: int,
-    rates: Rates = H200,
+    rates: Rates | None = None,
 ) -> str:
-    """``ring`` or ``allgather``, alike on every rank: the one with the lower estimate, if the gathered keys fit."""
+    """``ring`` or ``allgather``, alike on every rank: the one with the lower estimate, if the gathered keys fit.
+
+    Unless given, the rates are those of a link within a node for up to eight ranks, of one between nodes for more.
+    """
+    if rates is None:
+        rates = IN_NODE if shard.layout.num_ranks <= RANKS_PER_NODE else BETWEEN_NODES
     costs = estimate(
         shard,
         heads=heads,

@@ -1,5 +1,7 @@
 """Routing, permutation and grouped experts against one token at a time."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,23 +53,36 @@ def test_routing_equals_softmax_over_the_chosen_logits():
     assert torch.equal(experts, logits.topk(3).indices)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_capacity_keeps_the_first_choices_of_each_row(data):
     rows, length, E, K = (data.draw(st.integers(1, n)) for n in (3, 9, 4, 2))
     capacity = data.draw(st.integers(0, 6))
     choices = data.draw(st.lists(st.integers(0, E - 1), min_size=rows * length * K, max_size=rows * length * K))
-    kept = drop_over_capacity(torch.tensor(choices).view(-1, K), E, rows, capacity).flatten().tolist()
     expected = []
     for row in _batched(choices, length * K):
         taken = [0] * E
         for expert in row:
             expected.append(expert if taken[expert] < capacity else -1)
             taken[expert] += 1
-    assert kept == expected
-    counts = count_choices(torch.tensor(kept).view(-1, K), E, rows)
-    for row, part in enumerate(_batched(kept, length * K)):
-        assert counts[row].tolist() == [part.count(e) for e in range(E)]
+    # Each row in one piece, or cut in pieces of which only some are here.
+    cuts = data.draw(st.lists(st.integers(1, rows * length - 1), max_size=3)) if rows * length > 1 else []
+    edges = sorted({0, rows * length, *range(0, rows * length, length), *cuts})
+    pieces = list(itertools.pairwise(edges))
+    here = [piece for piece in pieces if data.draw(st.booleans())] or pieces
+    per_token = _batched(choices, K)
+    counts = [[_flat(per_token[a:b]).count(e) for e in range(E)] for a, b in here]
+    taken = [[_flat(per_token[a // length * length : a]).count(e) for e in range(E)] for a, _ in here]
+    experts = torch.tensor(_flat(per_token[a:b] for a, b in here))
+    piece = torch.tensor([p for p, (a, b) in enumerate(here) for _ in range(a, b)])
+    load = count_choices(experts, E, piece, len(here))
+    assert load.tolist() == counts
+    kept = drop_over_capacity(experts, piece, load, torch.tensor(taken), capacity)
+    assert kept.flatten().tolist() == _flat(expected[a * K : b * K] for a, b in here)
+
+
+def _flat(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def _batched(items, size):
@@ -79,7 +94,8 @@ def test_load_balancing_loss_is_transformers_over_experts_squared():
 
     logits = torch.randn(2 * 31, 6, dtype=torch.float64)
     probabilities, _, experts = top_k_routing(logits, 2)
-    ours = load_balancing_loss(probabilities, count_choices(experts, 6, 2))
+    row = torch.arange(62) // 31
+    ours = load_balancing_loss(probabilities, row, count_choices(experts, 6, row, 2), 31)
     theirs = sum(load_balancing_loss_func((part,), 6, 2) for part in logits.chunk(2))
     assert relative_error(ours, theirs / 6**2) < 1e-6  # theirs counts in float32
 

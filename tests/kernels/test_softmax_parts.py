@@ -164,8 +164,6 @@ def test_choice_and_refusals():
 
 # ---------------------------------------------------------------------------------------------- on a GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def _skip_if_missing(implementation):
     if implementation == "flash4" and not flash4.is_installed():
@@ -183,7 +181,6 @@ LONG_CASES = [
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("implementation", ON_GPU)
 @pytest.mark.parametrize(
     ("heads", "query_lengths", "key_lengths", "causal"),
@@ -209,7 +206,6 @@ def test_gpu_equals_reference(implementation, heads, query_lengths, key_lengths,
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("implementation", ON_GPU)
 @pytest.mark.parametrize(("tail", "keys", "cuts"), [(257, 1100, [100, 413]), (64, 129, [1])])
 def test_gpu_parts_merge_to_the_whole(implementation, tail, keys, cuts):
@@ -221,7 +217,6 @@ def test_gpu_parts_merge_to_the_whole(implementation, tail, keys, cuts):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("implementation", ["flash", "flash4"])
 def test_gpu_never_waits_for_the_device(implementation):
     _skip_if_missing(implementation)

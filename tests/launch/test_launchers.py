@@ -19,7 +19,7 @@ SRUN = """#!/usr/bin/env bash
 shift
 for task in 0 1; do
   SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 \\
-    SLURM_LAUNCH_NODE_IPADDR=127.0.0.1 "$@" &
+    SLURM_STEP_NODELIST=localhost "$@" &
   pids[$task]=$!
 done
 wait "${pids[0]}" && wait "${pids[1]}"
@@ -76,6 +76,22 @@ def test_overrides_arrive_unchanged(tmp_path):
     assert (tmp_path / "srun.args").read_text().splitlines()[-3:] == arguments
 
 
+@pytest.mark.parametrize(("visible", "processes"), [(None, 4), ("", 1), ("3", 1), ("0,2", 2)])
+def test_one_process_per_visible_gpu(tmp_path, monkeypatch, visible, processes):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "torchrun").write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/torchrun.args\n')
+    (tools / "nvidia-smi").write_text('#!/usr/bin/env bash\nprintf "GPU %s\\n" 0 1 2 3\n')
+    (tools / "minimax-train").write_text("#!/usr/bin/env bash\n")
+    for tool in tools.iterdir():
+        tool.chmod(stat.S_IRWXU)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _start("torchrun.sh", ["model=tiny"], tmp_path, tools).returncode == 0
+    assert f"--nproc-per-node={processes}" in (tmp_path / "torchrun.args").read_text().splitlines()
+
+
 def test_environments():
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}
     assert ProcessEnvironment.detect(torchrun) == ProcessEnvironment(3, 4, 1, "tcp://n0:29400")
@@ -85,9 +101,11 @@ def test_environments():
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_ID": "0",
-        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+        "SLURM_STEP_NODELIST": "gpu[007-012,020],login1",
     }
-    assert ProcessEnvironment.detect(slurm) == ProcessEnvironment(5, 8, 1, "tcp://10.0.0.7:23456")
+    assert ProcessEnvironment.detect(slurm) == ProcessEnvironment(5, 8, 1, "tcp://gpu007:24192")
+    for nodes, first in [("n1", "n1"), ("n1,n2", "n1"), ("rack[1-2]-n", "rack1-n"), ("a-[3,5].local,b", "a-3.local")]:
+        assert ProcessEnvironment.detect({**slurm, "SLURM_STEP_NODELIST": nodes}).init_method == f"tcp://{first}:24192"
     assert ProcessEnvironment.detect({}) == ProcessEnvironment()
     # Inside a batch script, but not started by srun: a run of its own.
     assert ProcessEnvironment.detect({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == ProcessEnvironment()

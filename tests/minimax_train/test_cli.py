@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from minimax_train.cli import main
-from minimax_train.config import load_config
+from minimax_train.config import load_config, read_config, save_config
 from minimax_train.errors import ConfigError
 from support.runs import overrides
 
@@ -43,7 +43,15 @@ from support.runs import overrides
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
+        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 choice"),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
+        ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
+        ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
+        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be greater than 0, and finite"),
+        ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be 0 or greater, and finite"),
+        ("parallel.timeout_s=inf", r"parallel.timeout_s=inf: must be greater than 0, and finite"),
+        ("hydra.run.dir=/x", r"hydra.run.dir=/x: Hydra's own settings are not read here"),
+        ("+hydra.extra=1", r"\+hydra.extra=1: Hydra's own settings are not read here"),
     ],
 )
 def test_refused_before_anything_starts(override, message):
@@ -51,13 +59,26 @@ def test_refused_before_anything_starts(override, message):
         load_config([override])
 
 
+def test_what_is_saved_is_what_is_read(tmp_path):
+    lists = ["data=files", "data.format=json", "data.train_files=['a b,c',/d/*.jsonl]"]
+    for more in (["model=text-01"], lists, ["recipe.gradient_clip=null", "model.capacity_factor=1.25"]):
+        config = load_config(more)
+        save_config(config, tmp_path / "config.yaml")
+        assert read_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(ConfigError, match=r"config.yaml: not a configuration"):
+        read_config(tmp_path / "config.yaml")
+
+
 def test_world_size_that_does_not_divide():
     config = load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=3"])
     config.check_world_size(4)
-    with pytest.raises(ConfigError, match=r"recipe.global_batch_size=12: must be a multiple of 24: 8 processes x"):
+    with pytest.raises(
+        ConfigError, match=r"recipe.global_batch_size=12: must be a multiple of 24: 8 data-parallel ranks x"
+    ):
         config.check_world_size(8)
     with pytest.raises(
-        ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 processes; .*\[1, 2, 4, 8\]"
+        ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 data-parallel ranks; .*\[1, 2, 4, 8\]"
     ):
         load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=4"]).check_world_size(3)
 
@@ -79,9 +100,23 @@ def test_configuration_is_printed_and_own_folder_searched(tmp_path, capsys):
     assert "--config-dir" in capsys.readouterr().err
 
 
+def test_options_may_stand_among_overrides(tmp_path, capsys):
+    assert main(["seed=9", "--cfg", "recipe.steps=200", "--config-dir", str(tmp_path), "model=tiny"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["recipe"]["steps"], printed["seed"]) == (200, 9)
+
+
+def test_a_launcher_that_sets_half_its_variables(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert main(["seed=9"]) == 2
+    assert "MASTER_PORT not set" in capsys.readouterr().err
+
+
 def _run(folder, *more):
     command = [sys.executable, "-m", "minimax_train", *overrides(folder, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # No key of this machine's user: runs that report must fail before they reach the network.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder), "WANDB_API_KEY": ""}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -110,6 +145,8 @@ def test_a_whole_run(tmp_path):
             "step 2: .*gradient norm nan; not finite: .*gradients: embedding.weight",
         ),
         (["data.text_column=body"], 2, "data.text_column='body'"),
+        (["logging.wandb=online"], 2, "logging.wandb='online': .*API key.*; or pass offline, or off"),
+        (["run_dir=/dev/null"], 2, "run_dir='/dev/null': must be a folder this run can write"),
         (["model.vocab_size=200"], 2, "model.vocab_size"),
         (["device=cuda"], 2, "device='cuda': this machine has no GPU"),
     ],

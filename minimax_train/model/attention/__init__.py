@@ -8,4 +8,6 @@ from minimax_train.model.attention.lightning import LightningAttention
 from minimax_train.model.attention.softmax import SoftmaxAttention
 from minimax_train.model.config import LIGHTNING, SOFTMAX
 
+__all__ = ["ATTENTIONS", "LightningAttention", "SoftmaxAttention"]
+
 ATTENTIONS = {LIGHTNING: LightningAttention, SOFTMAX: SoftmaxAttention}

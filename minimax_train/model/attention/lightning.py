@@ -44,10 +44,21 @@ class LightningAttention(nn.Module):
         config = self.config
         qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (config.num_heads, 3, config.head_dim))
         slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)
-        out_THK, _ = lightning_attention(
-            *qkv_TH3K.unbind(2), slopes_H, context.documents, implementation=self.implementation
-        )
+        out_THK = self.attend(*qkv_TH3K.unbind(2), slopes_H, context)
         return self.o_proj(self.norm(out_THK.flatten(1)) * torch.sigmoid(self.gate_proj(x_TD)))
+
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
+        """Attention over this rank's tokens; context parallelism puts its own in this place."""
+        out_THK, _ = lightning_attention(
+            q_THK,
+            k_THK,
+            v_THK,
+            slopes_H,
+            context.documents,
+            return_final_state=False,
+            implementation=self.implementation,
+        )
+        return out_THK
 
     def initializers(self) -> dict[str, Initializer]:
         D, K = self.config.hidden_size, self.config.head_dim

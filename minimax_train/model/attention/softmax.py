@@ -29,15 +29,18 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         K = self.config.head_dim
         q_THK, k_TGK, v_TGK = (proj(x_TD).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out_THK, _ = softmax_attention(
-            apply_rotary(q_THK, context.cos_TR, context.sin_TR),
-            apply_rotary(k_TGK, context.cos_TR, context.sin_TR),
-            v_TGK,
-            context.documents,
-            scale=K**-0.5,
-            implementation=self.implementation,
-        )
+        q_THK = apply_rotary(q_THK, context.cos_TR, context.sin_TR)
+        k_TGK = apply_rotary(k_TGK, context.cos_TR, context.sin_TR)
+        out_THK = self.attend(q_THK, k_TGK, v_TGK, context)
         return self.o_proj(out_THK.flatten(1))
+
+    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: TokenContext) -> Tensor:
+        """Attention over this rank's tokens; context parallelism puts its own in this place."""
+        scale = self.config.head_dim**-0.5
+        out_THK, _ = softmax_attention(
+            q_THK, k_TGK, v_TGK, context.documents, scale=scale, implementation=self.implementation
+        )
+        return out_THK
 
     def initializers(self) -> dict[str, Initializer]:
         D, K, beta = self.config.hidden_size, self.config.head_dim, self.config.initial_gain

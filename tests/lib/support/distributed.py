@@ -18,7 +18,12 @@ from minimax_train.parallel.grid import ProcessGrid
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 180, start: str = "fork"
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    cp: int = 1,
+    timeout_s: float = 180,
+    start: str = "fork",
 ) -> list[Any]:
     """``function(grid, *arguments)`` on gloo ranks; returns each rank's result.
 
@@ -26,15 +31,11 @@ def run_ranks(
     that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
     fork.
     """
-    name = (function.__code__.co_filename, function.__name__)
+    target = function if start == "fork" else (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context(start)
         processes = [
-            context.Process(
-                target=_rank,
-                args=(function if start == "fork" else name, rank, world_size, folder, arguments),
-                daemon=True,
-            )
+            context.Process(target=_rank, args=(target, rank, world_size, cp, folder, arguments), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -59,7 +60,7 @@ def _load(path: str, name: str) -> Callable[..., Any]:
 
 
 def _rank(
-    function: Callable[..., Any] | tuple[str, str], rank: int, world_size: int, folder: str, arguments: tuple
+    function: Callable[..., Any] | tuple[str, str], rank: int, world_size: int, cp: int, folder: str, arguments: tuple
 ) -> None:
     try:
         torch.set_num_threads(1)
@@ -67,7 +68,7 @@ def _rank(
             function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
         environment.init_process_group("cpu", timedelta(seconds=60))
-        result = function(ProcessGrid.create("cpu"), *arguments)
+        result = function(ProcessGrid.create("cpu", cp=cp), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -4,6 +4,7 @@ import pytest
 
 from minimax_train.data.shuffle import permutation, stable_hash
 from minimax_train.data.streams import DocumentStream
+from minimax_train.errors import ConfigError
 from support.data import ListSource, WordTokenizer, documents
 
 
@@ -89,7 +90,7 @@ def test_data_that_shrank_since_the_position_was_saved():
         documents_of.next_document()
     shrunk = stream(sharded(1, [1] * 3), 0, 1)
     shrunk.load_state_dict(documents_of.state_dict())
-    with pytest.raises(ValueError, match=r"data.train_files=.*the data changed"):
+    with pytest.raises(ConfigError, match=r"data.train_files=.*the data changed"):
         shrunk.next_document()
 
 

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
@@ -51,6 +54,18 @@ def test_stopping_twice_changes_nothing(tmp_path, world_size):
     assert _losses(tmp_path / "parts") == [r for r in _losses(tmp_path / "whole") if r["step"] > 3]
 
 
+def _restored_step(grid, config):
+    if not grid.is_first:
+        CheckpointStore.latest = lambda store: None  # a network file system that shows this rank an older folder
+    return Trainer(config, grid, torch.device("cpu")).progress.step
+
+
+def test_one_rank_decides_what_to_resume_from(tmp_path):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 2, config, 1)
+    assert run_ranks(_restored_step, 2, config, timeout_s=60) == [1, 1]
+
+
 def test_continuing_on_another_number_of_ranks(tmp_path):
     more = ("checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64")
     right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
@@ -82,6 +97,60 @@ def test_a_killed_run_continues(tmp_path):
     assert sorted(p.name for p in (tmp_path / "parts/run/checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
 
 
+def _train_until_killed(grid, config, owner, name, step):
+    """The process dies at the store's first call of a function on the checkpoint of a step, half-way where it can."""
+    call = getattr(owner, name)
+
+    def killed(path, *arguments, **options):
+        if f"step-{step:08d}" not in f"{path} {arguments}" or not Path(path).exists():
+            return call(path, *arguments, **options)
+        if name == "rmtree":
+            (path / "progress.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, killed)
+    return _train(grid, config)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(shutil, "copy", 2), (shutil, "copytree", 2), (Path, "rename", 2), (shutil, "rmtree", 1)],
+)
+def test_killed_while_a_checkpoint_is_written_or_removed(tmp_path, owner, name, step):
+    more = ("checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.resume=auto", "recipe.steps=4")
+    config = tiny_run(tmp_path / "parts", *more)
+    right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
+    with pytest.raises(FileNotFoundError, match="result-0"):  # the rank died without a word
+        run_ranks(_train_until_killed, 1, config, owner, name, step)
+    weights = run_ranks(_train, 1, config)[0]
+    for parameter, weight in weights.items():
+        assert torch.equal(weight, right[parameter]), parameter
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "parts/run/checkpoints").iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_killed_while_a_file_is_written_again(tmp_path, name, monkeypatch):
+    config = tiny_run(tmp_path, "checkpoint.resume=auto")
+    run_ranks(_train, 1, config)
+    write_text = Path.write_text
+
+    def killed(path, text, *arguments, **options):
+        if not path.name.startswith(name):
+            return write_text(path, text, *arguments, **options)
+        write_text(path, text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before = (tmp_path / "run" / name).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(FileNotFoundError, match="result-0"):  # the rank died without a word
+            run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
+    run_ranks(_train, 1, config)
+    assert (tmp_path / "run" / name).read_text() == before
+
+
 def test_what_a_resumed_run_may_not_change(tmp_path):
     config = tiny_run(tmp_path, "checkpoint.resume=auto")
     run_ranks(_train, 1, config, 1)
@@ -89,6 +158,18 @@ def test_what_a_resumed_run_may_not_change(tmp_path):
         run_ranks(_train, 1, tiny_run(tmp_path, "checkpoint.resume=auto", "model.norm_eps=1e-3", "seed=7"))
     with pytest.raises(AssertionError, match="already holds step-00000001"):
         run_ranks(_train, 1, tiny_run(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["checkpoint.initial_weights", "data.tokenizer"])
+def test_a_run_does_not_write_over_what_it_starts_from(tmp_path, key):
+    run_ranks(_train, 1, tiny_run(tmp_path / "a"), 0)
+    source = tmp_path / "a/run/checkpoints/step-00000000"
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    value = source / "tokenizer" if key == "data.tokenizer" else source
+    config = tiny_run(tmp_path / "b", f"{key}={value}", f"run_dir={source}")
+    with pytest.raises(AssertionError, match="must be another folder than the weights' and the tokenizer's"):
+        run_ranks(_train, 1, config, 0)
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
 
 
 def test_initial_weights(tmp_path):
@@ -99,3 +180,14 @@ def test_initial_weights(tmp_path):
         assert torch.equal(weight, right[name]), name
     with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
+    with pytest.raises(AssertionError, match=r"data.tokenizer='train': gives other token ids than .*; pass data.token"):
+        one = "data.tokenizer_documents=1"
+        run_ranks(_train, 2, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/a/run", one))
+    kept = f"data.tokenizer={tmp_path}/a/run/tokenizer"
+    run_ranks(_train, 1, tiny_run(tmp_path / "e", f"checkpoint.initial_weights={tmp_path}/a/run", kept), 0)
+    for change, message in [
+        ("model.num_heads=8", r"this model's layers.0.attention.qkv_proj.weight is \(144, 20\), .* \(108, 20\)"),
+        ("model.num_layers=8", "this model's layers.4.*, the checkpoint holds no such parameter"),
+    ]:
+        with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: checkpoint.initial_weights=.*{message}"):
+            run_ranks(_train, 1, tiny_run(tmp_path / "d", f"checkpoint.initial_weights={tmp_path}/a/run", change))

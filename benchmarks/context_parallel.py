@@ -1,0 +1,195 @@
+"""Context parallelism against the same tokens on one GPU, without it.
+
+    python benchmarks/context_parallel.py --link emulated --ranks 2 4 8 [--tokens 131072] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --link nccl --ranks 2
+
+Emulated, one GPU plays every rank in turn over ``benchmarks/link.py``; the slowest rank's time counts. Lightning
+attention: forward + backward of LASP+, scan and the serial ring at ``--tokens`` per GPU, against one kernel call on as
+many tokens. Softmax attention: FLOP/s of ring and all-gather, zigzag, one document, against one kernel call on as many
+tokens of one document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from link import RATES, EmulatedLink
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.kernels.softmax import softmax_attention
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.parallel.linear import SCAN_PIECES, lightning_attention_cp
+from minimax_train.parallel.softmax import softmax_attention_cp
+
+HEADS, KV_HEADS, DIM = 64, 8, 128
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> float:
+    """Median device milliseconds of one call."""
+    for _ in range(2):
+        run()
+    if not torch.cuda.is_available():
+        return float("nan")
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def forward_backward(attend: Callable, inputs: list[torch.Tensor]) -> Callable[[], object]:
+    grad = torch.randn_like(inputs[0])
+
+    def run() -> object:
+        return torch.autograd.grad(attend(*inputs), inputs, grad)
+
+    return run
+
+
+def make_inputs(tokens: int, heads: tuple[int, int, int], options: argparse.Namespace) -> list[torch.Tensor]:
+    return [
+        torch.randn(tokens, h, options.dim, device=options.device, dtype=options.dtype).requires_grad_() for h in heads
+    ]
+
+
+def mixes(tokens: int) -> dict[str, list[int]]:
+    """One document over everything, and random ones of some 8,000 tokens."""
+    cuts = sorted(random.Random(0).sample(range(1, tokens), max(1, tokens // 8192)))
+    packed = [b - a for a, b in pairwise([0, *cuts, tokens])]
+    return {"one document": [tokens], f"{len(packed)} documents": packed}
+
+
+def communicators(options: argparse.Namespace, ranks: int, *, pieces: int = 1) -> list[Communicator]:
+    """The ranks this process plays: itself over NCCL, every one in turn when emulated."""
+    if options.link == "nccl":
+        return [GroupCommunicator(dist.group.WORLD)]
+    latency, rate = RATES[options.rate]
+    return [
+        EmulatedLink(rank, ranks, latency, rate, options.sms, hops_before=rank - 1 if rank else 0, pieces=pieces)
+        for rank in range(ranks)
+    ]
+
+
+def lightning_rows(options: argparse.Namespace) -> list[dict]:
+    tokens, rows = options.tokens, []
+    slopes = lightning_slopes(options.heads, options.layer, 80).to(options.device)
+    inputs = make_inputs(tokens, (options.heads,) * 3, options)
+    local = Documents.from_lengths([tokens], options.device)
+
+    def alone(q, k, v):
+        return lightning_attention(q, k, v, slopes, local, return_final_state=False)[0]
+
+    base = median_ms(forward_backward(alone, inputs), options.repeats)
+    rows.append({"op": "lightning", "method": "no context parallelism", "ms": base, "ratio": 1.0})
+    for ranks in options.ranks:
+        for mix, lengths in mixes(tokens * ranks).items():
+            whole = Documents.from_lengths(lengths, options.device)
+            for method, kind in [
+                ("lasp_plus", "contiguous"),
+                ("lasp_plus", "zigzag"),
+                ("scan", "contiguous"),
+                ("ring", "contiguous"),
+            ]:
+                pieces = SCAN_PIECES if method == "scan" else 1
+                times = []
+                for link in communicators(options, ranks, pieces=pieces):
+                    shard = SequenceLayout(kind, ranks).shard(whole, link.rank)
+
+                    def attend(q, k, v, shard=shard, link=link, method=method):
+                        return lightning_attention_cp(q, k, v, slopes, shard, link, method=method)
+
+                    times.append(median_ms(forward_backward(attend, inputs), options.repeats))
+                place = {"op": "lightning", "method": method, "layout": kind, "ranks": ranks, "mix": mix}
+                figures = {"ratio": max(times) / base, "balance": max(times) / statistics.mean(times)}
+                rows.append({**place, "ms": max(times), **figures})
+    return rows
+
+
+def softmax_rows(options: argparse.Namespace) -> list[dict]:
+    tokens, rows = options.softmax_tokens, []
+    scale = options.dim**-0.5
+    inputs = make_inputs(tokens, (options.heads, options.kv_heads, options.kv_heads), options)
+    local = Documents.from_lengths([tokens], options.device)
+
+    def alone(q, k, v):
+        return softmax_attention(q, k, v, local, scale=scale)[0]
+
+    def rate(pairs: int, milliseconds: float) -> float:
+        return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 products forward, 5 backward
+
+    base_ms = median_ms(forward_backward(alone, inputs), options.repeats)
+    base = rate(tokens * (tokens + 1) // 2, base_ms)
+    rows.append({"op": "softmax", "method": "one call", "ms": base_ms, "tflops": base, "ratio": 1.0})
+    for ranks in options.ranks:
+        for mix, lengths in mixes(tokens * ranks).items():
+            whole = Documents.from_lengths(lengths, options.device)
+            work = sum(n * (n + 1) // 2 for n in lengths) // ranks  # of the average rank
+            for method in ("ring", "allgather"):
+                times, sent = [], []
+                for link in communicators(options, ranks):
+                    shard = SequenceLayout("zigzag", ranks).shard(whole, link.rank)
+
+                    def attend(q, k, v, shard=shard, link=link, method=method):
+                        return softmax_attention_cp(q, k, v, shard, link, scale=scale, method=method)
+
+                    times.append(median_ms(forward_backward(attend, inputs), options.repeats))
+                    sent.append(getattr(link, "sent_bytes", 0) / (options.repeats + 2))
+                flops = rate(work, max(times))
+                figures = {"tflops": flops, "ratio": flops / base, "sent_mb": statistics.mean(sent) / 2**20}
+                place = {"op": "softmax", "method": method, "layout": "zigzag", "ranks": ranks, "mix": mix}
+                rows.append({**place, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
+    parser.add_argument("--rate", choices=list(RATES), default="nvlink", help="of the emulated link")
+    parser.add_argument("--sms", type=int, default=8, help="processors an emulated transfer occupies")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ops", nargs="+", choices=["lightning", "softmax"], default=["lightning", "softmax"])
+    parser.add_argument("--tokens", type=int, default=131072, help="per GPU, lightning attention")
+    parser.add_argument("--softmax-tokens", type=int, default=65536, help="per GPU, softmax attention")
+    parser.add_argument("--layer", type=int, default=0, help="of 80: the deeper, the slower the decay")
+    parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--kv-heads", type=int, default=KV_HEADS)
+    parser.add_argument("--dim", type=int, default=DIM)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    if options.link == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        options.ranks = [dist.get_world_size()]
+    options.device = "cuda" if on_gpu else "cpu"
+    options.dtype = torch.bfloat16 if on_gpu else torch.float32
+    machine = torch.cuda.get_device_name() if on_gpu else "cpu"
+    latency, rate = RATES[options.rate]
+    how = f"emulated {options.rate}: {latency * 1e6:.0f} us, {rate / 1e9:.0f} GB/s, {options.sms} SMs"
+    print(f"{machine}, torch {torch.__version__}, {how if options.link == 'emulated' else 'nccl'}")
+    rows = []
+    for op, measure in (("lightning", lightning_rows), ("softmax", softmax_rows)):
+        if op in options.ops:
+            rows += measure(options)
+    for row in rows:
+        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "link": how, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

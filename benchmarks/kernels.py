@@ -1,0 +1,192 @@
+"""Kernels on one GPU, side by side: time, share of the memory floor, error; a table, and JSON with ``--json``.
+
+    python benchmarks/kernels.py [--tokens 8192 32768 131072] [--heads 64 8] [--peer] [--json FILE]
+
+The floor is the bytes an op must read and write once, over the copy rate measured in the same run. Times are medians
+of CUDA graph replays (``graph``: the device alone) and of plain calls (``eager``: with the launches of one training
+step). Errors are relative, against the chunked implementation in float64, at 8192 tokens and 8 heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+
+DIM = 128
+REPEATS = 15
+
+
+def times(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median milliseconds of ``run`` on the device."""
+    for _ in range(2):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def graph_times(run: Callable[[], object]) -> float:
+    """The same for a captured graph of ``run``: no launch is waited for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return times(graph.replay)
+
+
+def copy_rate() -> float:
+    """Bytes read and written per second by a device-to-device copy of 2 GiB."""
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (times(lambda: target.copy_(source)) * 1e-3)
+
+
+def random_lengths(tokens: int, documents: int) -> list[int]:
+    cuts = sorted(random.Random(0).sample(range(1, tokens), documents - 1))
+    return [end - start for start, end in zip([0, *cuts], [*cuts, tokens], strict=True)]
+
+
+def first_configuration_only() -> None:
+    """Keep Triton's autotuner from timing a peer's configurations: minutes of device time; its errors stay the same."""
+    from triton.runtime import autotuner
+
+    autotuner.Autotuner.prune_configs = lambda self, kwargs: self.configs[:1]
+
+
+def lightning_implementations(peer: bool) -> dict[str, Callable]:
+    def ours(name: str) -> Callable:
+        return lambda q, k, v, slopes_H, documents: lightning_attention(
+            q, k, v, slopes_H, documents, return_final_state=False, implementation=name
+        )[0]
+
+    found = {"triton": ours("triton"), "chunked": ours("chunked")}
+    if peer:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def fla(q, k, v, slopes_H, documents):
+            return chunk_simple_gla(
+                q[None], k[None], v[None], scale=1.0, g_gamma=-slopes_H, cu_seqlens=documents.cu_seqlens.long()
+            )[0][0]
+
+        found["fla"] = fla
+    return found
+
+
+def lightning_inputs(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """q, k and v as views into one projection laid out per head, as the model has them, and the output's gradient."""
+    qkv_THQ = torch.randn(tokens, heads, 3 * DIM, device="cuda", dtype=dtype)
+    return *qkv_THQ.split(DIM, dim=-1), torch.randn(tokens, heads, DIM, device="cuda", dtype=dtype)
+
+
+def lightning_errors(run: Callable) -> dict[str, float]:
+    torch.manual_seed(0)
+    *qkv, d_out = lightning_inputs(8192, 8)
+    slopes_H = torch.tensor([0.917, *lightning_slopes(64, 0, 80)[[8, 24, 40, 56, 63]], 1e-3, 1e-5], device="cuda")
+    documents = Documents.from_lengths(random_lengths(8192, 5), "cuda")
+
+    def all_results(run: Callable, dtype: torch.dtype, slopes_H: Tensor) -> list[Tensor]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in qkv]
+        out = run(*leaves, slopes_H, documents)
+        return [out, *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+    exact = all_results(lightning_implementations(False)["chunked"], torch.float64, slopes_H.double())
+    results = all_results(run, torch.bfloat16, slopes_H)
+    return {
+        name: ((x.double() - y).norm() / y.norm()).item()
+        for name, x, y in zip(("out", "dq", "dk", "dv"), results, exact, strict=True)
+    }
+
+
+def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
+    rows = []
+    implementations = lightning_implementations(arguments.peer)
+    print("| lightning, error of | o | dq | dk | dv |\n| --- | --- | --- | --- | --- |")
+    errors = {}
+    for name, run in implementations.items():
+        errors[name] = lightning_errors(run)
+        print(f"| {name} | " + " | ".join(f"{error:.2e}" for error in errors[name].values()) + " |", flush=True)
+    for tokens in arguments.tokens:
+        for heads in arguments.heads:
+            for count in arguments.documents:
+                tensor = tokens * heads * DIM * 2
+                floors = {"forward": 4 * tensor / rate * 1e3, "both": 11 * tensor / rate * 1e3}
+                q, k, v, d_out = lightning_inputs(tokens, heads)
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                slopes_H = lightning_slopes(heads, 0, 80).cuda()
+                documents = Documents.from_lengths(random_lengths(tokens, count), "cuda")
+                for name, run in implementations.items():
+                    if name == "chunked" and (tokens > 32768 or count > 1):
+                        continue  # its weights between chunks are quadratic in their number
+                    if name == "fla" and arguments.peer_untuned:
+                        continue
+
+                    def forward(run=run, q=q, k=k, v=v, slopes_H=slopes_H, documents=documents):
+                        with torch.no_grad():
+                            return run(q, k, v, slopes_H, documents)
+
+                    def both(run=run, leaves=leaves, d_out=d_out, slopes_H=slopes_H, documents=documents):
+                        return torch.autograd.grad(run(*leaves, slopes_H, documents), leaves, d_out)
+
+                    row = {"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "documents": count}
+                    for label, call in (("forward", forward), ("both", both)):
+                        row[f"{label}_eager_ms"] = times(call)
+                        row[f"{label}_ms"] = graph_times(call) if name == "triton" else row[f"{label}_eager_ms"]
+                        row[f"{label}_over_floor"] = row[f"{label}_ms"] / floors[label]
+                    rows.append(row | {f"error_{key}": value for key, value in errors[name].items()})
+                    torch.cuda.empty_cache()
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    print("| name | tokens | heads | docs | forward ms (x floor; eager) | f+b ms (x floor; eager) |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cells = [row["name"], row["tokens"], row["heads"], row["documents"]]
+        for label in ("forward", "both"):
+            cells.append(f"{row[f'{label}_ms']:.3f} ({row[f'{label}_over_floor']:.2f}; {row[f'{label}_eager_ms']:.3f})")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 8])
+    parser.add_argument("--documents", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--peer", action="store_true", help="also flash-linear-attention, which must be importable")
+    parser.add_argument("--peer-untuned", action="store_true", help="its errors only, without minutes of tuning")
+    parser.add_argument("--json", help="where to write the rows")
+    arguments = parser.parse_args()
+    if arguments.peer_untuned:
+        arguments.peer = True
+        first_configuration_only()
+    rate = copy_rate()
+    machine = torch.cuda.get_device_name()
+    print(f"{machine}, torch {torch.__version__}, bfloat16, K = V = {DIM}; copy {rate / 1e12:.2f} TB/s")
+    rows = lightning(arguments, rate)
+    show(rows)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"machine": machine, "copy_bytes_per_second": rate, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

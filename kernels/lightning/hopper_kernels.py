@@ -1,0 +1,620 @@
+"""The ``attend`` kernel of :mod:`minimax_train.kernels.lightning.triton_kernels`, scheduled by hand for Hopper.
+
+Triton waits for every matrix product before it starts the next, which leaves the tensor cores idle for most of this
+chain of four. Here the three that depend only on the entering state run back to back (scores, state times x, state
+update), the decay mask is applied while the last two run, and the copy engine (TMA) fills STAGES buffers ahead.
+Written in Gluon, Triton's lower level: needs compute capability 9.0, two-byte elements and 16-byte-aligned strides.
+
+Shape legend: as in ``triton_kernels``.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from minimax_train.kernels.lightning import triton_kernels
+
+# Buffers per kernel: as many as fit in the 227 KB of shared memory at K = V = 128.
+STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 4, 2
+
+REACH = gl.constexpr(triton_kernels.REACH.value)
+BEGINS = gl.constexpr(triton_kernels.BEGINS.value)
+ENDS = gl.constexpr(triton_kernels.ENDS.value)
+LENGTH_SHIFT = gl.constexpr(triton_kernels.LENGTH_SHIFT.value)
+
+
+# Renamed between Triton 3.6 and 3.8.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+_ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+class _Layout(gl.NVMMASharedLayout):
+    """A layout that spells itself once: the launcher asks every descriptor of every call for it."""
+
+    def __repr__(self) -> str:
+        text = self.__dict__.get("text")
+        if text is None:
+            text = super().__repr__().replace("_Layout", "NVMMASharedLayout")
+            object.__setattr__(self, "text", text)
+        return text
+
+
+@cache
+def _layout(chunk: int, columns: int, dtype: torch.dtype) -> _Layout:
+    default = gl.NVMMASharedLayout.get_default_for([1, chunk, columns], _ELEMENT[dtype])
+    return _Layout(default.swizzle_byte_width, default.element_bitwidth, default.rank)
+
+
+def descriptors(*blocks: tuple[Tensor, int, int]) -> list[TensorDescriptor]:
+    """How the copy engine sees each ``(x [T, H, K], chunk, columns)``: as ``[H, T, K]``, one head's chunk at a time."""
+    result = []
+    for x_THK, chunk, columns in blocks:
+        T, H, K = x_THK.shape
+        stride_t, stride_h, _ = x_THK.stride()
+        layout = _layout(chunk, columns, x_THK.dtype)
+        result.append(TensorDescriptor(x_THK, [H, T, K], [stride_h, stride_t, 1], [1, chunk, columns], layout))
+    return result
+
+
+@gluon.jit
+def _fetch(desc, h, start, column, bar, tile, wanted):
+    tma.async_copy_global_to_shared(desc, [h, start, column], bar, tile, pred=wanted)
+
+
+@gluon.jit
+def _cut(num_chunks, fine, num_fine):
+    """The chunk that fine segment ``fine`` begins with."""
+    return (num_chunks.to(gl.int64) * fine // num_fine).to(gl.int32)
+
+
+@gluon.jit
+def _entering(
+    partial, slope, starts, owners, cu_seqlens, h, cut, edge, num_chunks, num_fine, PER,
+    partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state,
+    REVERSE: gl.constexpr, FINE: gl.constexpr,
+):  # fmt: skip
+    """``state`` plus what crosses chunk ``cut``, where fine segment ``edge`` meets the one before it."""
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    is_open = cut < num_chunks if REVERSE else cut > 0
+    if is_open:
+        cut_token = gl.load(starts + cut)
+        document = gl.load(owners + cut)
+        fines = gl.arange(0, FINE, layout=line)
+        ends_token = gl.load(
+            starts + _cut(num_chunks, fines if REVERSE else fines + 1, num_fine), mask=fines < num_fine, other=0
+        )
+        # The fine segments of the same document whose states have not decayed away: consecutive, up to the cut.
+        if REVERSE:
+            near = (ends_token - cut_token).to(gl.float32) * slope <= REACH
+            begun = cut_token > gl.load(cu_seqlens + document)
+            reaching = (fines >= edge) & (fines < num_fine) & near & begun
+            reaching = reaching & (ends_token < gl.load(cu_seqlens + document + 1))
+            from_fine = edge
+            to_fine = edge + gl.sum(reaching.to(gl.int32), 0)
+        else:
+            near = (cut_token - ends_token).to(gl.float32) * slope <= REACH
+            reaching = (fines < edge) & (ends_token > gl.load(cu_seqlens + document)) & near
+            to_fine = edge
+            from_fine = edge - gl.sum(reaching.to(gl.int32), 0)
+        for f in range(from_fine, to_fine):
+            end_token = gl.load(starts + _cut(num_chunks, f if REVERSE else f + 1, num_fine))
+            away = end_token - cut_token if REVERSE else cut_token - end_token
+            row = f - PER if REVERSE else f
+            at = partial + row.to(gl.int64) * partial_f + h * partial_h
+            at = at + rows_k[:, None] * partial_k + columns_v[None, :] * partial_v
+            state += gl.load(at, mask=inside, other=0.0) * gl.exp(-slope * away.to(gl.float32))
+    return state
+
+
+@gluon.jit
+def partials(
+    y_desc, z_desc, initial, partial, slopes, starts, owners, cu_seqlens,
+    initial_n, initial_h, initial_k, initial_v,
+    num_chunks, num_fine, PER,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = y_desc.dtype
+    groups: gl.constexpr = gl.num_warps() // 4
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
+
+    h = gl.program_id(0)
+    row = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    fine = row + PER if REVERSE else row
+    cut = _cut(num_chunks, fine if REVERSE else fine + 1, num_fine)
+    nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
+    reach = gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
+    cut_token = gl.load(starts + cut)
+    far_token = gl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
+    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
+    begin = cut_token
+    end = cut_token
+    document = 0
+    enters = False
+    if gl.abs(reader - cut_token) < reach:
+        # Most programs of a fast head do not come here: only the others wait for the loads that place the document.
+        document = gl.load(owners + cut)
+        document_start = gl.load(cu_seqlens + document)
+        document_end = gl.load(cu_seqlens + document + 1)
+        if REVERSE:
+            if (document_start < reader) & (cut_token > document_start):
+                end = gl.minimum(gl.minimum(document_end, far_token), reader + reach)
+                enters = end == document_end
+        else:
+            if (document_end > reader) & (cut_token > document_start):
+                begin = gl.maximum(gl.maximum(document_start, far_token), reader - reach)
+                enters = begin == document_start
+    if begin < end:
+        count = (end - begin + C - 1) // C
+        y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+        z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
+        weighted_tiles = gl.allocate_shared_memory(dtype, [2, C, BV], tile_v)
+        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(bars.index(i), count=1)
+        for i in gl.static_range(STAGES - 1):
+            first = begin + (count - 1 - i if REVERSE else i) * C
+            mbarrier.expect(bars.index(i), size, pred=i < count)
+            _fetch(y_desc, h, first, 0, bars.index(i), y_tiles.index(i), i < count)
+            _fetch(z_desc, h, first, 0, bars.index(i), z_tiles.index(i), i < count)
+        rows_k = gl.arange(0, BK, layout=by_row)
+        columns_v = gl.arange(0, BV, layout=by_column)
+        inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+        slots = gl.arange(0, C, layout=by_row)
+        state = gl.zeros([BK, BV], gl.float32, mma)
+        if HAS_INITIAL:
+            if enters:
+                at = initial + document.to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        state = warpgroup_mma_init(state)
+        for step in range(0, count):
+            stage = step % STAGES
+            length = gl.minimum(C, end - begin - (count - 1 - step if REVERSE else step) * C)
+            away = slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)
+            weight = gl.where(slots < length, gl.exp(-slope * away.to(gl.float32)), 0.0)
+            y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+            z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+            weighted_s = weighted_tiles.index(step % 2)
+            mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
+            weighted_s.store((z_s.load(mma).to(gl.float32) * weight[:, None]).to(dtype))
+            fence_async_shared()
+            # The previous product reads the buffers refilled below, in every warp.
+            state = warpgroup_mma_wait(0, deps=[state])
+            thread_barrier()
+            state = state * gl.exp(-slope * length.to(gl.float32))
+            state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
+            ahead = step + STAGES - 1
+            free = ahead % STAGES
+            first = begin + (count - 1 - ahead if REVERSE else ahead) * C
+            mbarrier.expect(bars.index(free), size, pred=ahead < count)
+            _fetch(y_desc, h, first, 0, bars.index(free), y_tiles.index(free), ahead < count)
+            _fetch(z_desc, h, first, 0, bars.index(free), z_tiles.index(free), ahead < count)
+        state = warpgroup_mma_wait(0, deps=[state])
+        to = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        gl.store(to, state, mask=inside)
+        thread_barrier()
+        for i in gl.static_range(STAGES):
+            mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def _produce(
+    x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp keeps the copy engine STAGES chunks ahead of both consumers."""
+    size: gl.constexpr = x_desc.block_type.nbytes + y_desc.block_type.nbytes + 2 * z_desc.block_type.nbytes
+    HALF: gl.constexpr = z_desc.block_type.shape[2]
+    for step in range(0, high - low):
+        stage = step % STAGES
+        start = gl.load(starts + (high - 1 - step if REVERSE else low + step))
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, size)
+        tma.async_copy_global_to_shared(x_desc, [h, start, 0], bar, x_tiles.index(stage))
+        tma.async_copy_global_to_shared(y_desc, [h, start, 0], bar, y_tiles.index(stage))
+        tma.async_copy_global_to_shared(z_desc, [h, start, 0], bar, z_tiles.index(stage * 2))
+        tma.async_copy_global_to_shared(z_desc, [h, start, HALF], bar, z_tiles.index(stage * 2 + 1))
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+    out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+    out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp group: half of the value columns, with its own half of the state."""
+    dtype: gl.constexpr = out_desc.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, mma)
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, HALF], dtype)
+    weighted_s = weighted_tiles.index(half)
+    state_s = state_tiles.index(half)
+    out_s = out_tiles.index(half)
+
+    rows_k = gl.arange(0, BK, layout=by_row)
+    columns_v = half * HALF + gl.arange(0, HALF, layout=by_column)
+    inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+    slots = gl.arange(0, C, layout=by_row)
+    here = gl.arange(0, C, layout=gl.SliceLayout(1, mma_scores))
+    others = gl.arange(0, C, layout=gl.SliceLayout(0, mma_scores))
+    distance = others[None, :] - here[:, None] if REVERSE else here[:, None] - others[None, :]
+    within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+
+    state = gl.zeros([BK, HALF], gl.float32, mma)
+    if HAS_PARTIAL:
+        state = _entering(
+            partial, slope, starts, owners, cu_seqlens, h, high if REVERSE else low, edge, num_chunks, num_fine, PER,
+            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, REVERSE, FINE,
+        )  # fmt: skip
+
+    for step in range(0, high - low):
+        stage = step % STAGES
+        m = high - 1 - step if REVERSE else low + step
+        start = gl.load(starts + m)
+        info = gl.load(infos + m)
+        length = info >> LENGTH_SHIFT
+        enters = (info & (ENDS if REVERSE else BEGINS)) != 0
+
+        valid = slots < length
+        before = (slots + 1).to(gl.float32)
+        after = gl.maximum(length - 1 - slots, 0).to(gl.float32)
+        from_state = gl.exp(-slope * (after if REVERSE else before))
+        to_state = gl.where(valid, gl.exp(-slope * (before if REVERSE else after)), 0.0)
+        through = gl.exp(-slope * length.to(gl.float32))
+        if HAS_INITIAL:
+            if enters:
+                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        else:
+            from_state = gl.where(enters, 0.0, from_state)
+            through = gl.where(enters, 0.0, through)
+
+        x_s = x_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        z_s = z_tiles.index(stage * 2 + half)._reinterpret(dtype, [C, HALF], tile_v)
+        state_s.store(state.to(dtype))
+        # Before the first product: registers of a product in flight cannot be written without waiting for all.
+        state = state * through
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
+        tma.store_wait(0)
+        fence_async_shared()
+        thread_barrier()
+
+        scores = gl.zeros([C, C], gl.float32, mma_scores)
+        scores = warpgroup_mma(x_s, y_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+        acc = gl.zeros([C, HALF], gl.float32, mma)
+        acc = warpgroup_mma(x_s, state_s, acc, use_acc=False, is_async=True)
+        state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
+
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        scores = scores * within_CC
+        if REVERSE:
+            scores = gl.where((others < length)[None, :], scores, 0.0)
+        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma, 2))
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        acc = warpgroup_mma(scores, z_s, acc * from_state[:, None], is_async=True)
+        state = warpgroup_mma_wait(1, deps=[state])
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
+
+        # A chunk that fills its tile leaves by the copy engine, another one row by row: whichever does not apply is
+        # sent out of range rather than branched around, so that the loop stays free of branches.
+        out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
+        fence_async_shared()
+        thread_barrier()
+        whole = length == C
+        tma.async_copy_shared_to_global(out_desc, [h, gl.where(whole, start, num_tokens), half * HALF], out_s)
+        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+        gl.store(rows, acc.to(dtype), mask=(valid & (length < C))[:, None] & (columns_v < V)[None, :])
+        if HAS_FINAL:
+            if (info & (BEGINS if REVERSE else ENDS)) != 0:
+                at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
+                gl.store(at, state, mask=inside)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attend(
+    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+    out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x_desc.dtype
+    HALF: gl.constexpr = BV // 2
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    edge = segment * PER + PER if REVERSE else segment * PER
+
+    x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], x_desc.layout)
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+    z_tiles = gl.allocate_shared_memory(dtype, [STAGES * 2, 1, C, HALF], z_desc.layout)
+    weighted_tiles = gl.allocate_shared_memory(
+        dtype, [2, C, HALF], gl.NVMMASharedLayout.get_default_for([C, HALF], dtype)
+    )
+    state_tiles = gl.allocate_shared_memory(
+        dtype, [2, BK, HALF], gl.NVMMASharedLayout.get_default_for([BK, HALF], dtype)
+    )
+    out_tiles = gl.allocate_shared_memory(dtype, [2, 1, C, HALF], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    left: gl.constexpr = 0
+    right: gl.constexpr = 1
+    # Spelled out in place: a tuple given a name would turn its compile-time constants into run-time values.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                left, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_consume, (
+                right, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_produce, (
+                x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty, REVERSE, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+        mbarrier.invalidate(empty.index(i))
+
+
+@gluon.jit
+def _produce_backward(
+    q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles, full, empty,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    size: gl.constexpr = 2 * (q_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    for step in range(0, high - low):
+        stage = step % STAGES
+        start = gl.load(starts + high - 1 - step)
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, size)
+        tma.async_copy_global_to_shared(do_desc, [h, start, 0], bar, do_tiles.index(stage))
+        tma.async_copy_global_to_shared(q_desc, [h, start, 0], bar, q_tiles.index(stage))
+        tma.async_copy_global_to_shared(k_desc, [h, start, 0], bar, k_tiles.index(stage))
+        tma.async_copy_global_to_shared(v_desc, [h, start, 0], bar, v_tiles.index(stage))
+
+
+@gluon.jit
+def _consume_backward(
+    side: gl.constexpr, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, out_s,
+    full, empty, ready, free, out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens,
+    h, low, high, edge, out_t, out_h,
+    initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp group: dv (side 0) or dk (side 1), and half of the state that both read."""
+    dtype: gl.constexpr = out_desc.dtype
+    HALF: gl.constexpr = BV // 2
+    WIDTH: gl.constexpr = K if side == 1 else V
+    BLOCK: gl.constexpr = BK if side == 1 else BV
+    mma_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    tile_out: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BLOCK], dtype)
+    weighted_s = weighted_tiles.index(side)
+    my_state_s = state_s.slice(side * HALF, HALF, dim=1)
+
+    rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma_state))
+    columns_v = side * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, mma_state))
+    inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+    slots = gl.arange(0, C, layout=gl.SliceLayout(1, mma))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, mma))
+    sources = gl.arange(0, C, layout=gl.SliceLayout(1, mma_state))
+    here = gl.arange(0, C, layout=gl.SliceLayout(1, mma_scores))
+    others = gl.arange(0, C, layout=gl.SliceLayout(0, mma_scores))
+    distance = others[None, :] - here[:, None]
+    within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+
+    state = gl.zeros([BK, HALF], gl.float32, mma_state)
+    if HAS_PARTIAL:
+        state = _entering(
+            partial, slope, starts, owners, cu_seqlens, h, high, edge, num_chunks, num_fine, PER,
+            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, True, FINE,
+        )  # fmt: skip
+
+    for step in range(0, high - low):
+        stage = step % STAGES
+        m = high - 1 - step
+        start = gl.load(starts + m)
+        info = gl.load(infos + m)
+        length = info >> LENGTH_SHIFT
+        enters = (info & ENDS) != 0
+        from_state = gl.exp(-slope * gl.maximum(length - 1 - slots, 0).to(gl.float32))
+        to_state = gl.where(sources < length, gl.exp(-slope * (sources + 1).to(gl.float32)), 0.0)
+        through = gl.exp(-slope * length.to(gl.float32))
+        if HAS_INITIAL:
+            if enters:
+                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+        else:
+            from_state = gl.where(enters, 0.0, from_state)
+            through = gl.where(enters, 0.0, through)
+
+        q_s = q_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        k_s = k_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        v_s = v_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        do_s = do_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        # Both sides have read the state of the chunk before.
+        mbarrier.wait(free, (step & 1) ^ 1)
+        my_state_s.store(state.to(dtype))
+        state = state * through
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        do_half = do_s.slice(side * HALF, HALF, dim=1).load(mma_state)
+        weighted_s.store((do_half.to(gl.float32) * to_state[:, None]).to(dtype))
+        tma.store_wait(0)
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(ready, count=1)
+
+        scores = gl.zeros([C, C], gl.float32, mma_scores)
+        acc = gl.zeros([C, BLOCK], gl.float32, mma)
+        if side == 0:
+            scores = warpgroup_mma(k_s, q_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+            mbarrier.wait(ready, step & 1)
+            acc = warpgroup_mma(k_s, state_s, acc, use_acc=False, is_async=True)
+        else:
+            scores = warpgroup_mma(v_s, do_s.permute((1, 0)), scores, use_acc=False, is_async=True)
+            mbarrier.wait(ready, step & 1)
+            acc = warpgroup_mma(v_s, state_s.permute((1, 0)), acc, use_acc=False, is_async=True)
+        state = warpgroup_mma(q_s.permute((1, 0)), weighted_s, state, is_async=True)
+        scores = warpgroup_mma_wait(2, deps=[scores])
+        scores = gl.where((others < length)[None, :], scores * within_CC, 0.0)
+        scores = gl.convert_layout(scores.to(dtype), gl.DotOperandLayout(0, mma, 2))
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(free, count=1)
+        if side == 0:
+            acc = warpgroup_mma(scores, do_s, acc * from_state[:, None], is_async=True)
+        else:
+            acc = warpgroup_mma(scores, q_s, acc * from_state[:, None], is_async=True)
+        state = warpgroup_mma_wait(1, deps=[state])
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
+
+        out_s._reinterpret(dtype, [C, BLOCK], tile_out).store(acc.to(dtype))
+        fence_async_shared()
+        thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), 0], out_s)
+        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
+        partly = (slots < length) & (length < C)
+        gl.store(rows, acc.to(dtype), mask=partly[:, None] & (columns < WIDTH)[None, :])
+        if HAS_FINAL:
+            if (info & BEGINS) != 0:
+                at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
+                gl.store(at, state, mask=inside)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attend_dk_dv(
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
+    slopes, starts, infos, owners, cu_seqlens,
+    dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+    partial_f, partial_h, partial_k, partial_v,
+    num_tokens, num_chunks, num_fine, PER,
+    K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
+    FINE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
+    dtype: gl.constexpr = q_desc.dtype
+    h = gl.program_id(0)
+    segment = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    low = _cut(num_chunks, segment * PER, num_fine)
+    high = _cut(num_chunks, segment * PER + PER, num_fine)
+    edge = segment * PER + PER
+
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], v_desc.layout)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], do_desc.layout)
+    weighted_tiles = gl.allocate_shared_memory(
+        dtype, [2, C, BV // 2], gl.NVMMASharedLayout.get_default_for([C, BV // 2], dtype)
+    )
+    state_s = gl.allocate_shared_memory(dtype, [BK, BV], gl.NVMMASharedLayout.get_default_for([BK, BV], dtype))
+    dk_s = gl.allocate_shared_memory(dtype, [1, C, BK], dk_desc.layout)
+    dv_s = gl.allocate_shared_memory(dtype, [1, C, BV], dv_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(ready, count=2)
+    mbarrier.init(free, count=2)
+    for_dv: gl.constexpr = 0
+    for_dk: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_consume_backward, (
+                for_dv, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dv_s,
+                full, empty, ready, free, dv_desc, dv, initial, final, partial, slope, starts, infos, owners,
+                cu_seqlens, h, low, high, edge, dv_t, dv_h,
+                initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_consume_backward, (
+                for_dk, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dk_s,
+                full, empty, ready, free, dk_desc, dk, initial, final, partial, slope, starts, infos, owners,
+                cu_seqlens, h, low, high, edge, dk_t, dk_h,
+                initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+            )),
+            (_produce_backward, (
+                q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles,
+                full, empty, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+        mbarrier.invalidate(empty.index(i))
+    mbarrier.invalidate(ready)
+    mbarrier.invalidate(free)

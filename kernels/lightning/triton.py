@@ -1,0 +1,329 @@
+"""Lightning attention in Triton: one kernel, run forwards for o and dq and backwards for dk and dv.
+
+With ``A(x, y, z)_i = sum over j <= i of decay^(i - j) (x_i . y_j) z_j`` and A' the same over j >= i,
+
+    o = A(q, k, v)    dq = A(do, v, k)    dk = A'(v, do, q)    dv = A'(k, q, do)
+
+where A's running state is S (transposed for dq) and that of A' is the gradient of S (transposed for dk). On Hopper
+dk and dv come from one pass over what they share. ``docs/kernels.md`` counts the bytes and has the measurements.
+
+One program holds one head's state, so the token axis is cut in as many segments as fill the device. What crosses a
+cut is summed beforehand from finer segments in parallel: reading at most y and z of all but one segment once more,
+and for a fast head only the few tokens before each cut that have not decayed away.
+
+Shape legend: T tokens, H heads, K key dim, V value dim, N documents, F fine segments.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning import triton_kernels
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _ceil_div(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+class Tiles(NamedTuple):
+    """How one call is cut: a chunk of C tokens by a slice of the value dim per step, on ``warps`` warps."""
+
+    chunk: int
+    slice: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(dtype: torch.dtype, K: int, V: int) -> Tiles:
+    """The configuration measured best on H200; float32 tiles are small because they take twice the shared memory."""
+    if dtype.itemsize == 4:
+        return Tiles(32, 32, 4, 2)
+    return Tiles(64, 128, 8, 3)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Segments of ``attend`` and fine segments of ``partials`` per segment, for ``columns`` independent programs."""
+    if device.type != "cuda":
+        return 1, 1
+    segments = max(1, min(_processors(device) // columns, num_chunks // 4))
+    if segments == 1:
+        return 1, 1
+    return segments, max(1, min(16 // segments, num_chunks // segments // 16))
+
+
+def choose_hopper(x_THK: Tensor) -> bool:
+    """Whether the hand-scheduled kernel takes this dtype on this device."""
+    return x_THK.element_size() == 2 and _is_hopper(x_THK.device)
+
+
+class _Table(NamedTuple):
+    """Chunks of the documents as the kernels read them, int32; ``starts`` has T and ``owners`` the last as sentinel."""
+
+    starts: Tensor
+    infos: Tensor
+    owners: Tensor
+    count: int
+
+
+def _table(documents: Documents, size: int) -> _Table:
+    chunks = documents.chunks(size)
+    ends_M = chunks.starts_M + chunks.lengths_M
+    cu_seqlens = documents.cu_seqlens
+    begins_M = chunks.starts_M == cu_seqlens[chunks.documents_M]
+    ends_document_M = ends_M == cu_seqlens[chunks.documents_M + 1]
+    infos_M = begins_M * triton_kernels.BEGINS.value + ends_document_M * triton_kernels.ENDS.value
+    infos_M += chunks.lengths_M << triton_kernels.LENGTH_SHIFT.value
+    starts = torch.cat([chunks.starts_M, ends_M[-1:]])
+    owners = torch.cat([chunks.documents_M, chunks.documents_M[-1:]])
+    return _Table(starts.int(), infos_M.int(), owners.int(), len(infos_M))
+
+
+class _Run(NamedTuple):
+    """What all kernels of one call share."""
+
+    slopes_H: Tensor
+    documents: Documents
+    tiles: Tiles
+    segments: int
+    per: int
+    table: _Table
+    hopper: bool
+
+    @classmethod
+    def plan(cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents) -> _Run:
+        H, K = x_THK.shape[1:]
+        tiles = choose_tiles(x_THK.dtype, K, V)
+        table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
+        columns = H * _ceil_div(max(K, V), tiles.slice)
+        segments, per = choose_segments(table.count, columns, x_THK.device)
+        # No segment may be empty: nothing would write the state it hands on.
+        segments = min(segments, table.count)
+        per = min(per, table.count // segments)
+        hopper = max(K, V) <= 128 and choose_hopper(x_THK)
+        return cls(slopes_H, documents, tiles, segments, per, table, hopper)
+
+    def _shared(self, K: int, V: int, dtype: torch.dtype) -> dict:
+        C, width, warps, stages = self.tiles
+        return {
+            "C": C,
+            "BK": max(16, _power_of_two(K)),
+            "BV": min(width, max(16, _power_of_two(V))),
+            "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+
+    @property
+    def _where(self) -> tuple[Tensor, ...]:
+        return (self.slopes_H, self.table.starts, self.table.infos, self.table.owners, self.documents.cu_seqlens)
+
+    def _copy_engine_takes(self, *tensors: Tensor) -> bool:
+        """Whether the Hopper kernels can read these: the copy engine wants everything on 16 bytes."""
+        return self.hopper and all(
+            x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+            for x in tensors
+        )
+
+    def _hopper(self, K: int, V: int) -> tuple:
+        # Gluon is imported only where it can run.
+        from minimax_train.kernels.lightning import hopper_kernels
+
+        BK, BV = (max(64, _power_of_two(size)) for size in (K, V))
+        return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
+
+    def partials(self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool) -> Tensor | None:
+        """States handed from fine segment to fine segment, float32 ``[F', H, K, V]``; None where nothing is cut."""
+        if self.segments == 1:
+            return None
+        _, H, K = y_THK.shape
+        V = z_THV.shape[-1]
+        fine = self.segments * self.per
+        partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
+        initial_strides = initial_NHKV.stride() if initial_NHKV is not None else [0] * 4
+        where = (self.slopes_H, self.table.starts, self.table.owners, self.documents.cu_seqlens)
+        flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None}
+        if self._copy_engine_takes(y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            hopper.partials[H, fine - self.per](
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), initial_NHKV, partial_FHKV,
+                *where, *initial_strides, self.table.count, fine, self.per,
+                H=H, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
+            )  # fmt: skip
+            return partial_FHKV
+        shared = self._shared(K, V, y_THK.dtype)
+        triton_kernels.partials[_ceil_div(V, shared["BV"]), H, fine - self.per](
+            y_THK, z_THV, initial_NHKV, partial_FHKV, *where,
+            *y_THK.stride()[:2], *z_THV.stride()[:2], *initial_strides, self.table.count, fine, self.per,
+            H=H, K=K, V=V, **shared, **flags,
+        )  # fmt: skip
+        return partial_FHKV
+
+    def attend(
+        self,
+        x_THK: Tensor,
+        y_THK: Tensor,
+        z_THV: Tensor,
+        initial_NHKV: Tensor | None,
+        partial_FHKV: Tensor | None,
+        *,
+        reverse: bool,
+        final_NHKV: Tensor | None = None,
+    ) -> Tensor:
+        """``A(x, y, z)``, or A' in reverse, ``[T, H, V]``; fills ``final_NHKV`` if given."""
+        T, H, K = x_THK.shape
+        V = z_THV.shape[-1]
+        out_THV = torch.empty(T, H, V, dtype=z_THV.dtype, device=z_THV.device)
+        shared = self._shared(K, V, x_THK.dtype)
+        states = (initial_NHKV, final_NHKV, partial_FHKV)
+        fine = self.segments * self.per
+        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
+        flags = {
+            "REVERSE": reverse,
+            "HAS_INITIAL": initial_NHKV is not None,
+            "HAS_FINAL": final_NHKV is not None,
+            "HAS_PARTIAL": partial_FHKV is not None,
+            "FINE": _power_of_two(fine),
+        }
+        if self._copy_engine_takes(x_THK, y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            # The kernel takes no None: a state that is not there is any pointer that it will not follow.
+            initial, final, partial = (self.slopes_H if state is None else state for state in states)
+            hopper.attend[H, self.segments](
+                *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV // 2), (out_THV, C, BV // 2)),
+                out_THV, initial, final, partial, *self._where, *out_THV.stride()[:2], *state_strides,
+                T, self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
+            )  # fmt: skip
+            return out_THV
+        triton_kernels.attend[_ceil_div(V, shared["BV"]), H, self.segments](
+            x_THK, y_THK, z_THV, out_THV, *states, *self._where,
+            *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *state_strides,
+            self.table.count, fine, self.per,
+            H=H, K=K, V=V, **shared, **flags,
+        )  # fmt: skip
+        return out_THV
+
+    def dk_dv(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THV: Tensor,
+        do_THV: Tensor,
+        d_final_NHKV: Tensor | None,
+        d_partial_FHKV: Tensor | None,
+        d_initial_NHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``A'(v, do, q)`` and ``A'(k, q, do)``, in one pass where the kernel for it runs; fills ``d_initial_NHKV``."""
+        if not self._copy_engine_takes(q_THK, k_THK, v_THV, do_THV):
+            dk = self.attend(v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_partial_FHKV), reverse=True)
+            dv = self.attend(
+                k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV
+            )
+            return dk, dv
+        T, H, K = q_THK.shape
+        V = v_THV.shape[-1]
+        dk_THK = torch.empty(T, H, K, dtype=k_THK.dtype, device=k_THK.device)
+        dv_THV = torch.empty(T, H, V, dtype=v_THV.dtype, device=v_THV.device)
+        hopper, shape = self._hopper(K, V)
+        C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+        states = (d_final_NHKV, d_initial_NHKV, d_partial_FHKV)
+        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
+        fine = self.segments * self.per
+        keys = [(x, C, BK) for x in (q_THK, k_THK)]
+        values = [(x, C, BV) for x in (v_THV, do_THV)]
+        initial, final, partial = (self.slopes_H if state is None else state for state in states)
+        hopper.attend_dk_dv[H, self.segments](
+            *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)),
+            dk_THK, dv_THV, initial, final, partial, *self._where,
+            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
+            HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
+            HAS_PARTIAL=d_partial_FHKV is not None, FINE=_power_of_two(fine),
+            STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape,
+        )  # fmt: skip
+        return dk_THK, dv_THV
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _transposed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.transpose(-1, -2)
+
+
+class _TritonLightning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, documents, initial_NHKV, return_final_state):
+        q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
+        _, H, K = q_THK.shape
+        V = v_THV.shape[-1]
+        run = _Run.plan(q_THK, V, slopes_H, documents)
+        final_NHKV = None
+        if return_final_state:
+            final_NHKV = torch.empty(len(documents), H, K, V, dtype=torch.float32, device=q_THK.device)
+        partial_FHKV = run.partials(k_THK, v_THV, initial_NHKV, reverse=False)
+        out_THV = run.attend(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV, reverse=False, final_NHKV=final_NHKV)
+        ctx.save_for_backward(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV)
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        return out_THV, final_NHKV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do_THV, d_final_NHKV):
+        q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV = ctx.saved_tensors
+        run: _Run = ctx.run
+        do_THV = torch.zeros_like(v_THV) if do_THV is None else _rows_contiguous(do_THV)
+        d_initial_NHKV = None
+        if ctx.needs_input_grad[5]:
+            d_initial_NHKV = torch.empty(initial_NHKV.shape, dtype=torch.float32, device=q_THK.device)
+        dq = run.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(partial_FHKV), reverse=False)
+        d_partial_FHKV = run.partials(q_THK, do_THV, d_final_NHKV, reverse=True)
+        dk, dv = run.dk_dv(q_THK, k_THK, v_THV, do_THV, d_final_NHKV, d_partial_FHKV, d_initial_NHKV)
+        if d_initial_NHKV is not None:
+            d_initial_NHKV = d_initial_NHKV.to(initial_NHKV.dtype)
+        return dq, dk, dv, None, None, d_initial_NHKV, None
+
+
+def lightning_attention_triton(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    slopes_H: Tensor,
+    documents: Documents,
+    initial_state_NHKV: Tensor | None = None,
+    return_final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Lightning attention on a GPU, states and decays in float32, deterministic.
+
+    Token and head strides are free, so q, k and v may be views into one projection. bfloat16, float16 or float32.
+    Arguments and results as in :func:`minimax_train.kernels.lightning.lightning_attention`.
+
+    Raises:
+        ValueError: for a dtype the kernels do not take, or q, k and v of different dtypes.
+    """
+    dtypes = {q_THK.dtype, k_THK.dtype, v_THV.dtype}
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
+        raise ValueError(f"kernels.lightning='triton' takes q, k, v of one of bfloat16, float16, float32, got {dtypes}")
+    return _TritonLightning.apply(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state)

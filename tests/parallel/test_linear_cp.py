@@ -1,0 +1,78 @@
+"""Lightning attention over ranks against the recurrence on one."""
+
+import pytest
+import torch
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.parallel.linear import choose_method, lightning_attention_cp
+from support.distributed import run_ranks
+from support.mixes import random_mix
+
+H, K, V = 3, 5, 4
+
+
+def _inputs(tokens, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, H, K), (tokens, H, K), (tokens, H, V), (tokens, H, V)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def _compare(grid, kind, method, seeds, dtype):
+    """Largest error over many mixes of this rank's outputs and gradients."""
+    communicator = GroupCommunicator(grid.dp_group)
+    layout = SequenceLayout(kind, communicator.size)
+    chunks = len(layout.chunk_ranks)
+    slopes = torch.tensor([0.917, 0.1, 1e-5], dtype=torch.float64)
+    worst = 0.0
+    for seed in seeds:
+        tokens = chunks * (3 + seed % 17)
+        documents = Documents.from_lengths(random_mix(tokens, chunks, seed))
+        *inputs, grad = _inputs(tokens, seed, dtype)
+        right_inputs = [x.double().requires_grad_() for x in inputs]
+        right, _ = lightning_attention(*right_inputs, slopes, documents, implementation="chunked")
+        expected = [right, *torch.autograd.grad(right, right_inputs, grad.double())]
+        shard = layout.shard(documents, communicator.rank)
+        mine = [shard.take(x).requires_grad_() for x in inputs]
+        out = lightning_attention_cp(*mine, slopes, shard, communicator, method=method)
+        actual = [out, *torch.autograd.grad(out, mine, shard.take(grad))]
+        for a, e in zip(actual, expected, strict=True):
+            error = (a.double() - shard.take(e)).abs().max() / e.abs().max().clamp(min=1)
+            worst = max(worst, float(error)) if error == error else float("inf")
+    return worst
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("method", ["lasp_plus", "ring", "scan"])
+def test_equals_one_rank(ranks, kind, method):
+    seeds = range(60 if method == "lasp_plus" else 25)
+    assert max(run_ranks(_compare, ranks, kind, method, seeds, torch.float64)) < 1e-10
+
+
+def test_equals_one_rank_in_float32():
+    assert max(run_ranks(_compare, 4, "zigzag", "auto", range(25), torch.float32)) < 1e-5
+
+
+def test_chunked_reference_is_the_recurrence():
+    documents = Documents.from_lengths(random_mix(60, 4, 11))
+    *inputs, _ = _inputs(60, 0, torch.float64)
+    slopes = lightning_slopes(H, 0, 4)
+    naive, _ = lightning_attention(*inputs, slopes, documents, implementation="naive")
+    chunked, _ = lightning_attention(*inputs, slopes, documents, implementation="chunked")
+    torch.testing.assert_close(chunked, naive, rtol=1e-12, atol=1e-12)
+
+
+def test_the_cheaper_method():
+    state = 64 * 128 * 128 * 4
+    assert choose_method(state, 8, 8) == "lasp_plus"
+    assert choose_method(state, 256, 128) == "scan"
+
+
+def test_unknown_method():
+    shard = SequenceLayout("contiguous", 1).shard(Documents.from_lengths([3]), 0)
+    x = torch.zeros(3, 1, 2)
+    with pytest.raises(ValueError, match=r"parallel.linear_cp='lasp': must be one of lasp_plus, scan, ring, auto"):
+        lightning_attention_cp(x, x, x, torch.ones(1), shard, None, method="lasp")
