@@ -19,7 +19,7 @@ from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.softmax import attention_backward, attention_forward
 from minimax_train.parallel.communicator import Communicator
 from minimax_train.parallel.layout import SequenceShard
-from minimax_train.parallel.softmax.plan import earlier_pieces
+from minimax_train.parallel.softmax.plan import first_shared_chunk
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,20 @@ class GatherPlan:
 @lru_cache(maxsize=8)
 def gather_plan(shard: SequenceShard) -> GatherPlan:
     """The plan of the rank that holds a shard; kept for the last few shards, since all layers share it."""
-    size = shard.chunk_size
     width = 0
     for chunk in shard.chunks:
-        for earlier, (start, end) in earlier_pieces(shard, chunk):
+        for earlier in shard.chunks[first_shared_chunk(shard, chunk) : chunk.index]:
             if earlier.rank != chunk.rank:
+                start, end = earlier.last_segment
                 width = max(width, end - start)
+            if width == shard.chunk_size:
+                break
     places = {chunk.index: shard.layout.chunk_ranks[: chunk.index].count(chunk.rank) for chunk in shard.chunks}
     pieces, query_lengths, key_lengths = [], [], []
     for chunk in shard.mine:
         before = 0
-        for earlier, segment in earlier_pieces(shard, chunk):
+        for earlier in shard.chunks[first_shared_chunk(shard, chunk) : chunk.index]:
+            segment = earlier.last_segment
             if earlier.rank == shard.rank:
                 pieces.append(Piece(None, shard.local(segment)))
             else:
@@ -93,7 +96,7 @@ def gather_plan(shard: SequenceShard) -> GatherPlan:
     return GatherPlan(
         shard.layout.num_ranks,
         len(shard.mine),
-        size,
+        shard.chunk_size,
         width,
         tuple(pieces),
         Documents.from_lengths(query_lengths, device),

@@ -82,18 +82,16 @@ def estimate(
     for rank in ranks:
         lengths = local_lengths(SequenceShard(shard.layout, rank, shard.chunks, shard.whole))
         local.append(sum(length * (length + 1) / 2 for length in lengths))
-    scores, received, merged = [local], [], []
-    for distances in ring.rounds:
-        in_round = {key: [0.0] * ring.num_ranks for key in ("scores", "received", "merged")}
-        for reader, source in ring.pairs(distances):
-            rectangle = ring.rectangles[reader, source]
-            in_round["scores"][reader] += rectangle.num_scores
-            in_round["received"][reader] += rectangle.num_keys
-            in_round["merged"][reader] += rectangle.num_scores / rectangle.num_keys
-        scores.append(in_round["scores"])
-        received.append(in_round["received"])
-        merged.append(in_round["merged"])
-    received.append([0.0] * ring.num_ranks)
+    # By round and rank; the arithmetic of a round runs beside the transfer of the next, the local one beside the first.
+    steps = range(len(ring.rounds) + 1)
+    scores, received, merged = ([[0.0] * ring.num_ranks for _ in steps] for _ in range(3))
+    scores[0] = local
+    rounds = {distance: index for index, distances in enumerate(ring.rounds) for distance in distances}
+    for (reader, source), rectangle in ring.rectangles.items():
+        index = rounds[(reader - source) % ring.num_ranks]
+        scores[index + 1][reader] += rectangle.num_scores
+        received[index][reader] += rectangle.num_keys
+        merged[index + 1][reader] += rectangle.num_queries
     ring_s = sum(
         max(attention_s(max(computed)), transfer_s(max(arriving)))
         for computed, arriving in zip(scores, received, strict=True)

@@ -33,12 +33,16 @@ class Rectangle:
     keys: slice
 
     @property
+    def num_queries(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    @property
     def num_keys(self) -> int:
         return self.keys.stop - self.keys.start
 
     @property
     def num_scores(self) -> int:
-        return (self.queries.stop - self.queries.start) * self.num_keys
+        return self.num_queries * self.num_keys
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,6 @@ class RingPlan:
     tokens: int
     rectangles: Mapping[tuple[int, int], Rectangle]
     rounds: tuple[tuple[int, ...], ...]
-
-    def pairs(self, distances: Iterable[int]) -> list[tuple[int, int]]:
-        """(reader, source) of every rectangle at some distances."""
-        wanted = set(distances)
-        return [pair for pair in self.rectangles if (pair[0] - pair[1]) % self.num_ranks in wanted]
 
     def tokens_sent(self, rank: int) -> int:
         """Tokens whose keys and values a rank sends in a forward pass."""
@@ -120,10 +119,9 @@ def _document_start(shard: SequenceShard, chunk: Chunk) -> int:
     return bounds[bisect_right(bounds, chunk.start) - 1]
 
 
-def earlier_pieces(shard: SequenceShard, chunk: Chunk) -> list[tuple[Chunk, tuple[int, int]]]:
-    """Where the first document of a chunk lies before it: earlier chunks and the global range in each, in order."""
-    first = _document_start(shard, chunk) // shard.chunk_size
-    return [(earlier, earlier.last_segment) for earlier in shard.chunks[first : chunk.index]]
+def first_shared_chunk(shard: SequenceShard, chunk: Chunk) -> int:
+    """The chunk where the first document of a chunk starts. It and all between share that document's last segment."""
+    return _document_start(shard, chunk) // shard.chunk_size
 
 
 def _union(ranges: Iterable[slice]) -> tuple[slice, ...]:
@@ -137,30 +135,31 @@ def _union(ranges: Iterable[slice]) -> tuple[slice, ...]:
     return tuple(united)
 
 
-def _hull(pieces: set[tuple[int, int]]) -> slice:
-    """The range that adjoining pieces make."""
-    ordered = sorted(pieces)
-    assert all(before[1] == after[0] for before, after in pairwise(ordered)), ordered
-    return slice(ordered[0][0], ordered[-1][1])
-
-
 def _rectangles(shard: SequenceShard) -> dict[tuple[int, int], Rectangle]:
-    size, offsets, held = shard.chunk_size, {}, defaultdict(int)
+    """By (rank of the queries, rank of the keys): the smallest rectangle around their blocks, which fill it."""
+    size, held = shard.chunk_size, defaultdict(int)
+    first_segments, last_segments = [], []
     for chunk in shard.chunks:  # in global order, as the chunks of a rank lie on its axis
-        offsets[chunk.index] = held[chunk.rank] * size - chunk.start
+        shift = held[chunk.rank] * size - chunk.start
         held[chunk.rank] += 1
-    blocks = defaultdict(set)
-    for chunk in shard.chunks:
-        queries = tuple(t + offsets[chunk.index] for t in chunk.first_segment)
-        for earlier, segment in earlier_pieces(shard, chunk):
-            if earlier.rank != chunk.rank:
-                keys = tuple(t + offsets[earlier.index] for t in segment)
-                blocks[chunk.rank, earlier.rank].add((queries, keys))
+        first_segments.append(tuple(t + shift for t in chunk.first_segment))
+        last_segments.append((chunk.rank, *(t + shift for t in chunk.last_segment)))
+
+    boxes: dict[tuple[int, int], list[int]] = {}
+    for chunk, (first_query, last_query) in zip(shard.chunks, first_segments, strict=True):
+        reader, queries = chunk.rank, last_query - first_query
+        for source, first_key, last_key in last_segments[first_shared_chunk(shard, chunk) : chunk.index]:
+            if source == reader:
+                continue
+            scores = queries * (last_key - first_key)
+            box = boxes.setdefault((reader, source), [first_query, last_query, first_key, last_key, 0])
+            box[0], box[1] = min(box[0], first_query), max(box[1], last_query)
+            box[2], box[3] = min(box[2], first_key), max(box[3], last_key)
+            box[4] += scores
     rectangles = {}
-    for pair, members in blocks.items():
-        queries, keys = ({member[side] for member in members} for side in (0, 1))
-        assert len(members) == len(queries) * len(keys), "blocks of two ranks must fill a rectangle"
-        rectangles[pair] = Rectangle(_hull(queries), _hull(keys))
+    for pair, (first_query, last_query, first_key, last_key, scores) in boxes.items():
+        rectangles[pair] = Rectangle(slice(first_query, last_query), slice(first_key, last_key))
+        assert rectangles[pair].num_scores == scores, "blocks of two ranks must fill a rectangle"
     return rectangles
 
 
@@ -214,7 +213,7 @@ def rank_plan(shard: SequenceShard) -> RankPlan:
         for distance in distances:
             source, reader = (rank - distance) % ring.num_ranks, (rank + distance) % ring.num_ranks
             if rectangle := ring.rectangles.get((rank, source)):
-                lengths = (rectangle.queries.stop - rectangle.queries.start, rectangle.num_keys)
+                lengths = (rectangle.num_queries, rectangle.num_keys)
                 edges = (Documents.from_lengths([length], device) for length in lengths)
                 reads.append(Read(source, rectangle, *edges))
             if rectangle := ring.rectangles.get((reader, rank)):
