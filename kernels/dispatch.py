@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import TypeVar
 
 AUTO = "auto"
+Implementation = TypeVar("Implementation")
 
 
-def choose(op: str, implementations: Mapping[str, Callable], requested: str, best: str) -> Callable:
+def choose(op: str, implementations: Mapping[str, Implementation], requested: str, best: str) -> Implementation:
     """The implementation of ``op`` called ``requested``; ``auto`` means ``best``.
 
     Raises:

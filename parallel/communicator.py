@@ -1,4 +1,4 @@
-"""What context-parallel algorithms say to each other with: an all-gather and a batch of sends and receives.
+"""What context-parallel algorithms say to each other with: all-gather, reduce-scatter, batches of sends and receives.
 
 The algorithms are given a :class:`Communicator` and know no process group, so the same code runs over NCCL, over gloo,
 and over an emulated link (``benchmarks/``).
@@ -13,6 +13,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# PyTorch 2.13 gave these second names and deprecated the first.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Communicator(Protocol):
     def all_gather(self, x: Tensor) -> Pending:
         """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank."""
 
+    def reduce_scatter(self, x: Tensor) -> Pending:
+        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum, ``[...]``."""
+
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
 
@@ -44,13 +51,15 @@ class GroupCommunicator:
     """A communicator over a process group: NCCL as it is, gloo with CUDA tensors staged through the host.
 
     Args:
-        group: the ranks, in the order of the sequence layout.
+        group: the ranks, in the order of the sequence layout. Over NCCL it must have been made with a ``device_id``,
+            which sets its connections up at once: a first exchange between some ranks only would wait for the others.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._is_nccl = dist.get_backend(group) == "nccl"
+        # get_backend names all of a group's backends at once ("cpu:gloo,cuda:nccl"): ask for the device's.
+        self._is_nccl = "cuda:nccl" in dist.get_backend_config(group)
 
     def all_gather(self, x: Tensor) -> Pending:
         x = x.contiguous()
@@ -58,7 +67,16 @@ class GroupCommunicator:
             host = self.all_gather(x.cpu())
             return Pending(lambda: host.wait().to(x.device))
         out = x.new_empty(self.size, *x.shape)
-        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return Pending(lambda: (work.wait(), out)[1])
+
+    def reduce_scatter(self, x: Tensor) -> Pending:
+        x = x.contiguous()
+        if not self._is_nccl and x.is_cuda:  # gloo
+            host = self.reduce_scatter(x.cpu())
+            return Pending(lambda: host.wait().to(x.device))
+        out = torch.empty_like(x[0])
+        work = _reduce_scatter(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:

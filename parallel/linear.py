@@ -31,7 +31,7 @@ from minimax_train.kernels.lightning import lightning_attention
 from minimax_train.parallel.communicator import Communicator, Pending
 from minimax_train.parallel.layout import Chunk, SequenceShard
 
-METHODS = ("lasp_plus", "scan", "ring", "auto")
+METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
 
 # Seconds to start a transfer, and bytes per second into one GPU. Within a node: two H200 over NVLink, an all-gather of
@@ -49,7 +49,7 @@ def lightning_attention_cp(
     shard: SequenceShard,
     communicator: Communicator,
     *,
-    method: str = "auto",
+    method: str = AUTO,
     implementation: str = AUTO,
 ) -> Tensor:
     """Lightning attention over documents that may cross ranks: this rank's part of the output.
@@ -68,8 +68,8 @@ def lightning_attention_cp(
     Raises:
         ValueError: for an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join(METHODS)}")
+    if method not in (AUTO, *METHODS):
+        raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
     out_THV, final_NHKV = lightning_attention(
         q_THK, k_THK, v_THV, slopes_H, shard.documents, implementation=implementation
     )

@@ -5,20 +5,39 @@ Shape legend: T tokens, H query heads, G key-value heads, K key dim, V value dim
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.dispatch import AUTO, choose
+from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.documents import Documents
-from minimax_train.kernels.softmax.blocked import softmax_attention_blocked
-from minimax_train.kernels.softmax.flash import softmax_attention_flash
-from minimax_train.kernels.softmax.naive import softmax_attention_naive
+from minimax_train.kernels.softmax import naive
+from minimax_train.kernels.softmax.dispatch import (
+    IMPLEMENTATIONS,
+    attention_backward,
+    attention_forward,
+    check_shapes,
+    choose_implementation,
+)
 
-IMPLEMENTATIONS = {
-    "naive": softmax_attention_naive,
-    "blocked": softmax_attention_blocked,
-    "flash": softmax_attention_flash,
-}
+__all__ = ["IMPLEMENTATIONS", "attention_backward", "attention_forward", "choose_implementation", "softmax_attention"]
+
+
+class _SelfAttention(Function):
+    @staticmethod
+    def forward(ctx, q_THK, k_TGK, v_TGV, documents, scale, run):
+        out_THV, lse_TH = run.attention_forward(q_THK, k_TGK, v_TGV, documents, documents, True, scale)
+        ctx.save_for_backward(q_THK, k_TGK, v_TGV, out_THV, lse_TH)
+        ctx.documents, ctx.scale, ctx.run = documents, scale, run
+        ctx.mark_non_differentiable(lse_TH)
+        return out_THV, lse_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out_THV, _):
+        documents = ctx.documents
+        gradients = ctx.run.attention_backward(grad_out_THV, *ctx.saved_tensors, documents, documents, True, ctx.scale)
+        return *gradients, None, None, None
 
 
 def softmax_attention(
@@ -36,7 +55,7 @@ def softmax_attention(
         q_THK, k_TGK, v_TGV: any floating dtype; query head h reads key-value head ``h // (H // G)``.
         documents: the packed documents; no token sees another document.
         scale: factor of the scores, usually ``K ** -0.5``.
-        implementation: ``auto``, ``flash`` (CUDA, 16-bit), ``blocked`` or ``naive``.
+        implementation: ``auto``, ``flash4`` and ``flash`` (CUDA, 16-bit), ``blocked`` or ``naive``.
 
     Returns:
         The output ``[T, H, V]`` in the dtype of q, differentiable; and the log-sum-exp of each query's scaled scores
@@ -45,14 +64,8 @@ def softmax_attention(
     Raises:
         ValueError: for an unknown implementation, or shapes that do not agree.
     """
-    (T, H, K), G = q_THK.shape, k_TGK.shape[1]
-    if k_TGK.shape != (T, G, K) or v_TGV.shape[:2] != (T, G) or H % G or documents.num_tokens != T:
-        raise ValueError(
-            f"softmax_attention: shapes disagree: q {tuple(q_THK.shape)}, k {tuple(k_TGK.shape)}, "
-            f"v {tuple(v_TGV.shape)}, documents of {documents.num_tokens} tokens; "
-            "query heads must be a multiple of key-value heads"
-        )
-    half = q_THK.dtype in (torch.float16, torch.bfloat16)
-    best = "flash" if q_THK.is_cuda and half else "blocked"
-    run = choose("softmax", IMPLEMENTATIONS, implementation, best)
-    return run(q_THK, k_TGK, v_TGV, documents, scale)
+    check_shapes(q_THK, k_TGK, v_TGV, documents, documents)
+    run = choose_implementation(q_THK, v_TGV, implementation)
+    if run is naive:  # the reference is differentiated by autograd, not by a formula of ours
+        return naive.attention_forward(q_THK, k_TGK, v_TGV, documents, documents, True, scale)
+    return _SelfAttention.apply(q_THK, k_TGK, v_TGV, documents, scale, run)

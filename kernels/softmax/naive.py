@@ -1,6 +1,6 @@
-"""Causal softmax attention over packed documents with the whole score matrix in memory: the reference.
+"""Softmax attention over packed segments with the whole score matrix in memory, in float64: the reference.
 
-Shape legend: T tokens, H query heads, G key-value heads, K key dim, V value dim.
+Shape legend: Q queries, S keys, H query heads, G key-value heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -11,20 +11,64 @@ from torch import Tensor
 from minimax_train.kernels.documents import Documents
 
 
-def softmax_attention_naive(
-    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, documents: Documents, scale: float
-) -> tuple[Tensor, Tensor]:
-    """One masked softmax over all T x T pairs, in the dtype of the inputs; autograd gives the gradients.
+def _hidden(queries: Documents, keys: Documents, causal: bool) -> Tensor:
+    """Which keys a query does not see, ``[Q, S]``: those of other segments and, if causal, later ones."""
 
-    Arguments and results as in :func:`minimax_train.kernels.softmax.softmax_attention`.
+    def account(documents: Documents) -> tuple[Tensor, Tensor]:
+        """Segment of each token, and its distance to the segment's end."""
+        lengths = documents.cu_seqlens.diff().long()
+        segment = torch.arange(len(documents), device=documents.device).repeat_interleave(lengths)
+        return segment, documents.cu_seqlens[1:][segment] - torch.arange(len(segment), device=documents.device)
+
+    (segment_Q, left_Q), (segment_S, left_S) = account(queries), account(keys)
+    hidden_QS = segment_Q[:, None] != segment_S
+    return hidden_QS | (left_S < left_Q[:, None]) if causal else hidden_QS
+
+
+def _widen(x_SGK: Tensor, heads: int) -> Tensor:
+    """One copy of each key-value head per query head, in float64."""
+    return x_SGK.double().repeat_interleave(heads // x_SGK.shape[1], 1)
+
+
+def attention_forward(
+    q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One masked softmax over all Q x S pairs; differentiable by autograd, log-sum-exp too.
+
+    Arguments and results as in :func:`minimax_train.kernels.softmax.attention_forward`.
     """
-    T, H, _ = q_THK.shape
-    group = H // k_TGK.shape[1]
-    k_THK, v_THV = k_TGK.repeat_interleave(group, 1), v_TGV.repeat_interleave(group, 1)
-    document_T = torch.bucketize(torch.arange(T, device=q_THK.device), documents.cu_seqlens[1:], right=True)
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=q_THK.device).tril()
-    visible_TT = causal_TT & (document_T[:, None] == document_T[None, :])
-    scores_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) * scale
-    scores_HTT = scores_HTT.masked_fill(~visible_TT, -torch.inf)
-    out_THV = torch.einsum("hts,shv->thv", scores_HTT.softmax(-1), v_THV)
-    return out_THV, scores_HTT.logsumexp(-1).T
+    heads = q_QHK.shape[1]
+    scores_HQS = torch.einsum("qhk,shk->hqs", q_QHK.double(), _widen(k_SGK, heads)) * scale
+    scores_HQS = scores_HQS.masked_fill(_hidden(queries, keys, causal), -torch.inf)
+    out_QHV = torch.einsum("hqs,shv->qhv", scores_HQS.softmax(-1), _widen(v_SGV, heads))
+    lse_QH = scores_HQS.logsumexp(-1).T
+    return out_QHV.to(q_QHK.dtype), lse_QH.to(torch.promote_types(q_QHK.dtype, torch.float32))
+
+
+def attention_backward(
+    grad_out_QHV: Tensor,
+    q_QHK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    out_QHV: Tensor,
+    lse_QH: Tensor,
+    queries: Documents,
+    keys: Documents,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``softmax`` written out, with the normalisation taken from the given log-sum-exp.
+
+    Arguments and results as in :func:`minimax_train.kernels.softmax.attention_backward`.
+    """
+    heads, groups = q_QHK.shape[1], k_SGK.shape[1]
+    q, k, v = q_QHK.double(), _widen(k_SGK, heads), _widen(v_SGV, heads)
+    grad_out, lse_HQ = grad_out_QHV.double(), lse_QH.double().T
+    weights = torch.exp(torch.einsum("qhk,shk->hqs", q, k) * scale - lse_HQ[..., None])
+    weights = weights.masked_fill(_hidden(queries, keys, causal), 0)
+    delta_HQ = (out_QHV.double() * grad_out).sum(-1).T
+    grad_scores = weights * (torch.einsum("qhv,shv->hqs", grad_out, v) - delta_HQ[..., None]) * scale
+    grad_q = torch.einsum("hqs,shk->qhk", grad_scores, k)
+    grad_k = torch.einsum("hqs,qhk->shk", grad_scores, q).unflatten(1, (groups, -1)).sum(2)
+    grad_v = torch.einsum("hqs,qhv->shv", weights, grad_out).unflatten(1, (groups, -1)).sum(2)
+    return grad_q.to(q_QHK.dtype), grad_k.to(k_SGK.dtype), grad_v.to(v_SGV.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,17 +18,28 @@ from minimax_train.parallel.grid import ProcessGrid
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, cp: int = 1, timeout_s: float = 180
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    cp: int = 1,
+    timeout_s: float = 180,
+    start: str = "fork",
 ) -> list[Any]:
     """``function(grid, *arguments)`` on gloo ranks; returns each rank's result.
 
-    The function must be importable, that is, defined at the top of a test module. A rank that raises fails the test
-    with its traceback; one that hangs fails it after the timeout.
+    The function must be defined at the top of a test module. A rank that raises fails the test with its traceback; one
+    that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
+    fork.
     """
+    name = (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("fork")
+        context = mp.get_context(start)
         processes = [
-            context.Process(target=_rank, args=(function, rank, world_size, cp, folder, arguments), daemon=True)
+            context.Process(
+                target=_rank,
+                args=(function if start == "fork" else name, rank, world_size, cp, folder, arguments),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -43,9 +55,21 @@ def run_ranks(
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, cp: int, folder: str, arguments: tuple) -> None:
+def _load(path: str, name: str) -> Callable[..., Any]:
+    """A function of a test module, which has no name that a spawned process could import."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _rank(
+    function: Callable[..., Any] | tuple[str, str], rank: int, world_size: int, cp: int, folder: str, arguments: tuple
+) -> None:
     try:
         torch.set_num_threads(1)
+        if isinstance(function, tuple):
+            function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
         environment.init_process_group("cpu", timedelta(seconds=60))
         result = function(ProcessGrid.create("cpu", cp=cp), *arguments)

@@ -1,0 +1,86 @@
+"""Softmax attention over packed segments through FlashAttention-4: CUDA, float16 or bfloat16, extra ``cuda``.
+
+Its package compiles one kernel per shape of head in a few seconds at the first call. The functions beneath its public
+one are called because they take a given output and log-sum-exp, which a ring needs.
+
+Shape legend: Q queries, S keys, H query heads, G key-value heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from minimax_train.kernels.documents import Documents
+
+
+@cache
+def is_installed() -> bool:
+    """Whether the package is there; does not import it."""
+    try:
+        return importlib.util.find_spec("flash_attn.cute.interface") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@cache
+def _interface() -> ModuleType:
+    try:
+        from flash_attn.cute import interface
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"kernels.softmax=flash4 needs FlashAttention-4 ({error}): pip install 'minimax-train[cuda]'"
+        ) from error
+    return interface
+
+
+def attention_forward(
+    q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_forward`."""
+    out_QHV, lse_HQ, *_ = _interface()._flash_attn_fwd(
+        q_QHK,
+        k_SGK,
+        v_SGV,
+        cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
+        max_seqlen_q=queries.max_length,
+        max_seqlen_k=keys.max_length,
+        softmax_scale=scale,
+        causal=causal,
+        return_lse=True,
+    )
+    return out_QHV, lse_HQ.T
+
+
+def attention_backward(
+    grad_out_QHV: Tensor,
+    q_QHK: Tensor,
+    k_SGK: Tensor,
+    v_SGV: Tensor,
+    out_QHV: Tensor,
+    lse_QH: Tensor,
+    queries: Documents,
+    keys: Documents,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_backward`."""
+    grad_q, grad_k, grad_v, *_ = _interface()._flash_attn_bwd(
+        q_QHK,
+        k_SGK,
+        v_SGV,
+        out_QHV,
+        grad_out_QHV,
+        lse_QH.T.contiguous(),
+        softmax_scale=scale,
+        causal=causal,
+        cu_seqlens_q=queries.cu_seqlens,
+        cu_seqlens_k=keys.cu_seqlens,
+        max_seqlen_q=queries.max_length,
+        max_seqlen_k=keys.max_length,
+    )
+    return grad_q, grad_k, grad_v

@@ -1,0 +1,71 @@
+"""Softmax attention over a packed row that several ranks share.
+
+Shape legend: T tokens on this rank, H query heads, G key-value heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from minimax_train.kernels.dispatch import AUTO
+from minimax_train.parallel.communicator import Communicator
+from minimax_train.parallel.layout import SequenceShard
+from minimax_train.parallel.softmax.allgather import allgather_attention, gather_plan
+from minimax_train.parallel.softmax.cost import METHODS, choose_method
+from minimax_train.parallel.softmax.plan import rank_plan
+from minimax_train.parallel.softmax.ring import ring_attention
+
+__all__ = ["METHODS", "choose_method", "softmax_attention_cp"]
+
+
+def softmax_attention_cp(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGV: Tensor,
+    shard: SequenceShard,
+    communicator: Communicator,
+    *,
+    scale: float,
+    method: str = AUTO,
+    implementation: str = AUTO,
+) -> Tensor:
+    """Causal attention within each document of the whole row, for the tokens of this rank.
+
+    Equals :func:`minimax_train.kernels.softmax.softmax_attention` on the whole row, output and gradients. Every rank
+    of the communicator must call it, with the same methods in the same order.
+
+    Args:
+        q_THK, k_TGK, v_TGV: this rank's tokens, any floating dtype, rotary positions already applied.
+        shard: which tokens these are.
+        communicator: the ranks that share the row, in the order of the layout.
+        scale: factor of the scores, usually ``K ** -0.5``.
+        method: ``ring``, ``allgather``, or ``auto`` (:func:`choose_method`).
+        implementation: of the kernel, as in :func:`minimax_train.kernels.softmax.attention_forward`.
+
+    Returns:
+        The output ``[T, H, V]`` in the dtype of q, differentiable.
+
+    Raises:
+        ValueError: for an unknown method or implementation, or shapes that do not agree.
+    """
+    if shard.rank != communicator.rank or shard.layout.num_ranks != communicator.size:
+        raise ValueError(
+            f"softmax_attention_cp: the shard is of rank {shard.rank} of {shard.layout.num_ranks}, "
+            f"the communicator of rank {communicator.rank} of {communicator.size}"
+        )
+    if method == AUTO:
+        method = choose_method(
+            shard,
+            heads=q_THK.shape[1],
+            kv_heads=k_TGK.shape[1],
+            key_dim=q_THK.shape[2],
+            value_dim=v_TGV.shape[2],
+            element_bytes=q_THK.element_size(),
+        )
+    if method == "ring":
+        attend, plan = ring_attention, rank_plan(shard)
+    elif method == "allgather":
+        attend, plan = allgather_attention, gather_plan(shard)
+    else:
+        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
+    return attend(q_THK, k_TGK, v_TGV, plan, communicator, scale=scale, implementation=implementation)

@@ -1,0 +1,272 @@
+"""Softmax attention over a shared row against the same attention on one rank, and what the ring sends, counted."""
+
+import random
+
+import pytest
+import torch
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.softmax import softmax_attention
+from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.parallel.softmax import choose_method, softmax_attention_cp
+from minimax_train.parallel.softmax.allgather import gather_plan
+from minimax_train.parallel.softmax.cost import Rates, estimate
+from minimax_train.parallel.softmax.plan import local_lengths, rank_plan, ring_plan
+from support.distributed import run_ranks
+from support.mixes import random_mix
+
+SCALE = 0.4
+
+
+def _row(tokens, seed, dtype, heads):
+    """Inputs and an output gradient for a whole row, the same on every rank."""
+    H, G, K, V = heads
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, H, K), (tokens, G, K), (tokens, G, V), (tokens, H, V)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def _reference(row, lengths):
+    """Output and gradients of q, k, v by autograd through the full masked softmax, in float64."""
+    *inputs, grad = (x.double() for x in row)
+    inputs = [x.requires_grad_() for x in inputs]
+    out, _ = softmax_attention(*inputs, Documents.from_lengths(lengths), scale=SCALE, implementation="naive")
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def _on_shared_row(row, shard, communicator, device="cpu", **how):
+    *inputs, grad = (shard.take(x).to(device) for x in row)
+    inputs = [x.requires_grad_() for x in inputs]
+    out = softmax_attention_cp(*inputs, shard, communicator, scale=SCALE, **how)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def _worst_error(actual, expected, shard):
+    """Relative to the values, or to one where they are smaller: one-token documents have no gradients of q and k."""
+    pairs = [(a.detach().cpu().double(), shard.take(e.detach())) for a, e in zip(actual, expected, strict=True)]
+    return max(float((a - e).norm() / e.norm().clamp(min=1)) for a, e in pairs)
+
+
+def _compare_many(grid, kind, size, seeds, dtype, heads, limit=1e-3):
+    """The worst error of each method, over many mixes of documents."""
+    communicator = GroupCommunicator(grid.dp_group)
+    layout = SequenceLayout(kind, communicator.size)
+    tokens = size * len(layout.chunk_ranks)
+    worst = {}
+    for seed in seeds:
+        lengths = random_mix(tokens, len(layout.chunk_ranks), seed)
+        row = _row(tokens, seed, dtype, heads)
+        shard = layout.shard(Documents.from_lengths(lengths), communicator.rank)
+        expected = _reference(row, lengths)
+        for method in ("ring", "allgather"):
+            error = _worst_error(_on_shared_row(row, shard, communicator, method=method), expected, shard)
+            assert error < limit, f"{method}, seed {seed}, documents of {lengths}"
+            worst[method] = max(worst.get(method, 0), error)
+    return worst
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("ranks", "size", "mixes"), [(2, 11, 40), (3, 7, 40), (4, 5, 40), (8, 3, 30)])
+def test_equals_one_rank_in_float64(kind, ranks, size, mixes):
+    for worst in run_ranks(_compare_many, ranks, kind, size, range(mixes), torch.float64, (6, 2, 5, 7)):
+        assert max(worst.values()) < 1e-10, worst
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_equals_one_rank_in_float32(kind):
+    for worst in run_ranks(_compare_many, 4, kind, 9, range(12), torch.float32, (4, 1, 8, 8)):
+        assert max(worst.values()) < 1e-5, worst
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+def test_sums_in_bfloat16_are_wide(kind):
+    """The reference sees the same rounded inputs; eight roundings of a running sum would show."""
+    for worst in run_ranks(_compare_many, 4, kind, 9, range(7, 15), torch.bfloat16, (4, 1, 8, 8), 0.1):
+        assert max(worst.values()) < 5e-3, worst
+
+
+def test_one_rank_needs_no_one():
+    lengths = [5, 1, 6]
+    row = _row(12, 0, torch.float64, (4, 2, 3, 3))
+
+    class Alone:
+        rank, size = 0, 1
+
+    for kind in ("contiguous", "zigzag"):
+        shard = SequenceLayout(kind, 1).shard(Documents.from_lengths(lengths), 0)
+        for method in ("ring", "allgather", "auto"):
+            actual = _on_shared_row(row, shard, Alone(), method=method)
+            assert _worst_error(actual, _reference(row, lengths), shard) < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------- the plan, counted
+
+
+def _layouts():
+    return [SequenceLayout(kind, ranks) for kind in ("contiguous", "zigzag") for ranks in (2, 3, 4, 8)]
+
+
+@pytest.mark.parametrize("layout", _layouts(), ids=lambda x: f"{x.kind}-{x.num_ranks}")
+@pytest.mark.parametrize("seed", range(20))
+def test_every_pair_is_computed_once_where_its_query_lives(layout, seed):
+    """Painted token by token: local segments and rectangles cover the causal pairs of each document, each once."""
+    chunks = len(layout.chunk_ranks)
+    tokens = 4 * chunks
+    lengths = random_mix(tokens, chunks, seed)
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    expected = ((document[:, None] == document) & torch.ones(tokens, tokens).tril().bool()).int()
+    whole = Documents.from_lengths(lengths)
+    shards = [layout.shard(whole, rank) for rank in range(layout.num_ranks)]
+    painted = torch.zeros_like(expected)
+    for shard in shards:
+        plan, mine = rank_plan(shard), shard.global_tokens_T
+        start = 0
+        for length in local_lengths(shard):
+            segment = mine[start : start + length]
+            painted[segment[:, None], segment] += torch.ones(length, length).tril().int()
+            start += length
+        for this in plan.rounds:
+            for read in this.reads:
+                keys = shards[read.source].global_tokens_T[read.rectangle.keys]
+                painted[mine[read.rectangle.queries][:, None], keys] += 1
+    assert torch.equal(painted, expected)
+
+
+@pytest.mark.parametrize("layout", _layouts(), ids=lambda x: f"{x.kind}-{x.num_ranks}")
+@pytest.mark.parametrize("seed", range(20))
+def test_transfers_agree_and_never_exceed_the_plain_ring(layout, seed):
+    chunks = len(layout.chunk_ranks)
+    lengths = random_mix(6 * chunks, chunks, seed)
+    whole = Documents.from_lengths(lengths)
+    plans = [rank_plan(layout.shard(whole, rank)) for rank in range(layout.num_ranks)]
+    ring = plans[0].ring
+    sent = 0
+    for index in range(len(ring.rounds)):
+        for rank, plan in enumerate(plans):
+            received = {read.source: read.rectangle.keys for read in plan.rounds[index].reads}
+            assert received == {
+                source: other.rounds[index].sends[rank]
+                for source, other in enumerate(plans)
+                if rank in other.rounds[index].sends
+            }
+            sent += sum(keys.stop - keys.start for keys in plan.rounds[index].sends.values())
+            # Two rounds are held at a time: never more than two ranks' shares.
+            assert sum(read.rectangle.num_keys for read in plan.rounds[index].reads) <= ring.tokens
+    assert sent == ring.total_tokens_sent == sum(ring.tokens_sent(rank) for rank in range(layout.num_ranks))
+    assert sent <= ring.plain_tokens_sent
+
+
+@pytest.mark.parametrize("layout", _layouts(), ids=lambda x: f"{x.kind}-{x.num_ranks}")
+def test_documents_that_end_on_chunk_edges_send_nothing(layout):
+    size, chunks = 64, len(layout.chunk_ranks)
+    for lengths in ([size] * chunks, [size // 4] * (4 * chunks), [1] * (size * chunks)):
+        shard = layout.shard(Documents.from_lengths(lengths), 0)
+        ring = ring_plan(shard)
+        assert ring.total_tokens_sent == 0 and ring.rounds == () and gather_plan(shard).width == 0
+
+
+def test_one_document_zigzag():
+    """Every rank reads half of each earlier-or-equal rank's share, or all of a later one's: the same work for all."""
+    ring = ring_plan(SequenceLayout("zigzag", 4).shard(Documents.from_lengths([800]), 0))
+    assert ring.rounds == ((1,), (2,), (3,))
+    assert {pair: r.num_keys for pair, r in ring.rectangles.items()} == {
+        (reader, source): 100 if source < reader else 200
+        for reader in range(4)
+        for source in range(4)
+        if source != reader
+    }
+    assert {r.num_scores for r in ring.rectangles.values()} == {100 * 200}
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_documents_of_4k_send_under_5_percent_of_the_plain_ring(kind, ranks):
+    """64K tokens a rank; documents of 4096 tokens at a random phase, and of random lengths around 4096."""
+    tokens = 65536 * ranks
+    shares = []
+    for seed in range(20):
+        choose = random.Random(seed)
+        phase = choose.randrange(1, 4096)
+        aligned = [phase, *[4096] * (tokens // 4096 - 1), 4096 - phase]
+        mixed = []
+        while sum(mixed) < tokens:
+            mixed.append(min(choose.randint(2048, 6144), tokens - sum(mixed)))
+        for lengths in (aligned, mixed):
+            ring = ring_plan(SequenceLayout(kind, ranks).shard(Documents.from_lengths(lengths), 0))
+            shares.append(ring.total_tokens_sent / ring.plain_tokens_sent)
+            assert len(ring.rounds) == 1  # all of it in one exchange, beside the local work
+    mean, worst = sum(shares) / len(shares), max(shares)
+    assert mean < 0.05 and worst < 0.10, (mean, worst)
+    if ranks > 2:
+        assert worst < 0.05
+
+
+# ---------------------------------------------------------------------------------------------- choosing
+
+
+HEADS = {"heads": 64, "kv_heads": 8, "key_dim": 128, "value_dim": 128, "element_bytes": 2}
+
+
+def test_choice_follows_the_link():
+    """Behind a slow link the ring hides what an all-gather would wait for; on a fast one merging costs more."""
+    shard = SequenceLayout("zigzag", 8).shard(Documents.from_lengths([65536 * 8]), 0)
+    assert choose_method(shard, **HEADS, rates=Rates(link_bytes_per_s=2e10)) == "ring"
+    assert choose_method(shard, **HEADS, rates=Rates(link_bytes_per_s=1e13, link_latency_s=0)) == "allgather"
+    assert choose_method(shard, **HEADS, rates=Rates(link_bytes_per_s=1e13, gathered_bytes=2**20)) == "ring"
+
+
+def test_estimates_are_the_arithmetic_where_nothing_is_sent():
+    shard = SequenceLayout("zigzag", 4).shard(Documents.from_lengths([1024] * 8), 0)
+    costs = estimate(shard, **HEADS)
+    flops = 2 * (1024 * 1025 / 2) * 4 * 64 * 128
+    assert costs.ring_s == costs.allgather_s == pytest.approx(flops / 6.5e14)
+    assert costs.gathered_bytes == 0
+
+
+def test_every_rank_chooses_alike():
+    for seed in range(10):
+        for layout in _layouts():
+            whole = Documents.from_lengths(random_mix(96 * layout.num_ranks, 2 * layout.num_ranks, seed))
+            choices = {choose_method(layout.shard(whole, rank), **HEADS) for rank in range(layout.num_ranks)}
+            assert len(choices) == 1
+
+
+def test_refusals():
+    class Alone:
+        rank, size = 0, 1
+
+    q, k, v, _ = _row(4, 0, torch.float64, (2, 1, 3, 3))
+    shard = SequenceLayout("contiguous", 1).shard(Documents.from_lengths([4]), 0)
+    with pytest.raises(ValueError, match=r"parallel.softmax_cp='tree': must be one of auto, ring, allgather"):
+        softmax_attention_cp(q, k, v, shard, Alone(), scale=1.0, method="tree")
+    two = SequenceLayout("contiguous", 2).shard(Documents.from_lengths([8]), 1)
+    with pytest.raises(ValueError, match=r"shard is of rank 1 of 2.*communicator of rank 0 of 1"):
+        softmax_attention_cp(q, k, v, two, Alone(), scale=1.0)
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+
+
+def _compare_on_gpu(grid, kind, dtype, implementation, lengths, heads):
+    communicator = GroupCommunicator(grid.dp_group)
+    whole = Documents.from_lengths(lengths)
+    row = _row(whole.num_tokens, 1, dtype, heads)
+    expected = _reference(row, lengths)
+    shard = SequenceLayout(kind, communicator.size).shard(whole.to("cuda"), communicator.rank)
+    how = {"implementation": implementation, "device": "cuda"}
+    return {
+        method: _worst_error(_on_shared_row(row, shard, communicator, method=method, **how), expected, shard)
+        for method in ("ring", "allgather")
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_four_processes_on_one_gpu(kind, dtype, tolerance):
+    """Transfers go through gloo and the host; the kernels are those a real run would choose."""
+    lengths = [1, 130, 1500, 7, 410]
+    for worst in run_ranks(_compare_on_gpu, 4, kind, dtype, "auto", lengths, (8, 2, 64, 64), start="spawn"):
+        assert max(worst.values()) < tolerance, worst
