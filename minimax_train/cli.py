@@ -68,6 +68,7 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
+    config.kernels.check_device(device_type)
     try:
         device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
     except ValueError as error:

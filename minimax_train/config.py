@@ -24,6 +24,7 @@ from minimax_train.data.config import DataConfig
 from minimax_train.engines import FSDPConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
 from minimax_train.files import replace_text
+from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.parallel import linear, softmax
@@ -54,8 +55,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require_positive("parallel", self, "cp", "timeout_s")
         require_choice("parallel.layout", self.layout, LAYOUTS)
-        require_choice("parallel.linear_cp", self.linear_cp, linear.METHODS)
-        require_choice("parallel.softmax_cp", self.softmax_cp, softmax.METHODS)
+        require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *linear.METHODS))
+        require_choice("parallel.softmax_cp", self.softmax_cp, (AUTO, *softmax.METHODS))
 
 
 @dataclass

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# PyTorch 2.13 gave it a second name and deprecated the first.
+# PyTorch 2.13 gave these second names and deprecated the first.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -66,7 +67,7 @@ class GroupCommunicator:
             host = self.all_gather(x.cpu())
             return Pending(lambda: host.wait().to(x.device))
         out = x.new_empty(self.size, *x.shape)
-        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
     def reduce_scatter(self, x: Tensor) -> Pending:

@@ -20,7 +20,8 @@ J chunks on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ from torch.autograd.function import once_differentiable
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.lightning import lightning_attention
 from minimax_train.parallel.communicator import Communicator, Pending
-from minimax_train.parallel.layout import Chunk, SequenceShard
+from minimax_train.parallel.layout import SequenceShard
 
-METHODS = ("lasp_plus", "scan", "ring", "auto")
+METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
 
 # Seconds to start a transfer, and bytes per second into one GPU. Within a node: two H200 over NVLink, an all-gather of
@@ -49,7 +50,7 @@ def lightning_attention_cp(
     shard: SequenceShard,
     communicator: Communicator,
     *,
-    method: str = "auto",
+    method: str = AUTO,
     implementation: str = AUTO,
 ) -> Tensor:
     """Lightning attention over documents that may cross ranks: this rank's part of the output.
@@ -68,8 +69,8 @@ def lightning_attention_cp(
     Raises:
         ValueError: for an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join(METHODS)}")
+    if method not in (AUTO, *METHODS):
+        raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
     out_THV, final_NHKV = lightning_attention(
         q_THK, k_THK, v_THV, slopes_H, shard.documents, implementation=implementation
     )
@@ -138,26 +139,31 @@ def _exchange(
 def _gathered_sum(
     x_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
 ) -> Tensor:
-    all_RMHKV = communicator.all_gather(x_MHKV).wait()
-    # Row of each chunk in what was gathered: by rank, then in the order the rank holds them.
-    held = sorted(shard.chunks, key=lambda chunk: (chunk.rank, chunk.index))
-    reach_MJ = torch.full((len(shard.mine), len(held)), -1.0)  # chunks between; -1 where no document is shared
-    for m, chunk in enumerate(shard.mine):
-        for j, other in enumerate(held):
-            first, last = (chunk, other) if backwards else (other, chunk)
-            if first.index < last.index and _connected(shard.chunks, first, last):
-                reach_MJ[m, j] = last.index - first.index - 1
-    reach_MJ = reach_MJ.to(x_MHKV.device, x_MHKV.dtype, non_blocking=True)
-    tokens_MJ = reach_MJ * shard.chunk_size
-    weight_HMJ = torch.exp(-slopes_H.to(x_MHKV.dtype)[:, None, None] * tokens_MJ.clamp(min=0)) * (reach_MJ >= 0)
-    states_HJS = all_RMHKV.flatten(0, 1).flatten(2).transpose(0, 1)
+    pending = communicator.all_gather(x_MHKV)
+    reach_MJ = _reach(shard, x_MHKV.device, backwards=backwards)
+    tokens_MJ = reach_MJ.clamp(min=0).to(x_MHKV.dtype) * shard.chunk_size
+    weight_HMJ = torch.exp(-slopes_H.to(x_MHKV.dtype)[:, None, None] * tokens_MJ) * (reach_MJ >= 0)
+    states_HJS = pending.wait().flatten(0, 1).flatten(2).transpose(0, 1)
     return (weight_HMJ @ states_HJS).transpose(0, 1).reshape(x_MHKV.shape)
 
 
-def _connected(chunks: Sequence[Chunk], first: Chunk, last: Chunk) -> bool:
-    """Whether one document reaches from the end of the first chunk to the start of the last."""
-    between = chunks[first.index + 1 : last.index]
-    return first.continues_after and all(chunk.is_inside_one_document for chunk in between)
+@lru_cache(maxsize=8)
+def _reach(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Tensor:
+    """Chunks between each of this rank's chunks and each chunk before it (backwards: after it) in its document.
+
+    Returns:
+        int64 ``[M, J]``, -1 where no document is shared; J in the order of an all-gather: by rank, then as they lie.
+    """
+    gathered = {c.index: j for j, c in enumerate(sorted(shard.chunks, key=lambda c: (c.rank, c.index)))}
+    reach_MJ = torch.full((len(shard.mine), len(gathered)), -1)
+    step = 1 if backwards else -1
+    for m, chunk in enumerate(shard.mine):
+        linked, between = (chunk.continues_after if backwards else chunk.continues_before), 0
+        while linked:
+            other = shard.chunks[chunk.index + step * (between + 1)]
+            reach_MJ[m, gathered[other.index]] = between
+            linked, between = other.is_inside_one_document, between + 1
+    return reach_MJ.to(device, non_blocking=True)
 
 
 def _chained_sum(

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {"loop": grouped_linear_loop, "grouped": grouped_linear_torch}
+NEEDS_CUDA = ("grouped",)
 
 
 def grouped_swiglu(
@@ -45,7 +46,8 @@ def grouped_swiglu(
         offsets_E: end row of each expert, int32.
         implementation: ``auto``, ``grouped`` (CUDA, bfloat16) or ``loop``.
     """
-    best = "grouped" if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 else "loop"
+    aligned = gate_up_E2FD.shape[1] % 16 == 0 and gate_up_E2FD.shape[2] % 8 == 0  # rows on 16 bytes, in both products
+    best = "grouped" if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned else "loop"
     linear = choose("experts", IMPLEMENTATIONS, implementation, best)
     gate_RF, up_RF = linear(x_RD, gate_up_E2FD, offsets_E).chunk(2, dim=-1)
     return linear(F.silu(gate_RF) * up_RF, down_EDF, offsets_E)

@@ -41,6 +41,7 @@ IMPLEMENTATIONS = {
     "chunked": _explicit_states(lightning_attention_chunked),
     "triton": _triton,
 }
+NEEDS_CUDA = ("triton",)
 
 
 def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:

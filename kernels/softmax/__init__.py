@@ -20,7 +20,16 @@ from minimax_train.kernels.softmax.dispatch import (
     choose_implementation,
 )
 
-__all__ = ["IMPLEMENTATIONS", "attention_backward", "attention_forward", "choose_implementation", "softmax_attention"]
+NEEDS_CUDA = ("flash", "flash4")
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "NEEDS_CUDA",
+    "attention_backward",
+    "attention_forward",
+    "choose_implementation",
+    "softmax_attention",
+]
 
 
 class _SelfAttention(Function):

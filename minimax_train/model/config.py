@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 from minimax_train.errors import require, require_choice, require_positive
 from minimax_train.kernels import experts, lightning, softmax
@@ -134,8 +135,23 @@ class KernelConfig:
     experts: str = "auto"
 
     def __post_init__(self) -> None:
-        for op, module in (("lightning", lightning), ("softmax", softmax), ("experts", experts)):
+        for op, module in self._ops().items():
             require_choice(f"kernels.{op}", getattr(self, op), ("auto", *module.IMPLEMENTATIONS))
+
+    def check_device(self, device_type: str) -> None:
+        """Refuse an implementation that the device cannot run.
+
+        Raises:
+            ConfigError: naming those it can.
+        """
+        for op, module in self._ops().items():
+            able = [name for name in module.IMPLEMENTATIONS if device_type == "cuda" or name not in module.NEEDS_CUDA]
+            accepted = f"needs a GPU; on {device_type} it must be one of {', '.join(['auto', *able])}"
+            require(getattr(self, op) in ("auto", *able), f"kernels.{op}", getattr(self, op), accepted)
+
+    @staticmethod
+    def _ops() -> dict[str, ModuleType]:
+        return {"lightning": lightning, "softmax": softmax, "experts": experts}
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,11 @@ def test_a_whole_run(tmp_path):
         (["logging.wandb=online"], 2, "logging.wandb='online': .*API key.*; or pass offline, or off"),
         (["run_dir=/dev/null"], 2, "run_dir='/dev/null': must be a folder this run can write"),
         (["model.vocab_size=200"], 2, "model.vocab_size"),
+        (
+            ["kernels.softmax=flash"],
+            2,
+            "kernels.softmax='flash': needs a GPU; on cpu it must be one of auto, naive, block",
+        ),
         (["device=cuda"], 2, "device='cuda': this machine has no GPU"),
     ],
 )

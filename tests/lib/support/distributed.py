@@ -31,11 +31,15 @@ def run_ranks(
     that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
     fork.
     """
-    target = function if start == "fork" else (function.__code__.co_filename, function.__name__)
+    name = (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context(start)
         processes = [
-            context.Process(target=_rank, args=(target, rank, world_size, cp, folder, arguments), daemon=True)
+            context.Process(
+                target=_rank,
+                args=(function if start == "fork" else name, rank, world_size, cp, folder, arguments),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in processes:
