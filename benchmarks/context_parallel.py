@@ -173,7 +173,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     if options.link == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", device_id=device)
         options.ranks = [dist.get_world_size()]
     options.device = "cuda" if on_gpu else "cpu"
     options.dtype = torch.bfloat16 if on_gpu else torch.float32
