@@ -75,7 +75,7 @@ def first_configuration_only() -> None:
 def lightning_implementations(peer: bool) -> dict[str, Callable]:
     def ours(name: str) -> Callable:
         return lambda q, k, v, slopes_H, documents: lightning_attention(
-            q, k, v, slopes_H, documents, return_final_state=False, implementation=name
+            q, k, v, slopes_H, documents, implementation=name
         )[0]
 
     found = {"triton": ours("triton"), "chunked": ours("chunked")}

@@ -71,12 +71,18 @@ def lightning_attention_cp(
     """
     if method not in (AUTO, *METHODS):
         raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
-    out_THV, final_NHKV = lightning_attention(
-        q_THK, k_THK, v_THV, slopes_H, shard.documents, implementation=implementation
+    crosses = any(chunk.continues_before for chunk in shard.chunks)  # the same answer on every rank
+    out_THV, own_MHKV = lightning_attention(
+        q_THK,
+        k_THK,
+        v_THV,
+        slopes_H,
+        shard.documents,
+        final_state_of=_last_segments(shard) if crosses else None,
+        implementation=implementation,
     )
-    if not any(chunk.continues_before for chunk in shard.chunks):  # the same answer on every rank
+    if not crosses:
         return out_THV
-    own_MHKV = final_NHKV[_last_segments(shard)]
     if method == AUTO:
         method = choose_method(own_MHKV[0].nbytes, len(shard.chunks), communicator.size)
     entering_MHKV = _EnteringStates.apply(own_MHKV, slopes_H, shard, communicator, method)

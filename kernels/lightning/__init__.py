@@ -5,7 +5,7 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from minimax_train.kernels.lightning.naive import lightning_attention_naive
 def _explicit_states(run: Callable) -> Callable:
     """Implementations that always take and return states, under the signature where both are optional."""
 
-    def with_states(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state):
+    def with_states(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, final_state_of):
         if initial_state_NHKV is None:
             dtype = torch.promote_types(q_THK.dtype, torch.float32)
             initial_state_NHKV = q_THK.new_zeros(len(documents), *q_THK.shape[1:], v_THV.shape[-1], dtype=dtype)
         out_THV, final_NHKV = run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV)
-        return out_THV, final_NHKV if return_final_state else None
+        return out_THV, None if final_state_of is None else final_NHKV[list(final_state_of)]
 
     return with_states
 
@@ -63,7 +63,7 @@ def lightning_attention(
     documents: Documents,
     *,
     initial_state_NHKV: Tensor | None = None,
-    return_final_state: bool = True,
+    final_state_of: Sequence[int] | None = None,
     implementation: str = AUTO,
 ) -> tuple[Tensor, Tensor | None]:
     """``o_t = sum over s <= t in the same document of exp(-slope (t - s)) (q_t . k_s) v_s``, unscaled.
@@ -73,12 +73,13 @@ def lightning_attention(
         slopes_H: non-negative decay exponents, float32 or float64; not differentiated.
         documents: the packed documents; no state passes from one to the next.
         initial_state_NHKV: state each document starts from, float32 (float64 for float64 inputs); zero if None.
-        return_final_state: whether final states are wanted; 64 KB each at K = V = 128, they cost traffic.
+        final_state_of: the documents whose final states are wanted, each once; none if None. A state is 64 KB per
+            head at K = V = 128.
         implementation: ``auto``, ``triton`` (not float64), ``chunked`` or ``naive``.
 
     Returns:
-        The output ``[T, H, V]`` in the dtype of v, and each document's final state ``[N, H, K, V]`` in float32
-        (float64 for float64 inputs), or None. Both, and the initial state, are differentiable.
+        The output ``[T, H, V]`` in the dtype of v, and the final states asked for, in that order, ``[N', H, K, V]`` in
+        float32 (float64 for float64 inputs), or None. Both, and the initial state, are differentiable.
 
     Raises:
         ValueError: for an unknown implementation, or shapes that do not agree.
@@ -91,4 +92,5 @@ def lightning_attention(
         )
     best = "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
     run = choose("lightning", IMPLEMENTATIONS, implementation, best=best)
-    return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state)
+    wanted = None if final_state_of is None else tuple(final_state_of)
+    return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, wanted)

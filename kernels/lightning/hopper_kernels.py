@@ -121,11 +121,11 @@ def _entering(
 
 @gluon.jit
 def partials(
-    y_desc, z_desc, initial, partial, slopes, starts, owners, cu_seqlens,
+    y_desc, z_desc, initial, partial, slopes, starts, owners, rows, cu_seqlens,
     initial_n, initial_h, initial_k, initial_v,
     num_chunks, num_fine, PER,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = y_desc.dtype
     groups: gl.constexpr = gl.num_warps() // 4
@@ -183,9 +183,10 @@ def partials(
         state = gl.zeros([BK, BV], gl.float32, mma)
         if HAS_INITIAL:
             if enters:
-                at = initial + document.to(gl.int64) * initial_n + h * initial_h
+                n = gl.load(rows + document) if INITIAL_MAPPED else document
+                at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+                state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
         state = warpgroup_mma_init(state)
         for step in range(0, count):
             stage = step % STAGES
@@ -240,13 +241,13 @@ def _produce(
 @gluon.jit
 def _consume(
     half: gl.constexpr, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-    out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
+    out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high, edge,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
     num_tokens, num_chunks, num_fine, PER,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
     REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    FINE: gl.constexpr, STAGES: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: half of the value columns, with its own half of the state."""
     dtype: gl.constexpr = out_desc.dtype
@@ -292,9 +293,11 @@ def _consume(
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
             if enters:
-                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                n = gl.load(owners + m)
+                n = gl.load(rows + n) if INITIAL_MAPPED else n
+                at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+                state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
         else:
             from_state = gl.where(enters, 0.0, from_state)
             through = gl.where(enters, 0.0, through)
@@ -335,25 +338,27 @@ def _consume(
         thread_barrier()
         whole = length == C
         tma.async_copy_shared_to_global(out_desc, [h, gl.where(whole, start, num_tokens), half * HALF], out_s)
-        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
-        gl.store(rows, acc.to(dtype), mask=(valid & (length < C))[:, None] & (columns_v < V)[None, :])
+        cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+        gl.store(cells, acc.to(dtype), mask=(valid & (length < C))[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
-                at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                n = gl.load(owners + m)
+                n = gl.load(rows + n) if FINAL_MAPPED else n
+                at = final + n.to(gl.int64) * final_n + h * final_h
                 at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
-                gl.store(at, state, mask=inside)
+                gl.store(at, state, mask=inside & (n >= 0) if FINAL_MAPPED else inside)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attend(
-    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, rows, cu_seqlens,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
     num_tokens, num_chunks, num_fine, PER,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    FINE: gl.constexpr, STAGES: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
     HALF: gl.constexpr = BV // 2
@@ -386,17 +391,19 @@ def attend(
         [
             (_consume, (
                 left, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
-                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high,
+                edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
                 partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINAL_MAPPED, FINE,
+                STAGES,
             )),
             (_consume, (
                 right, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-                out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens, h, low, high, edge,
-                out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
+                out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high,
+                edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
                 partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINAL_MAPPED, FINE,
+                STAGES,
             )),
             (_produce, (
                 x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty, REVERSE, STAGES,
@@ -431,14 +438,14 @@ def _produce_backward(
 @gluon.jit
 def _consume_backward(
     side: gl.constexpr, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, out_s,
-    full, empty, ready, free, out_desc, out, initial, final, partial, slope, starts, infos, owners, cu_seqlens,
+    full, empty, ready, free, out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens,
     h, low, high, edge, out_t, out_h,
     initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
     num_tokens, num_chunks, num_fine, PER,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    FINE: gl.constexpr, STAGES: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: dv (side 0) or dk (side 1), and half of the state that both read."""
     dtype: gl.constexpr = out_desc.dtype
@@ -484,9 +491,11 @@ def _consume_backward(
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
             if enters:
-                at = initial + gl.load(owners + m).to(gl.int64) * initial_n + h * initial_h
+                n = gl.load(owners + m)
+                n = gl.load(rows + n) if INITIAL_MAPPED else n
+                at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state = gl.load(at, mask=inside, other=0.0).to(gl.float32)
+                state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
         else:
             from_state = gl.where(enters, 0.0, from_state)
             through = gl.where(enters, 0.0, through)
@@ -535,9 +544,9 @@ def _consume_backward(
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), 0], out_s)
-        rows = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
+        cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
         partly = (slots < length) & (length < C)
-        gl.store(rows, acc.to(dtype), mask=partly[:, None] & (columns < WIDTH)[None, :])
+        gl.store(cells, acc.to(dtype), mask=partly[:, None] & (columns < WIDTH)[None, :])
         if HAS_FINAL:
             if (info & BEGINS) != 0:
                 at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
@@ -549,13 +558,13 @@ def _consume_backward(
 @gluon.jit
 def attend_dk_dv(
     q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
-    slopes, starts, infos, owners, cu_seqlens,
+    slopes, starts, infos, owners, rows, cu_seqlens,
     dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
     num_tokens, num_chunks, num_fine, PER,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    FINE: gl.constexpr, STAGES: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
     dtype: gl.constexpr = q_desc.dtype
@@ -591,19 +600,19 @@ def attend_dk_dv(
         [
             (_consume_backward, (
                 for_dv, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dv_s,
-                full, empty, ready, free, dv_desc, dv, initial, final, partial, slope, starts, infos, owners,
+                full, empty, ready, free, dv_desc, dv, initial, final, partial, slope, starts, infos, owners, rows,
                 cu_seqlens, h, low, high, edge, dv_t, dv_h,
                 initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
                 partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINE, STAGES,
             )),
             (_consume_backward, (
                 for_dk, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dk_s,
-                full, empty, ready, free, dk_desc, dk, initial, final, partial, slope, starts, infos, owners,
+                full, empty, ready, free, dk_desc, dk, initial, final, partial, slope, starts, infos, owners, rows,
                 cu_seqlens, h, low, high, edge, dk_t, dk_h,
                 initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
                 partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, FINE, STAGES,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINE, STAGES,
             )),
             (_produce_backward, (
                 q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles,

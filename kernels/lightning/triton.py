@@ -98,6 +98,13 @@ def _table(documents: Documents, size: int) -> _Table:
     return _Table(starts.int(), infos_M.int(), owners.int(), len(infos_M))
 
 
+def _state_rows(documents: Documents, wanted: tuple[int, ...]) -> Tensor:
+    """Row of each document's final state among those wanted, int32 ``[N]``; -1 for the others."""
+    rows_N = torch.full((len(documents),), -1, dtype=torch.int32)
+    rows_N[list(wanted)] = torch.arange(len(wanted), dtype=torch.int32)
+    return rows_N.to(documents.device, non_blocking=True)
+
+
 class _Run(NamedTuple):
     """What all kernels of one call share."""
 
@@ -108,9 +115,12 @@ class _Run(NamedTuple):
     per: int
     table: _Table
     hopper: bool
+    state_rows: Tensor
 
     @classmethod
-    def plan(cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents) -> _Run:
+    def plan(
+        cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents, wanted: tuple[int, ...] | None
+    ) -> _Run:
         H, K = x_THK.shape[1:]
         tiles = choose_tiles(x_THK.dtype, K, V)
         table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
@@ -120,7 +130,10 @@ class _Run(NamedTuple):
         segments = min(segments, table.count)
         per = min(per, table.count // segments)
         hopper = max(K, V) <= 128 and choose_hopper(x_THK)
-        return cls(slopes_H, documents, tiles, segments, per, table, hopper)
+        state_rows = table.owners  # any pointer: not followed unless states are mapped
+        if wanted is not None:
+            state_rows = documents.derive(("lightning state rows", wanted), lambda d: _state_rows(d, wanted))
+        return cls(slopes_H, documents, tiles, segments, per, table, hopper, state_rows)
 
     def _shared(self, K: int, V: int, dtype: torch.dtype) -> dict:
         C, width, warps, stages = self.tiles
@@ -135,7 +148,8 @@ class _Run(NamedTuple):
 
     @property
     def _where(self) -> tuple[Tensor, ...]:
-        return (self.slopes_H, self.table.starts, self.table.infos, self.table.owners, self.documents.cu_seqlens)
+        table = self.table
+        return (self.slopes_H, table.starts, table.infos, table.owners, self.state_rows, self.documents.cu_seqlens)
 
     def _copy_engine_takes(self, *tensors: Tensor) -> bool:
         """Whether the Hopper kernels can read these: the copy engine wants everything on 16 bytes."""
@@ -151,7 +165,9 @@ class _Run(NamedTuple):
         BK, BV = (max(64, _power_of_two(size)) for size in (K, V))
         return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
 
-    def partials(self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool) -> Tensor | None:
+    def partials(
+        self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool, mapped: bool = False
+    ) -> Tensor | None:
         """States handed from fine segment to fine segment, float32 ``[F', H, K, V]``; None where nothing is cut."""
         if self.segments == 1:
             return None
@@ -160,8 +176,8 @@ class _Run(NamedTuple):
         fine = self.segments * self.per
         partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
         initial_strides = initial_NHKV.stride() if initial_NHKV is not None else [0] * 4
-        where = (self.slopes_H, self.table.starts, self.table.owners, self.documents.cu_seqlens)
-        flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None}
+        where = (self.slopes_H, self.table.starts, self.table.owners, self.state_rows, self.documents.cu_seqlens)
+        flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None, "INITIAL_MAPPED": mapped}
         if self._copy_engine_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
@@ -189,8 +205,13 @@ class _Run(NamedTuple):
         *,
         reverse: bool,
         final_NHKV: Tensor | None = None,
+        initial_mapped: bool = False,
+        final_mapped: bool = False,
     ) -> Tensor:
-        """``A(x, y, z)``, or A' in reverse, ``[T, H, V]``; fills ``final_NHKV`` if given."""
+        """``A(x, y, z)``, or A' in reverse, ``[T, H, V]``; fills ``final_NHKV`` if given.
+
+        Mapped states are those of some documents only, by ``state_rows``.
+        """
         T, H, K = x_THK.shape
         V = z_THV.shape[-1]
         out_THV = torch.empty(T, H, V, dtype=z_THV.dtype, device=z_THV.device)
@@ -203,6 +224,8 @@ class _Run(NamedTuple):
             "HAS_INITIAL": initial_NHKV is not None,
             "HAS_FINAL": final_NHKV is not None,
             "HAS_PARTIAL": partial_FHKV is not None,
+            "INITIAL_MAPPED": initial_mapped,
+            "FINAL_MAPPED": final_mapped,
             "FINE": _power_of_two(fine),
         }
         if self._copy_engine_takes(x_THK, y_THK, z_THV):
@@ -233,12 +256,16 @@ class _Run(NamedTuple):
         d_final_NHKV: Tensor | None,
         d_partial_FHKV: Tensor | None,
         d_initial_NHKV: Tensor | None,
+        *,
+        mapped: bool,
     ) -> tuple[Tensor, Tensor]:
         """``A'(v, do, q)`` and ``A'(k, q, do)``, in one pass where the kernel for it runs; fills ``d_initial_NHKV``."""
         if not self._copy_engine_takes(q_THK, k_THK, v_THV, do_THV):
-            dk = self.attend(v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_partial_FHKV), reverse=True)
+            states = (_transposed(d_final_NHKV), _transposed(d_partial_FHKV))
+            dk = self.attend(v_THV, do_THV, q_THK, *states, reverse=True, initial_mapped=mapped)
+            states = (d_final_NHKV, d_partial_FHKV)
             dv = self.attend(
-                k_THK, q_THK, do_THV, d_final_NHKV, d_partial_FHKV, reverse=True, final_NHKV=d_initial_NHKV
+                k_THK, q_THK, do_THV, *states, reverse=True, final_NHKV=d_initial_NHKV, initial_mapped=mapped
             )
             return dk, dv
         T, H, K = q_THK.shape
@@ -258,7 +285,7 @@ class _Run(NamedTuple):
             dk_THK, dv_THV, initial, final, partial, *self._where,
             *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
             HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
-            HAS_PARTIAL=d_partial_FHKV is not None, FINE=_power_of_two(fine),
+            HAS_PARTIAL=d_partial_FHKV is not None, INITIAL_MAPPED=mapped, FINE=_power_of_two(fine),
             STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape,
         )  # fmt: skip
         return dk_THK, dv_THV
@@ -274,18 +301,23 @@ def _transposed(x: Tensor | None) -> Tensor | None:
 
 class _TritonLightning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, documents, initial_NHKV, return_final_state):
+    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, documents, initial_NHKV, final_state_of):
         q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
         _, H, K = q_THK.shape
         V = v_THV.shape[-1]
-        run = _Run.plan(q_THK, V, slopes_H, documents)
+        # Final states of all documents need no map.
+        wanted = None if final_state_of in (None, tuple(range(len(documents)))) else final_state_of
+        run = _Run.plan(q_THK, V, slopes_H, documents, wanted)
         final_NHKV = None
-        if return_final_state:
-            final_NHKV = torch.empty(len(documents), H, K, V, dtype=torch.float32, device=q_THK.device)
+        if final_state_of is not None:
+            final_NHKV = torch.empty(len(final_state_of), H, K, V, dtype=torch.float32, device=q_THK.device)
         partial_FHKV = run.partials(k_THK, v_THV, initial_NHKV, reverse=False)
-        out_THV = run.attend(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV, reverse=False, final_NHKV=final_NHKV)
-        ctx.save_for_backward(q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV)
-        ctx.run = run
+        states = (initial_NHKV, partial_FHKV)
+        out_THV = run.attend(
+            q_THK, k_THK, v_THV, *states, reverse=False, final_NHKV=final_NHKV, final_mapped=wanted is not None
+        )
+        ctx.save_for_backward(q_THK, k_THK, v_THV, *states)
+        ctx.run, ctx.mapped = run, wanted is not None
         ctx.set_materialize_grads(False)
         return out_THV, final_NHKV
 
@@ -299,8 +331,9 @@ class _TritonLightning(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             d_initial_NHKV = torch.empty(initial_NHKV.shape, dtype=torch.float32, device=q_THK.device)
         dq = run.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(partial_FHKV), reverse=False)
-        d_partial_FHKV = run.partials(q_THK, do_THV, d_final_NHKV, reverse=True)
-        dk, dv = run.dk_dv(q_THK, k_THK, v_THV, do_THV, d_final_NHKV, d_partial_FHKV, d_initial_NHKV)
+        d_partial_FHKV = run.partials(q_THK, do_THV, d_final_NHKV, reverse=True, mapped=ctx.mapped)
+        inputs = (q_THK, k_THK, v_THV, do_THV)
+        dk, dv = run.dk_dv(*inputs, d_final_NHKV, d_partial_FHKV, d_initial_NHKV, mapped=ctx.mapped)
         if d_initial_NHKV is not None:
             d_initial_NHKV = d_initial_NHKV.to(initial_NHKV.dtype)
         return dq, dk, dv, None, None, d_initial_NHKV, None
@@ -313,7 +346,7 @@ def lightning_attention_triton(
     slopes_H: Tensor,
     documents: Documents,
     initial_state_NHKV: Tensor | None = None,
-    return_final_state: bool = True,
+    final_state_of: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Lightning attention on a GPU, states and decays in float32, deterministic.
 
@@ -326,4 +359,4 @@ def lightning_attention_triton(
     dtypes = {q_THK.dtype, k_THK.dtype, v_THV.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"kernels.lightning='triton' takes q, k, v of one of bfloat16, float16, float32, got {dtypes}")
-    return _TritonLightning.apply(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, return_final_state)
+    return _TritonLightning.apply(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, final_state_of)

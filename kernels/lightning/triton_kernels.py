@@ -41,11 +41,11 @@ def _load_rows(base, stride, valid, columns, WIDTH: tl.constexpr, C: tl.constexp
 
 @triton.jit
 def partials(
-    y, z, initial, partial, slopes, starts, owners, cu_seqlens,
+    y, z, initial, partial, slopes, starts, owners, rows, cu_seqlens,
     y_t, y_h, z_t, z_h, initial_n, initial_h, initial_k, initial_v,
     num_chunks, num_fine, PER,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, INITIAL_MAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``partial[f, h]``: the state fine segment f hands on, of the one document that leaves it. ``[F', H, K, V]``.
 
@@ -85,9 +85,10 @@ def partials(
         state = tl.zeros([BK, BV], tl.float32)
         if HAS_INITIAL:
             if (end == document_end) if REVERSE else (begin == document_start):
-                at = initial + document.to(tl.int64) * initial_n + h * initial_h
+                n = tl.load(rows + document) if INITIAL_MAPPED else document
+                at = initial + n.to(tl.int64) * initial_n + h * initial_h
                 at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                state += tl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(tl.float32)
         count = (end - begin + C - 1) // C
         for step in range(0, count):
             # Weights are local to the tile: near one for a slow head, so that rounding z to its dtype costs nothing.
@@ -106,14 +107,14 @@ def partials(
 
 @triton.jit
 def attend(
-    x, y, z, out, initial, final, partial, slopes, starts, infos, owners, cu_seqlens,
+    x, y, z, out, initial, final, partial, slopes, starts, infos, owners, rows, cu_seqlens,
     x_t, x_h, y_t, y_h, z_t, z_h, out_t, out_h,
     initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     partial_f, partial_h, partial_k, partial_v,
     num_chunks, num_fine, PER,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_PARTIAL: tl.constexpr,
-    FINE: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL_MAPPED: tl.constexpr, FINAL_MAPPED: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out [T, H, V]`` of one head, slice of V and segment; ``final [N, H, K, V]`` of the documents it ends."""
     slice_v = tl.program_id(0)
@@ -185,9 +186,11 @@ def attend(
         through = tl.exp(-slope * length)
         if HAS_INITIAL:
             if enters:
-                at = initial + tl.load(owners + m).to(tl.int64) * initial_n + h * initial_h
+                n = tl.load(owners + m)
+                n = tl.load(rows + n) if INITIAL_MAPPED else n
+                at = initial + n.to(tl.int64) * initial_n + h * initial_h
                 at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                state = tl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(tl.float32)
         else:
             from_state = tl.where(enters, 0.0, from_state)
             through = tl.where(enters, 0.0, through)
@@ -199,10 +202,12 @@ def attend(
         scores_CC = (scores_CC * within_CC).to(z_CV.dtype)
         acc_CV = tl.dot(scores_CC, z_CV, acc_CV * from_state[:, None], input_precision=PRECISION)
 
-        rows = out + start * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
-        tl.store(rows, acc_CV.to(out.dtype.element_ty), mask=valid[:, None] & (columns_v < V)[None, :])
+        cells = out + start * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+        tl.store(cells, acc_CV.to(out.dtype.element_ty), mask=valid[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
-                at = final + tl.load(owners + m).to(tl.int64) * final_n + h * final_h
+                n = tl.load(owners + m)
+                n = tl.load(rows + n) if FINAL_MAPPED else n
+                at = final + n.to(tl.int64) * final_n + h * final_h
                 at += columns_k[:, None] * final_k + columns_v[None, :] * final_v
-                tl.store(at, state, mask=inside)
+                tl.store(at, state, mask=inside & (n >= 0) if FINAL_MAPPED else inside)

@@ -29,9 +29,10 @@ class Case(NamedTuple):
     documents: Documents
     K: int
     V: int
+    wanted: tuple[int, ...]
 
     @classmethod
-    def make(cls, lengths, K, V, *, with_state, slopes=SLOPES, device="cpu", round_to=torch.float64):
+    def make(cls, lengths, K, V, *, with_state, some=False, slopes=SLOPES, device="cpu", round_to=torch.float64):
         generator = torch.Generator().manual_seed(sum(lengths) + K)
         T, N, H = sum(lengths), len(lengths), len(slopes)
 
@@ -39,15 +40,17 @@ class Case(NamedTuple):
             return torch.randn(*shape, generator=generator).to(dtype).double().to(device)
 
         initial_NHKV = randn(N, H, K, V) if with_state else None
+        wanted = tuple(range(N))[::-2] if some else tuple(range(N))  # every other one, in another order, or all
         return cls(
             randn(T, H, 2 * K + V, dtype=round_to),
             initial_NHKV,
             randn(T, H, V, dtype=round_to),
-            randn(N, H, K, V),
+            randn(len(wanted), H, K, V),
             torch.tensor(slopes, dtype=torch.float32, device=device).double(),
             Documents.from_lengths(lengths, device),
             K,
             V,
+            wanted,
         )
 
     def run(self, implementation, dtype, **options):
@@ -58,7 +61,7 @@ class Case(NamedTuple):
         initial = None if self.initial_NHKV is None else self.initial_NHKV.to(state_dtype).requires_grad_()
         out, final = lightning_attention(
             q, k, v, self.slopes_H.to(state_dtype), self.documents,
-            initial_state_NHKV=initial, implementation=implementation, **options,
+            initial_state_NHKV=initial, final_state_of=self.wanted, implementation=implementation, **options,
         )  # fmt: skip
         assert out.dtype == dtype and final.dtype == state_dtype
         leaves = [qkv] if initial is None else [qkv, initial]
@@ -103,8 +106,9 @@ interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_chunked_equals_recurrence(lengths, with_state, dtype, tolerance):
-    case = Case.make(lengths, 16, 24, with_state=with_state)
-    assert_close(case.run("chunked", dtype), case.run("naive", torch.float64), tolerance)
+    for some in (False, True):
+        case = Case.make(lengths, 16, 24, with_state=with_state, some=some)
+        assert_close(case.run("chunked", dtype), case.run("naive", torch.float64), tolerance)
 
 
 @interpreted
@@ -122,6 +126,17 @@ def test_triton_without_initial_state(small_tiles, lengths):
     small_tiles(2, 2)
     case = Case.make(lengths, 16, 24, with_state=False)
     assert_close(case.run("triton", torch.float32), case.run("naive", torch.float64), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [(1, 1), (3, 2)], ids=["one-segment", "three-segments"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_triton_final_states_of_some(small_tiles, segments, with_state):
+    small_tiles(*segments)
+    case = Case.make([40, 1, 1, 32, 16, 30, 10], 16, 24, with_state=with_state, some=True)
+    results = case.run("triton", torch.float32)
+    assert len(results["final"]) == 4
+    assert_close(results, case.run("naive", torch.float64), 1e-5)
 
 
 @interpreted
@@ -164,7 +179,7 @@ def test_states_chain(request, implementation):
         documents = Documents.from_lengths([len(q[tokens])])
         return lightning_attention(
             q[tokens], k[tokens], v[tokens], slopes_H, documents,
-            initial_state_NHKV=initial, implementation=implementation,
+            initial_state_NHKV=initial, final_state_of=[0], implementation=implementation,
         )  # fmt: skip
 
     whole, whole_final = run(slice(0, 90), case.initial_NHKV.float())
@@ -181,8 +196,8 @@ def test_final_state_is_optional(request, implementation):
     case = Case.make([40, 9], 16, 16, with_state=False)
     q, k, v = case.qkv_THQ.float().split([16, 16, 16], dim=-1)
     arguments = (q, k, v, case.slopes_H.float(), case.documents)
-    out, none = lightning_attention(*arguments, implementation=implementation, return_final_state=False)
-    expected, _ = lightning_attention(*arguments, implementation=implementation)
+    out, none = lightning_attention(*arguments, implementation=implementation)
+    expected, _ = lightning_attention(*arguments, final_state_of=[0, 1], implementation=implementation)
     assert none is None
     assert torch.equal(out, expected)
 

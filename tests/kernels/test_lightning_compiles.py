@@ -18,19 +18,20 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from minimax_train.kernels.lightning import hopper_kernels as hopper
 
 C, BK, BV = 64, int(sys.argv[1]), int(sys.argv[2])
-STATES = {"HAS_INITIAL": True, "HAS_FINAL": True, "HAS_PARTIAL": True, "FINE": 16}
+MAPPED = bool(int(sys.argv[3]))
+STATES = {"HAS_INITIAL": True, "HAS_FINAL": True, "HAS_PARTIAL": True, "INITIAL_MAPPED": MAPPED, "FINE": 16}
 TILES = {"K": BK, "V": BV, "C": C, "BK": BK, "BV": BV}
 KERNELS = {
-    "partials": (8, TILES | {"H": 8, "REVERSE": True, "HAS_INITIAL": True, "STAGES": hopper.STAGES_PARTIALS},
-                 {"y": BK, "z": BV}),
-    "attend": (4, TILES | STATES | {"REVERSE": True, "STAGES": hopper.STAGES},
+    "partials": (8, TILES | {"H": 8, "REVERSE": True, "HAS_INITIAL": True, "INITIAL_MAPPED": MAPPED,
+                             "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
+    "attend": (4, TILES | STATES | {"REVERSE": True, "FINAL_MAPPED": MAPPED, "STAGES": hopper.STAGES},
                {"x": BK, "y": BK, "z": BV // 2, "out": BV // 2}),
     "attend_dk_dv": (4, TILES | STATES | {"STAGES": hopper.STAGES_BACKWARD},
                      {"q": BK, "k": BK, "v": BV, "do": BV, "dk": BK, "dv": BV}),
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
 POINTERS |= dict.fromkeys(("initial", "final", "partial", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "owners", "cu_seqlens"), "*i32")
+POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "cu_seqlens"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)
@@ -51,12 +52,16 @@ for name, (warps, constants, widths) in KERNELS.items():
 """
 
 
-@pytest.mark.parametrize("K, V", [(128, 128), (64, 128)])
-def test_hopper_kernels_compile(tmp_path, K, V):
+@pytest.mark.parametrize("K, V, mapped", [(128, 128, 0), (64, 128, 0), (128, 128, 1)])
+def test_hopper_kernels_compile(tmp_path, K, V, mapped):
     pytest.importorskip("triton.experimental.gluon", exc_type=ImportError)
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(K), str(V)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", PROGRAM, str(K), str(V), str(mapped)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}

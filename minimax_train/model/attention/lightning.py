@@ -55,7 +55,6 @@ class LightningAttention(nn.Module):
             v_THK,
             slopes_H,
             context.documents,
-            return_final_state=False,
             implementation=self.implementation,
         )
         return out_THK
