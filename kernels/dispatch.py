@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+from torch import Tensor
+
 AUTO = "auto"
 
 
@@ -18,3 +21,8 @@ def choose(op: str, implementations: Mapping[str, Callable], requested: str, bes
         accepted = ", ".join([AUTO, *implementations])
         raise ValueError(f"kernels.{op}={requested!r}: no such implementation (accepted: {accepted})")
     return implementations[name]
+
+
+def triton_takes(x: Tensor) -> bool:
+    """Whether Triton kernels are the best choice for this tensor: on a GPU, and not float64."""
+    return x.is_cuda and x.dtype != torch.float64

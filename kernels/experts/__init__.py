@@ -1,6 +1,7 @@
 """The expert layer's compute: routing, permutation, and the SwiGLU experts as grouped matrix products.
 
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, R = T * K rows sorted by expert.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, R = T * K rows sorted by expert, P
+pieces of rows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, choose
+from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 from minimax_train.kernels.experts.grouped import grouped_linear_loop, grouped_linear_torch
 from minimax_train.kernels.experts.naive import expert_mlp_naive
 from minimax_train.kernels.experts.permutation import ExpertRows
@@ -17,6 +18,8 @@ from minimax_train.kernels.experts.routing import (
     count_choices,
     drop_over_capacity,
     load_balancing_loss,
+    route_plain,
+    router_logits_plain,
     top_k_routing,
 )
 
@@ -28,10 +31,78 @@ __all__ = [
     "expert_mlp_naive",
     "grouped_swiglu",
     "load_balancing_loss",
+    "route",
+    "router_logits",
     "top_k_routing",
 ]
 
-IMPLEMENTATIONS = {"loop": grouped_linear_loop, "grouped": grouped_linear_torch}
+
+def _with(linear):
+    """The experts as separate ops around one grouped product."""
+
+    def grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, offsets_E):
+        gate_RF, up_RF = linear(x_RD, gate_up_E2FD, offsets_E).chunk(2, dim=-1)
+        return linear(F.silu(gate_RF) * up_RF, down_EDF, offsets_E)
+
+    return grouped_swiglu
+
+
+def _triton(*args) -> Tensor:
+    # CPU installs have no triton: imported only when asked for.
+    from minimax_train.kernels.experts.triton import grouped_swiglu_triton
+
+    return grouped_swiglu_triton(*args)
+
+
+def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from minimax_train.kernels.experts.triton import route_triton
+
+    return route_triton(*args)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "grouped": _with(grouped_linear_torch), "loop": _with(grouped_linear_loop)}
+ROUTER_IMPLEMENTATIONS = {"triton": _route_triton, "plain": route_plain}
+
+
+def _best(x: Tensor) -> str:
+    return "triton" if x.is_cuda and x.dtype == torch.bfloat16 else "loop"
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
+    """``weight @ x_t`` in float32 (float64 for float64), and x for those that use it next.
+
+    Whoever uses the x returned here, rather than the one given, has its gradient added to the router's inside the
+    router's own product.
+
+    Args:
+        implementation: ``auto``, ``triton`` (bfloat16 operands on CUDA without casts, otherwise as plain) or ``plain``.
+    """
+    choose("router", ROUTER_IMPLEMENTATIONS, implementation, "plain")
+    if implementation != "plain" and x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        from minimax_train.kernels.experts.triton import router_logits_cuda
+
+        return router_logits_cuda(x_TD, weight_ED)
+    return router_logits_plain(x_TD, weight_ED)
+
+
+def route(
+    logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int, *, implementation: str = AUTO
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax over experts, the k largest renormalised, and how often each expert was chosen.
+
+    Args:
+        logits_TE: float32 or float64.
+        k: choices per token.
+        piece_T: the piece of a row each token lies in, int64, ascending.
+        num_pieces: how many there are.
+        implementation: ``auto``, ``triton`` (not float64) or ``plain``.
+
+    Returns:
+        Probabilities ``[T, E]`` and weights ``[T, K]`` in the dtype of the logits, both differentiable, the chosen
+        experts ``[T, K]`` and the counts ``[P, E]``, both int64.
+    """
+    best = "triton" if triton_takes(logits_TE) else "plain"
+    return choose("router", ROUTER_IMPLEMENTATIONS, implementation, best)(logits_TE, k, piece_T, num_pieces)
 
 
 def grouped_swiglu(
@@ -43,12 +114,11 @@ def grouped_swiglu(
         x_RD: any floating dtype, the same as the weights'.
         gate_up_E2FD: gate over up, as in transformers' fused expert weights.
         offsets_E: end row of each expert, int32.
-        implementation: ``auto``, ``grouped`` (CUDA, bfloat16) or ``loop``.
+        implementation: ``auto``; ``triton`` (SwiGLU fused between the products; not float64); ``grouped`` (CUDA,
+            bfloat16) or ``loop``, as separate ops.
     """
-    best = "grouped" if x_RD.is_cuda and x_RD.dtype == torch.bfloat16 else "loop"
-    linear = choose("experts", IMPLEMENTATIONS, implementation, best)
-    gate_RF, up_RF = linear(x_RD, gate_up_E2FD, offsets_E).chunk(2, dim=-1)
-    return linear(F.silu(gate_RF) * up_RF, down_EDF, offsets_E)
+    run = choose("experts", IMPLEMENTATIONS, implementation, _best(x_RD))
+    return run(x_RD, gate_up_E2FD, down_EDF, offsets_E)
 
 
 def expert_mlp(
@@ -63,8 +133,13 @@ def expert_mlp(
     """``y_t = sum_k weight_tk * expert_tk(x_t)``; a choice of -1 adds nothing.
 
     Returns:
-        ``[T, D]`` in the dtype of x; weights may be of higher precision, and are rounded to it.
+        ``[T, D]`` in the dtype of x; weights may be of higher precision, and unless in Triton are rounded to it.
     """
+    name = _best(x_TD) if implementation == AUTO else implementation
+    if name == "triton":
+        from minimax_train.kernels.experts.triton import expert_mlp_triton
+
+        return expert_mlp_triton(x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
     rows = ExpertRows.sort(experts_TK, len(gate_up_E2FD))
-    y_RD = grouped_swiglu(rows.permute(x_TD), gate_up_E2FD, down_EDF, rows.offsets_E, implementation=implementation)
+    y_RD = grouped_swiglu(rows.permute(x_TD), gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)
     return (rows.unpermute(y_RD) * weights_TK[..., None].to(x_TD.dtype)).sum(1)
