@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimax_train.errors import require, require_choice, require_positive
-from minimax_train.kernels import experts, lightning, softmax
+from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, softmax
 
 LIGHTNING, SOFTMAX = "L", "S"
 
@@ -122,15 +122,37 @@ class ModelConfig:
 
 @dataclass
 class KernelConfig:
-    """Which implementation of each op runs; ``auto`` picks the best one for the device and dtype."""
+    """Which implementation of each op runs; ``auto`` picks the best one for the device and dtype.
+
+    Attributes:
+        lightning, softmax: the two attentions.
+        experts: the experts' matrix products and what lies between them.
+        router: the router's projection, softmax, choice and counts.
+        norm: every RMSNorm, with the residual before it or the gate after it.
+        rope: rotary embedding.
+        loss: softmax and gradient of the cross-entropy.
+    """
 
     lightning: str = "auto"
     softmax: str = "auto"
     experts: str = "auto"
+    router: str = "auto"
+    norm: str = "auto"
+    rope: str = "auto"
+    loss: str = "auto"
 
     def __post_init__(self) -> None:
-        for op, module in (("lightning", lightning), ("softmax", softmax), ("experts", experts)):
-            require_choice(f"kernels.{op}", getattr(self, op), ("auto", *module.IMPLEMENTATIONS))
+        accepted = {
+            "lightning": lightning.IMPLEMENTATIONS,
+            "softmax": softmax.IMPLEMENTATIONS,
+            "experts": experts.IMPLEMENTATIONS,
+            "router": experts.ROUTER_IMPLEMENTATIONS,
+            "norm": norm.IMPLEMENTATIONS,
+            "rope": rope.IMPLEMENTATIONS,
+            "loss": cross_entropy.IMPLEMENTATIONS,
+        }
+        for op, implementations in accepted.items():
+            require_choice(f"kernels.{op}", getattr(self, op), ("auto", *implementations))
 
 
 @dataclass(frozen=True)
