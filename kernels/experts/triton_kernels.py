@@ -52,8 +52,8 @@ def route(
         tl.atomic_add(counts + first * E + columns, tl.sum(chosen_TE, 0), mask=columns < E, sem="relaxed")
     else:
         piece_T = tl.load(pieces + tokens, mask=valid, other=0)
-        at = counts + piece_T[:, None] * E + columns[None, :]
-        tl.atomic_add(at, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
+        counters = counts + piece_T[:, None] * E + columns[None, :]
+        tl.atomic_add(counters, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
 
 
 @triton.jit

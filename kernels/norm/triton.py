@@ -28,11 +28,11 @@ def _programs(device: torch.device) -> int:
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile(D: int) -> dict:
-    """Rows and columns of one step of one program, and its warps."""
+def _tile(D: int, per_thread: int) -> dict:
+    """Rows and columns of one step of one program, and its warps for that many elements per thread."""
     BD = triton.next_power_of_2(D)
     BT = max(1, 2048 // BD)
-    return {"BT": BT, "BD": BD, "num_warps": max(4, min(16, BT * BD // 1024))}
+    return {"BT": BT, "BD": BD, "num_warps": max(4, min(32, BT * BD // (32 * per_thread)))}
 
 
 class _Norm(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x_TD, second_TD, weight_D, alpha, eps, kind):
         x_TD = x_TD.contiguous()
         second_TD = None if second_TD is None else second_TD.contiguous()
-        (T, D), tile = x_TD.shape, _tile(x_TD.shape[1])
+        (T, D), tile = x_TD.shape, _tile(x_TD.shape[1], 32)
         out_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
         scale_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
         if T:
@@ -56,7 +56,8 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out_TD):
         x_TD, second_TD, weight_D, scale_T = ctx.saved_tensors
-        (T, D), tile = x_TD.shape, _tile(x_TD.shape[1])
+        # Four such rows in registers at once, and none to spare.
+        (T, D), tile = x_TD.shape, _tile(x_TD.shape[1], 16)
         steps = triton.cdiv(T, tile["BT"])
         per = max(1, triton.cdiv(steps, _programs(x_TD.device)))
         programs = triton.cdiv(steps, per)

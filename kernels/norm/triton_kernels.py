@@ -43,7 +43,6 @@ def backward(
     """Gradients of both inputs, and each program's part ``[P, D]`` of the weight's, summed over its tokens in order."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
-    weight_D = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
     d_weight_TD = tl.zeros([BT, BD], tl.float32)
     for step in range(0, per):
         tokens = (program * per + step) * BT + tl.arange(0, BT)
@@ -52,6 +51,8 @@ def backward(
         x_TD = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         d_TD = tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
         scale_T = tl.load(scale + tokens, mask=tokens < T, other=0.0)
+        # Again in every step, from the cache: kept, it would cost registers that another program can use.
+        weight_D = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
         if KIND == RESIDUAL:
             x_TD = alpha * x_TD + tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
         x_TD *= scale_T[:, None]
