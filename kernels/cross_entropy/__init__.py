@@ -48,7 +48,7 @@ def choose_chunks(T: int, D: int, V: int, *, itemsize: int, temporaries: int) ->
     sum_bytes = 4 * V * D if itemsize < 4 else 0
     wide_sum = 0 < sum_bytes <= BUDGET // 2
     chunk = (BUDGET - wide_sum * sum_bytes) // (V * (itemsize + 4 * temporaries))
-    if T <= max(1, chunk):
+    if max(1, chunk) >= T:
         return max(1, T), False  # one product, one rounding
     return max(1, chunk // 256 * 256 or chunk), wide_sum
 

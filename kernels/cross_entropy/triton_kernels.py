@@ -1,6 +1,8 @@
 """Logits to their own gradient, in place.
 
-Shape legend: C tokens of a chunk, V vocabulary. A program owns one token; B logits of it are at hand at a time, in W rows.
+A program owns one token, and has W rows of B of its logits at hand.
+
+Shape legend: C tokens of a chunk, V vocabulary.
 """
 
 import triton

@@ -6,9 +6,9 @@ Bytes through memory besides the products' own, in rows of D or F elements, R = 
     backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     combine R + T
 
 Kept from forward to backward: x, the output of the first product (2F a row), the plan and the weights. A choice's
-weight multiplies its activation, inside SwiGLU, rather than its output: so the gradient of the weight is ``act . dact``,
-both at hand there, and the expert's output is needed by no one. The activation is made again in the pass that
-differentiates it, for the gradient of the second product.
+weight multiplies its activation, inside SwiGLU, not its output: the weight's gradient is ``act . dact``, both at hand
+there, and the expert's output is needed by no one. The activation is made again in the pass that differentiates it,
+for the gradient of the second product.
 
 Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, R = T * K rows, P pieces of rows.
 """
@@ -82,9 +82,7 @@ class _Route(torch.autograd.Function):
         return d_logits_TE, None, None, None
 
 
-def route_triton(
-    logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route_triton(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`minimax_train.kernels.experts.route` in one kernel, float32."""
     return _Route.apply(logits_TE.float(), k, piece_T, num_pieces)
 
@@ -127,7 +125,7 @@ def router_logits_cuda(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rank_rows(experts_TK: Tensor, num_experts: int) -> ExpertRows:
-    """:meth:`ExpertRows.sort` by counting instead of sorting: count per block, scan, rank; nothing waits for the host."""
+    """:meth:`ExpertRows.sort` by counting instead of sorting: count per block, scan, rank. No wait for the host."""
     R, device = experts_TK.numel(), experts_TK.device
     blocks, BE = max(1, triton.cdiv(R, BLOCK)), _power_of_two(num_experts + 1)
     histogram = torch.empty(blocks, BE, dtype=torch.int32, device=device)
@@ -228,7 +226,7 @@ def _swiglu(gate_up_R2F: Tensor, offsets_E: Tensor, weights: Tensor | None, choi
 def _swiglu_backward(
     gate_up_R2F: Tensor, d_act_RF: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of gate and up, the activation again (in the memory of ``d_act_RF``), and the gradient of the weights."""
+    """Gradient of gate and up, the activation again (in the memory of ``d_act_RF``), gradient of the weights."""
     R, F = d_act_RF.shape
     d_gate_up_R2F = torch.empty(R, 2 * F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
     # Choices of no expert have no row that would write theirs.

@@ -35,9 +35,7 @@ def rotary_table(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Ten
     return angles.cos(), angles.sin()
 
 
-def rotate_heads(
-    x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, head_dim: int, implementation: str = AUTO
-) -> Tensor:
+def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, head_dim: int, implementation: str = AUTO) -> Tensor:
     """Rotate pairs (i, i + R / 2) of the first R dimensions of each head; the others pass through.
 
     Args:

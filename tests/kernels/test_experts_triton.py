@@ -55,7 +55,11 @@ def test_route(T, E, K, pieces):
 
 def test_equal_logits_choose_the_first_experts():
     _, weights, experts, counts = route(
-        torch.zeros(9, 6, device=DEVICE), 2, torch.zeros(9, dtype=torch.int64, device=DEVICE), 1, implementation="triton"
+        torch.zeros(9, 6, device=DEVICE),
+        2,
+        torch.zeros(9, dtype=torch.int64, device=DEVICE),
+        1,
+        implementation="triton",
     )
     assert experts.tolist() == [[0, 1]] * 9 and counts.tolist() == [[9, 9, 0, 0, 0, 0]]
     assert torch.equal(weights, torch.full_like(weights, 0.5))
@@ -68,7 +72,9 @@ def test_logits_of_nan_still_choose_experts():
     assert ((experts >= 0) & (experts < 6)).all() and probabilities.isnan().all()
 
 
-@pytest.mark.parametrize("T, E, K, least", [(1, 1, 1, 0), (63, 5, 2, -1), (200, 7, 3, 0), (70, 32, 2, -1), (5, 4, 2, None)])
+@pytest.mark.parametrize(
+    "T, E, K, least", [(1, 1, 1, 0), (63, 5, 2, -1), (200, 7, 3, 0), (70, 32, 2, -1), (5, 4, 2, None)]
+)
 def test_rows_are_those_of_a_stable_sort(T, E, K, least):
     torch.manual_seed(T)
     choices = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
@@ -159,7 +165,12 @@ def test_grouped_swiglu_leaves_rows_of_no_expert_alone(dtype):
 def test_router_logits_from_bfloat16_are_those_of_float32():
     from minimax_train.kernels.experts import router_logits
 
-    x, weight, d_logits, d_x = _randn(300, 1024), _randn(32, 1024) / 32, torch.randn(300, 32, device=DEVICE), _randn(300, 1024)
+    x, weight, d_logits, d_x = (
+        _randn(300, 1024),
+        _randn(32, 1024) / 32,
+        torch.randn(300, 32, device=DEVICE),
+        _randn(300, 1024),
+    )
     results = []
     for implementation, kind in (("triton", torch.bfloat16), ("plain", torch.float64)):
         leaves = [x.to(kind).requires_grad_(), weight.to(kind).requires_grad_()]

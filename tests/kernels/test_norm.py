@@ -56,5 +56,5 @@ def test_triton_at_real_sizes(kind, T, D, poisoned_empty):
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="kernels.norm='fast'.*plain"):
+    with pytest.raises(ValueError, match=r"kernels.norm='fast'.*plain"):
         rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation="fast")
