@@ -24,6 +24,8 @@ from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 __all__ = ["BUDGET", "IGNORE_INDEX", "IMPLEMENTATIONS", "choose_chunks", "linear_cross_entropy"]
 
 BUDGET = 1792 * 2**20  # bytes
+# Tokens: a processor without kernels of its own is better off in its caches than near the budget.
+PLAIN_CHUNK = 2048
 # Elements of a float32 temporary while gradients are scaled, or summed where no product can add itself.
 SLICE = 2**24
 
@@ -43,12 +45,15 @@ def choose_chunks(T: int, D: int, V: int, *, itemsize: int, temporaries: int) ->
 
     Args:
         itemsize: bytes of a logit.
-        temporaries: float32 numbers per logit beside it.
+        temporaries: float32 numbers per logit beside it; 0 for kernels that work in place.
     """
+    per_token = V * (itemsize + 4 * temporaries)
     sum_bytes = 4 * V * D if itemsize < 4 else 0
-    wide_sum = 0 < sum_bytes <= BUDGET // 2
-    chunk = (BUDGET - wide_sum * sum_bytes) // (V * (itemsize + 4 * temporaries))
-    if max(1, chunk) >= T:
+    wide_sum = 0 < sum_bytes <= BUDGET // 2 and BUDGET // per_token < T
+    chunk = (BUDGET - wide_sum * sum_bytes) // per_token
+    if temporaries:
+        chunk = min(chunk, PLAIN_CHUNK)
+    if chunk >= T:
         return max(1, T), False  # one product, one rounding
     return max(1, chunk // 256 * 256 or chunk), wide_sum
 
@@ -85,7 +90,7 @@ def _add_product(total_VD: Tensor, grad_CV: Tensor, x_CD: Tensor, *, first: bool
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``x * factor`` in ``dtype``, in place if that is x's own; the product is made in float32 at least.
 
-    In slices: in one op, PyTorch would round the factor to the dtype of x.
+    In slices: in one op, PyTorch's CUDA kernel rounds the factor to the dtype of x.
     """
     out = x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
     step = max(1, SLICE // max(1, x.shape[1]))
