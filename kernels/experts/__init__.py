@@ -25,12 +25,15 @@ from minimax_train.kernels.experts.routing import (
 
 __all__ = [
     "ExpertRows",
+    "combine",
     "count_choices",
     "drop_over_capacity",
     "expert_mlp",
     "expert_mlp_naive",
     "grouped_swiglu",
     "load_balancing_loss",
+    "permute",
+    "plan_rows",
     "route",
     "router_logits",
     "top_k_routing",
@@ -75,13 +78,14 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO
     router's own product.
 
     Args:
-        implementation: ``auto``, ``triton`` (bfloat16 operands on CUDA without casts, otherwise as plain) or ``plain``.
+        implementation: ``auto``, ``triton`` (bfloat16 operands without casts; other dtypes as plain) or ``plain``.
     """
     choose("router", ROUTER_IMPLEMENTATIONS, implementation, "plain")
-    if implementation != "plain" and x_TD.is_cuda and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
-        from minimax_train.kernels.experts.triton import router_logits_cuda
+    name = ("triton" if x_TD.is_cuda else "plain") if implementation == AUTO else implementation
+    if name == "triton" and x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        from minimax_train.kernels.experts.triton import router_logits_triton
 
-        return router_logits_cuda(x_TD, weight_ED)
+        return router_logits_triton(x_TD, weight_ED)
     return router_logits_plain(x_TD, weight_ED)
 
 
@@ -103,6 +107,47 @@ def route(
     """
     best = "triton" if triton_takes(logits_TE) else "plain"
     return choose("router", ROUTER_IMPLEMENTATIONS, implementation, best)(logits_TE, k, piece_T, num_pieces)
+
+
+def plan_rows(experts_TK: Tensor, num_experts: int, *, implementation: str = AUTO) -> ExpertRows:
+    """Which choice goes to which row, rows sorted by expert and within an expert by token; -1 goes last.
+
+    Args:
+        implementation: as of :func:`grouped_swiglu`; ``triton`` counts and ranks, the others sort.
+    """
+    if _movement(experts_TK, implementation) == "triton":
+        from minimax_train.kernels.experts.triton import rank_rows
+
+        return rank_rows(experts_TK, num_experts)
+    return ExpertRows.sort(experts_TK, num_experts)
+
+
+def permute(x_TD: Tensor, rows: ExpertRows, *, implementation: str = AUTO) -> Tensor:
+    """``[T, D] -> [R, D]``, each token's row to its choices' rows; zero in rows of no expert. Differentiable."""
+    if _movement(x_TD, implementation) == "triton":
+        from minimax_train.kernels.experts.triton import permute_triton
+
+        return permute_triton(x_TD, rows)
+    return rows.permute(x_TD)
+
+
+def combine(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows, *, implementation: str = AUTO) -> Tensor:
+    """``[R, D] -> [T, D]``, the weighted sum of each token's choices; one of no expert adds nothing. Differentiable.
+
+    Rows of no expert may hold anything. Weights may be of higher precision than y, and unless in Triton are rounded.
+    """
+    if _movement(y_RD, implementation) == "triton":
+        from minimax_train.kernels.experts.triton import combine_triton
+
+        return combine_triton(y_RD, weights_TK, rows)
+    return (rows.unpermute(y_RD) * weights_TK[..., None].to(y_RD.dtype)).sum(1)
+
+
+def _movement(x: Tensor, implementation: str) -> str:
+    """Moving rows needs no grouped GEMM: Triton is the best choice for every dtype it takes."""
+    best = "triton" if triton_takes(x) else "loop"
+    choose("experts", IMPLEMENTATIONS, implementation, best)
+    return best if implementation == AUTO else implementation
 
 
 def grouped_swiglu(
@@ -140,6 +185,7 @@ def expert_mlp(
         from minimax_train.kernels.experts.triton import expert_mlp_triton
 
         return expert_mlp_triton(x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
-    rows = ExpertRows.sort(experts_TK, len(gate_up_E2FD))
-    y_RD = grouped_swiglu(rows.permute(x_TD), gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)
-    return (rows.unpermute(y_RD) * weights_TK[..., None].to(x_TD.dtype)).sum(1)
+    rows = plan_rows(experts_TK, len(gate_up_E2FD), implementation=name)
+    x_RD = permute(x_TD, rows, implementation=name)
+    y_RD = grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)
+    return combine(y_RD, weights_TK, rows, implementation=name)

@@ -27,6 +27,7 @@ from minimax_train.kernels.experts.permutation import ExpertRows
 # Elements of a tile of the kernels that only move and scale, on four warps; tokens or choices of one that sorts them.
 TILE = 4096
 BLOCK = 256
+MOST_EXPERTS = 64  # whose weights fit in a tile
 
 
 def _power_of_two(size: int) -> int:
@@ -87,19 +88,24 @@ def route_triton(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) ->
     return _Route.apply(logits_TE.float(), k, piece_T, num_pieces)
 
 
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of 16-bit matrices as it was summed, without rounding it to theirs."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 class _RouterLogits(torch.autograd.Function):
     """The router's projection from bfloat16 operands, summed and returned in float32; x passes through.
 
     Products of bfloat16 numbers are exact in float32, so these are the logits of operands cast to float32, without the
     casts. The gradient of the logits is split in two bfloat16 numbers for the same reason. What later layers send back
-    to x comes in here, and the product adds itself to it.
+    to x comes in here, and is added to in the same pass.
     """
 
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.set_materialize_grads(False)
-        return torch.mm(x_TD, weight_ED.T, out_dtype=torch.float32), x_TD
+        return _float32_product(x_TD, weight_ED.T), x_TD
 
     @staticmethod
     @once_differentiable
@@ -107,17 +113,26 @@ class _RouterLogits(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         if d_logits_TE is None:
             return d_x_TD, None
+        d_logits_TE, (T, D), E = d_logits_TE.contiguous(), x_TD.shape, len(weight_ED)
         high_TE = d_logits_TE.to(x_TD.dtype)
-        low_TE = (d_logits_TE - high_TE).to(x_TD.dtype)
-        both_TB = torch.cat([high_TE, low_TE], dim=1)
-        twice_BD = torch.cat([weight_ED, weight_ED])
-        d_weight_ED = torch.mm(both_TB.T, x_TD, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(0)
-        d_x_TD = both_TB @ twice_BD if d_x_TD is None else torch.addmm(d_x_TD, both_TB, twice_BD)
-        return d_x_TD, d_weight_ED.to(weight_ED.dtype)
+        both_TB = torch.cat([high_TE, (d_logits_TE - high_TE).to(x_TD.dtype)], dim=1)
+        d_weight_ED = _float32_product(both_TB.T, x_TD).unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
+        if d_x_TD is None:
+            return both_TB @ torch.cat([weight_ED, weight_ED]), d_weight_ED
+        if E > MOST_EXPERTS or T == 0:
+            return torch.addmm(d_x_TD, both_TB, torch.cat([weight_ED, weight_ED])), d_weight_ED
+        d_x_TD = _rows_contiguous(d_x_TD)
+        out_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
+        BT, BD = 64, min(128, max(16, _power_of_two(D)))
+        triton_kernels.add_router_gradient[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
+            d_logits_TE, weight_ED.contiguous(), d_x_TD, out_TD, T, d_x_TD.stride(0),
+            D=D, E=E, BT=BT, BD=BD, BE=max(16, _power_of_two(E)),
+        )  # fmt: skip
+        return out_TD, d_weight_ED
 
 
-def router_logits_cuda(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`minimax_train.kernels.experts.router_logits` for bfloat16 on CUDA."""
+def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`minimax_train.kernels.experts.router_logits` for bfloat16."""
     return _RouterLogits.apply(x_TD, weight_ED)
 
 

@@ -93,6 +93,25 @@ def route_backward(
 
 
 @triton.jit
+def add_router_gradient(
+    d_logits, weight, d_x, out, T, d_x_t,
+    D: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """``out = d_x + d_logits weight``, to float32."""
+    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    experts = tl.arange(0, BE)
+    mask_TE = (tokens < T)[:, None] & (experts < E)[None, :]
+    mask_ED = (experts < E)[:, None] & (columns < D)[None, :]
+    mask_TD = (tokens < T)[:, None] & (columns < D)[None, :]
+    d_TE = tl.load(d_logits + tokens[:, None] * E + experts[None, :], mask=mask_TE, other=0.0)
+    weight_ED = tl.load(weight + experts[:, None] * D + columns[None, :], mask=mask_ED, other=0.0).to(tl.float32)
+    acc_TD = tl.load(d_x + tokens[:, None] * d_x_t + columns[None, :], mask=mask_TD, other=0.0).to(tl.float32)
+    acc_TD = tl.dot(d_TE, weight_ED, acc_TD, input_precision="tf32x3")
+    tl.store(out + tokens[:, None] * D + columns[None, :], acc_TD.to(out.dtype.element_ty), mask=mask_TD)
+
+
+@triton.jit
 def _expert_of(experts, choices, R, E: tl.constexpr):
     """The expert of each choice as int32; E where it is of none (-1), and past the last choice nothing at all."""
     expert = tl.load(experts + choices, mask=choices < R, other=0).to(tl.int32)

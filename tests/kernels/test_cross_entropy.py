@@ -105,7 +105,7 @@ def test_a_second_backward_pass_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("D, bound", [(1024, 3e-3), (6144, 2e-2)])
+@pytest.mark.parametrize("D, bound", [(1024, 5e-3), (6144, 2e-2)])
 def test_memory_and_error_at_a_real_vocabulary(D, bound):
     T = 16_384
     x = torch.randn(T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_mlp_naive, grouped_swiglu, route
+from minimax_train.kernels.experts import (
+    ExpertRows,
+    combine,
+    expert_mlp,
+    expert_mlp_naive,
+    grouped_swiglu,
+    permute,
+    plan_rows,
+    route,
+    router_logits,
+)
 from support.compare import relative_error
 
 experts_triton = pytest.importorskip("minimax_train.kernels.experts.triton", exc_type=ImportError)
@@ -65,6 +75,7 @@ def test_equal_logits_choose_the_first_experts():
     assert torch.equal(weights, torch.full_like(weights, 0.5))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_logits_of_nan_still_choose_experts():
     logits = torch.full((3, 6), float("nan"), device=DEVICE)
     piece = torch.zeros(3, dtype=torch.int64, device=DEVICE)
@@ -78,7 +89,7 @@ def test_logits_of_nan_still_choose_experts():
 def test_rows_are_those_of_a_stable_sort(T, E, K, least):
     torch.manual_seed(T)
     choices = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
-    ours = experts_triton.rank_rows(choices.to(DEVICE), E)
+    ours = plan_rows(choices.to(DEVICE), E, implementation="triton")
     right = ExpertRows.sort(choices.to(DEVICE), E)
     for name in ("choice_R", "row_TK", "offsets_E", "used_R1"):
         assert torch.equal(getattr(ours, name), getattr(right, name)), name
@@ -89,14 +100,14 @@ def test_rows_are_those_of_a_stable_sort(T, E, K, least):
 def test_permute_and_combine(T, K, D, dtype):
     torch.manual_seed(T)
     choices = torch.randint(-1, 4, (T, K), device=DEVICE)
-    rows = experts_triton.rank_rows(choices, 4)
+    rows = plan_rows(choices, 4, implementation="triton")
     x, weights, d_out = _randn(T, D), torch.rand(T, K, device=DEVICE).double(), _randn(T, D)
     leaves = [x.to(dtype).requires_grad_(), weights.float().requires_grad_()]
-    permuted = experts_triton.permute_triton(leaves[0], rows)
+    permuted = permute(leaves[0], rows, implementation="triton")
     assert torch.equal(permuted.double(), rows.permute(x))
     # What no expert wrote may hold anything.
     y = permuted.where(rows.used_R1, float("nan"))
-    out = experts_triton.combine_triton(y, leaves[1], rows)
+    out = combine(y, leaves[1], rows, implementation="triton")
     right_leaves = [x.requires_grad_(), leaves[1].detach().double().requires_grad_()]
     right = (rows.unpermute(rows.permute(right_leaves[0])) * right_leaves[1][..., None]).sum(1)
     assert relative_error(out, right) < TOLERANCES[dtype]
@@ -161,26 +172,22 @@ def test_grouped_swiglu_leaves_rows_of_no_expert_alone(dtype):
         assert relative_error(ours, right) < TOLERANCES[dtype]
 
 
-@gpu
-def test_router_logits_from_bfloat16_are_those_of_float32():
-    from minimax_train.kernels.experts import router_logits
-
-    x, weight, d_logits, d_x = (
-        _randn(300, 1024),
-        _randn(32, 1024) / 32,
-        torch.randn(300, 32, device=DEVICE),
-        _randn(300, 1024),
-    )
+@pytest.mark.parametrize("T, D, E", [(1, 8, 3), (70, 40, 5), pytest.param(4097, 6144, 32, marks=gpu)])
+def test_router_logits_from_bfloat16_are_those_of_float32(T, D, E):
+    torch.manual_seed(T)
+    x, weight, d_logits, d_x = _randn(T, D), _randn(E, D) / D, torch.randn(T, E, device=DEVICE), _randn(T, D)
     results = []
     for implementation, kind in (("triton", torch.bfloat16), ("plain", torch.float64)):
-        leaves = [x.to(kind).requires_grad_(), weight.to(kind).requires_grad_()]
+        leaves = [x.to(kind).requires_grad_(), weight.bfloat16().to(kind).requires_grad_()]
         logits, through = router_logits(*leaves, implementation=implementation)
         both = _gradients([logits, through], leaves, [d_logits.to(logits.dtype), d_x.to(kind)])
-        results.append([logits, *both])
+        logits_again, _ = router_logits(*leaves, implementation=implementation)
+        alone = _gradients(logits_again, leaves, d_logits.to(logits.dtype))
+        results.append([logits, *both, *alone])
     (logits, *ours), (right, *references) = results
     assert logits.dtype == torch.float32 and relative_error(logits, right) < 1e-6
     for gradient, reference in zip(ours, references, strict=True):
-        assert relative_error(gradient, reference) < 3e-3  # one rounding
+        assert relative_error(gradient, reference) < 4e-3  # one rounding
 
 
 @gpu
