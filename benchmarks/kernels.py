@@ -1,7 +1,9 @@
 """Kernels on one GPU, side by side: time, share of the memory floor, error; a table, and JSON with ``--json``.
 
-    python benchmarks/kernels.py [--tokens 8192 32768 131072] [--heads 64 8] [--peer] [--json FILE]
+    python benchmarks/kernels.py [--op lightning experts norm rope loss] [--json FILE]
+                                 [--tokens 8192 32768 131072] [--heads 64 8] [--peer]
 
+``--op`` says what is measured; ``fused_ops.py`` has all but lightning attention, to which the other arguments apply.
 The floor is the bytes an op must read and write once, over the copy rate measured in the same run. Times are medians
 of CUDA graph replays (``graph``: the device alone) and of plain calls (``eager``: with the launches of one training
 step). Errors are relative, against the chunked implementation in float64, at 8192 tokens and 8 heads.
@@ -12,52 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 from collections.abc import Callable
-from itertools import pairwise
 
+import fused_ops
 import torch
+from timing import copy_rate, graph_times, times
 from torch import Tensor
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 
 DIM = 128
-REPEATS = 15
-
-
-def times(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median milliseconds of ``run`` on the device."""
-    for _ in range(2):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
-
-
-def graph_times(run: Callable[[], object]) -> float:
-    """The same for a captured graph of ``run``: no launch is waited for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return times(graph.replay)
-
-
-def copy_rate() -> float:
-    """Bytes read and written per second by a device-to-device copy of 2 GiB."""
-    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (times(lambda: target.copy_(source)) * 1e-3)
 
 
 def random_lengths(tokens: int, documents: int) -> list[int]:
@@ -168,6 +135,7 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=["lightning", *fused_ops.OPS], default=["lightning"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 8])
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 64])
@@ -181,8 +149,13 @@ def main() -> None:
     rate = copy_rate()
     machine = torch.cuda.get_device_name()
     print(f"{machine}, torch {torch.__version__}, bfloat16, K = V = {DIM}; copy {rate / 1e12:.2f} TB/s")
-    rows = lightning(arguments, rate)
-    show(rows)
+    rows = []
+    for op in arguments.op:
+        if op == "lightning":
+            rows += lightning(arguments, rate)
+            show(rows)
+        else:
+            rows += fused_ops.OPS[op](rate)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"machine": machine, "copy_bytes_per_second": rate, "rows": rows}, file, indent=1)

@@ -16,3 +16,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Uninitialised memory that shows up in any result it reaches: NaN, or an index far out of range."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned)

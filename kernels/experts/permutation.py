@@ -6,6 +6,7 @@ Shape legend: T tokens, K choices per token, R = T * K rows, D hidden, E experts
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ class ExpertRows:
         choice_R: index into the flattened ``[T, K]`` choices, int64.
         row_TK: the row of each choice, int64; the inverse of ``choice_R``.
         offsets_E: end row of each expert, int32, the form grouped GEMMs take.
-        used_R1: whether the row belongs to an expert, bool.
     """
 
     choice_R: Tensor
     row_TK: Tensor
     offsets_E: Tensor
-    used_R1: Tensor
+
+    @cached_property
+    def used_R1(self) -> Tensor:
+        """Whether the row belongs to an expert, bool."""
+        return torch.arange(len(self.choice_R), device=self.choice_R.device)[:, None] < self.offsets_E[-1]
 
     @classmethod
     def sort(cls, experts_TK: Tensor, num_experts: int) -> ExpertRows:
@@ -38,7 +42,7 @@ class ExpertRows:
         row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, slots_R).view_as(experts_TK)
         experts_E = torch.arange(num_experts, device=choice_R.device)
         offsets_E = torch.searchsorted(sorted_R, experts_E, right=True).int()
-        return cls(choice_R, row_TK, offsets_E, (sorted_R < num_experts)[:, None])
+        return cls(choice_R, row_TK, offsets_E)
 
     def permute(self, x_TD: Tensor) -> Tensor:
         """``[T, D] -> [R, D]``."""

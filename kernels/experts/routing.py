@@ -6,7 +6,21 @@ Shape legend: T tokens, E experts, K choices per token, P pieces of rows.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def router_logits_plain(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands cast to float32 (float64 stays), any device."""
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
+
+
+def route_plain(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Any device and dtype."""
+    probabilities_TE, weights_TK, experts_TK = top_k_routing(logits_TE, k)
+    counts_PE = count_choices(experts_TK, logits_TE.shape[1], piece_T, num_pieces)
+    return probabilities_TE, weights_TK, experts_TK, counts_PE
 
 
 def top_k_routing(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,6 @@ IMPLEMENTATIONS = {
     "chunked": _explicit_states(lightning_attention_chunked),
     "triton": _triton,
 }
-NEEDS_CUDA = ("triton",)
 
 
 def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:

@@ -20,11 +20,8 @@ from minimax_train.kernels.softmax.dispatch import (
     choose_implementation,
 )
 
-NEEDS_CUDA = ("flash", "flash4")
-
 __all__ = [
     "IMPLEMENTATIONS",
-    "NEEDS_CUDA",
     "attention_backward",
     "attention_forward",
     "choose_implementation",

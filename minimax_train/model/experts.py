@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimax_train.kernels.experts import (
-    count_choices,
     drop_over_capacity,
     expert_mlp,
     load_balancing_loss,
-    top_k_routing,
+    route,
+    router_logits,
 )
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import KernelConfig, ModelConfig
@@ -43,7 +42,7 @@ class ExpertLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, kernels: KernelConfig) -> None:
         super().__init__()
-        self.config, self.implementation = config, kernels.experts
+        self.config, self.kernels = config, kernels
         E, D, hidden = config.num_experts, config.hidden_size, config.expert_hidden_size
         self.router = nn.Linear(D, E, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * hidden, D))
@@ -51,11 +50,15 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
         config, pieces = self.config, context.pieces
-        # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(dtype), self.router.weight.to(dtype))
-        probabilities_TE, weights_TK, experts_TK = top_k_routing(logits_TE, config.experts_per_token)
-        load_PE = count_choices(experts_TK, config.num_experts, pieces.piece_T, len(pieces.rows_P))
+        # Routing decisions are made in float32 at least: bfloat16 logits tie too often.
+        logits_TE, x_TD = router_logits(x_TD, self.router.weight, implementation=self.kernels.router)
+        probabilities_TE, weights_TK, experts_TK, load_PE = route(
+            logits_TE,
+            config.experts_per_token,
+            pieces.piece_T,
+            len(pieces.rows_P),
+            implementation=self.kernels.router,
+        )
         load_JBE = load_PE.new_zeros(pieces.num_chunks, pieces.num_rows, config.num_experts)
         load_JBE[pieces.chunks_P, pieces.rows_P] = load_PE
         load_JBE = self.sum_over_ranks(load_JBE)
@@ -66,7 +69,7 @@ class ExpertLayer(nn.Module):
             capacity = config.expert_capacity(pieces.row_length)
             experts_TK = drop_over_capacity(experts_TK, pieces.piece_T, load_PE, taken_PE, capacity)
         y_TD = expert_mlp(
-            x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj, implementation=self.implementation
+            x_TD, weights_TK, experts_TK, self.gate_up_proj, self.down_proj, implementation=self.kernels.experts
         )
         return y_TD, RouterReport(aux_loss, load_PE.sum(0), (experts_TK < 0).sum())
 

@@ -19,6 +19,7 @@ from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
+from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
 from minimax_train.parallel.layout import SequenceShard
 
 
@@ -45,9 +46,9 @@ class Block(nn.Module):
         super().__init__()
         self.alpha = config.alpha
         self.recompute = False
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.attention = ATTENTIONS[config.layer_kinds[layer]](config, layer, kernels)
-        self.expert_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.expert_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.experts = ExpertLayer(config, kernels)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
@@ -58,10 +59,9 @@ class Block(nn.Module):
 
     def _forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
         h_TD = self.attention_norm(x_TD)
-        x_TD = self.alpha * h_TD + self.attention(h_TD, context)
-        h_TD = self.expert_norm(x_TD)
+        h_TD = self.expert_norm(h_TD, self.attention(h_TD, context), self.alpha)
         y_TD, report = self.experts(h_TD, context)
-        return self.alpha * h_TD + y_TD, report
+        return torch.add(y_TD, h_TD, alpha=self.alpha), report
 
     def initializers(self) -> dict[str, Initializer]:
         return {"attention_norm.weight": Constant(1.0), "expert_norm.weight": Constant(1.0)}
@@ -73,10 +73,10 @@ class HybridModel(nn.Module):
     def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        kernels = kernels or KernelConfig()
+        self.kernels = kernels = kernels or KernelConfig()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
@@ -108,7 +108,7 @@ class HybridModel(nn.Module):
         if labels_T is None:
             return self.head(x_TD)
         return ModelLoss(
-            token_loss=linear_cross_entropy(x_TD, self.head.weight, labels_T),
+            token_loss=linear_cross_entropy(x_TD, self.head.weight, labels_T, implementation=self.kernels.loss),
             aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
             load_LE=torch.stack([report.load_E for report in reports]),
             dropped=torch.stack([report.dropped for report in reports]).sum(),

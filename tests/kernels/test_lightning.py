@@ -79,13 +79,6 @@ def assert_close(results, references, tolerance):
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch):
-    """Uninitialised memory that shows up in any result it reaches."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-
-
-@pytest.fixture
 def small_tiles(monkeypatch, poisoned_empty):
     """Chunks of 16 by slices of 32, and as many segments as asked for."""
     implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)

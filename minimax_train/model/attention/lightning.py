@@ -15,6 +15,7 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_slope
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.initialization import Constant, Initializer, xavier
+from minimax_train.model.norm import GatedRMSNorm
 
 # Transformers and the original model leave this norm at its default epsilon, whatever the others use.
 NORM_EPS = 1e-6
@@ -37,7 +38,7 @@ class LightningAttention(nn.Module):
         D, width = config.hidden_size, config.num_heads * config.head_dim
         self.qkv_proj = nn.Linear(D, 3 * width, bias=False)
         self.gate_proj = nn.Linear(D, width, bias=False)
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm = GatedRMSNorm(width, NORM_EPS, kernels)
         self.o_proj = nn.Linear(width, D, bias=False)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
@@ -45,7 +46,7 @@ class LightningAttention(nn.Module):
         qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (config.num_heads, 3, config.head_dim))
         slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)
         out_THK = self.attend(*qkv_TH3K.unbind(2), slopes_H, context)
-        return self.o_proj(self.norm(out_THK.flatten(1)) * torch.sigmoid(self.gate_proj(x_TD)))
+        return self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD)))
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""

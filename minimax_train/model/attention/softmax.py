@@ -1,13 +1,13 @@
 """Softmax attention with grouped queries and rotary positions on part of each head.
 
-Shape legend: T tokens, D hidden, H query heads, G key-value heads, K head dim.
+Shape legend: T tokens, D hidden, H query heads, G key-value heads, K head dim, W heads side by side.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from minimax_train.kernels.rope import apply_rotary
+from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import KernelConfig, ModelConfig
@@ -19,7 +19,7 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
         super().__init__()
-        self.config, self.implementation = config, kernels.softmax
+        self.config, self.implementation, self.rope = config, kernels.softmax, kernels.rope
         D, K = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(D, config.num_heads * K, bias=False)
         self.k_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
@@ -28,11 +28,13 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         K = self.config.head_dim
-        q_THK, k_TGK, v_TGK = (proj(x_TD).unflatten(-1, (-1, K)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_THK = apply_rotary(q_THK, context.cos_TR, context.sin_TR)
-        k_TGK = apply_rotary(k_TGK, context.cos_TR, context.sin_TR)
-        out_THK = self.attend(q_THK, k_TGK, v_TGK, context)
+        q_TW, k_TW = (self._rotated(proj(x_TD), context) for proj in (self.q_proj, self.k_proj))
+        out_THK = self.attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, self.v_proj(x_TD))), context)
         return self.o_proj(out_THK.flatten(1))
+
+    def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:
+        K = self.config.head_dim
+        return rotate_heads(x_TW, context.cos_TR, context.sin_TR, head_dim=K, implementation=self.rope)
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""

@@ -15,6 +15,7 @@ from support.distributed import run_ranks
 from support.runs import model_config
 
 LENGTHS = [1, 70, 13, 64, 65]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(config, kernels=None):
@@ -63,6 +64,28 @@ def test_loss_and_gradients_equal_the_naive_kernels(capacity):
     assert (int(out.dropped) > 0) == (capacity is not None)
     for name, parameter in parameters.items():
         assert relative_error(parameter.grad, right[name].grad) < 1e-11, name
+
+
+@pytest.mark.parametrize("capacity", [None, 0.7])
+def test_triton_kernels_give_the_same_model(capacity):
+    pytest.importorskip("triton")
+    config = model_config(capacity_factor=capacity)
+    tokens, labels = torch.randint(300, (2, 66), device=DEVICE)
+    labels[[5, 65]] = -100
+    documents = Documents.from_lengths([33, 5, 28], DEVICE)
+    names = ("experts", "router", "norm", "rope", "loss")
+    results = []
+    for kernels, dtype in ((dict.fromkeys(names, "triton"), torch.float32), ({}, torch.float64)):
+        model = _model(config, KernelConfig(lightning="chunked", softmax="naive", **kernels)).to(DEVICE, dtype)
+        out = model(tokens, documents, labels, num_rows=2)
+        (out.token_loss + out.aux_loss).backward()
+        results.append((out, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (out, gradients), (expected, right) = results
+    assert relative_error(out.token_loss, expected.token_loss) < 1e-6
+    assert relative_error(out.aux_loss, expected.aux_loss) < 1e-6
+    assert torch.equal(out.load_LE, expected.load_LE) and torch.equal(out.dropped, expected.dropped)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, right[name]) < 2e-5, name
 
 
 def test_recomputed_activations_give_the_same_gradients():

@@ -1,0 +1,252 @@
+"""Experts, norms, rotary embedding and loss on one GPU, each beside plain PyTorch: rows for ``kernels.py --op``.
+
+Times are medians of plain calls, gradients included where it says so; at these sizes the device is what is waited for.
+A share of the copy rate is the bytes that the op must read and write once, over the time, over the rate of a copy in
+the same run. A share of the GEMM rate is 6 FLOP per token and active weight, over the time, over the rate of a dense
+product in the same run: 8192^3, and in brackets one of the experts' own size (all rows, one expert).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timing import extra_memory, gemm_rate, times
+from torch import Tensor
+
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.kernels.experts import ExpertRows, expert_mlp, route, router_logits
+from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from minimax_train.kernels.rope import rotary_table, rotate_heads
+
+# Tokens, hidden, expert hidden, experts, choices.
+EXPERTS = [(16_384, 6144, 9216, 32, 2), (65_536, 1024, 2816, 16, 2)]
+NORMS = [(32_768, 6144), (32_768, 8192), (131_072, 1024)]
+VOCABULARY = 200_064
+
+
+def _randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * scale).requires_grad_()
+
+
+def _print(*cells: object) -> None:
+    print(
+        "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+def _header(*cells: str) -> None:
+    _print(*cells)
+    _print(*("---" for _ in cells))
+
+
+def experts(rate: float) -> list[dict]:
+    dense = gemm_rate(8192, 8192, 8192)
+    print(f"dense 8192^3 GEMM {dense / 1e12:.0f} TFLOP/s")
+    rows = []
+    for configuration in EXPERTS:
+        rows += _expert_layer(*configuration, rate=rate, dense=dense)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, dense: float) -> list[dict]:
+    same_size = gemm_rate(T * K, 2 * hidden, D)
+    _header(f"experts {D} x {hidden}, E={E}, top-{K}, {T} tokens", "ms", "TFLOP/s, or share of copy rate", "of dense")
+    x, router = _randn(T, D), _randn(E, D, scale=D**-0.5)
+    gate_up, down = _randn(E, 2 * hidden, D, scale=D**-0.5), _randn(E, D, hidden, scale=hidden**-0.5)
+    pieces, d_y = torch.zeros(T, dtype=torch.int64, device="cuda"), torch.randn_like(x)
+    one = torch.ones((), device="cuda")
+
+    def layer(implementation: str, router_implementation: str) -> tuple[Tensor, ...]:
+        logits, h = router_logits(x, router, implementation=router_implementation)
+        probabilities, weights, choices, _ = route(logits, K, pieces, 1, implementation=router_implementation)
+        y = expert_mlp(h, weights, choices, gate_up, down, implementation=implementation)
+        return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
+
+    rows = []
+    for name, router_name in (("triton", "triton"), ("grouped", "plain")):
+        ms = times(lambda a=name, b=router_name: layer(a, b), repeats=6)
+        achieved = 18 * T * K * D * hidden / ms * 1e3
+        share, own_share = achieved / dense, achieved / same_size
+        _print(f"{name}: forward + backward", ms, f"{achieved / 1e12:.0f}", f"{share:.3f} ({own_share:.3f})")
+        row = {"op": "experts", "name": name, "tokens": T, "hidden": D, "expert_hidden": hidden, "experts": E}
+        rows.append(row | {"both_ms": ms, "share_of_dense": share, "share_of_dense_of_its_size": own_share})
+    weights = (tensor.detach() for tensor in (x, router, gate_up, down))
+    return rows + _expert_parts(*weights, pieces, K, rate, dense)
+
+
+def _expert_parts(
+    x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, pieces: Tensor, K: int, rate: float, dense: float
+) -> list[dict]:
+    """What the layer is made of, in the order it runs."""
+    from minimax_train.kernels.experts import triton
+    from minimax_train.kernels.experts.grouped import TORCH
+
+    (T, D), (E, _, hidden) = x.shape, down.shape
+    R, rows = T * K, []
+    product = 2 * R * D * hidden
+
+    def part(name: str, run: Callable[[], object], *, moved: int | None = None, flop: int | None = None) -> None:
+        ms = times(run, repeats=8)
+        row = {"op": "experts", "name": name, "tokens": T, "hidden": D, "ms": ms}
+        if flop:
+            row |= {"share_of_dense": flop / ms * 1e3 / dense}
+            _print(name, ms, f"{flop / ms * 1e-9:.0f}", row["share_of_dense"])
+        elif moved:
+            row |= {"share_of_copy": moved / (ms * 1e-3) / rate}
+            _print(name, ms, row["share_of_copy"], "")
+        else:
+            _print(name, ms, "", "")
+        rows.append(row)
+
+    logits, _ = router_logits(x, router)
+    _, weights, choices, _ = route(logits, K, pieces, 1)
+    plan = triton.rank_rows(choices, E)
+    for name in ("triton", "plain"):
+        part(f"router projection, {name}", lambda n=name: router_logits(x, router, implementation=n), moved=x.nbytes)
+        part(f"route, {name}", lambda n=name: route(logits, K, pieces, 1, implementation=n))
+    part("plan by ranks", lambda: triton.rank_rows(choices, E))
+    part("plan by torch.sort", lambda: ExpertRows.sort(choices, E))
+    part("permute", lambda: triton._permute(x, plan), moved=(1 + K) * x.nbytes)
+    x_RD = triton._permute(x, plan)
+    part("permute, indexing", lambda: x[plan.choice_R // K], moved=(1 + K) * x.nbytes)
+    part("combine", lambda: triton._combine(x_RD, plan), moved=(1 + K) * x.nbytes)
+    gate_up_R2F = TORCH.rows(x_RD, gate_up.mT, plan.offsets_E)
+    part("up product", lambda: TORCH.rows(x_RD, gate_up.mT, plan.offsets_E), flop=2 * product)
+    wide = gate_up_R2F.nbytes
+    part("SwiGLU", lambda: triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R), moved=wide * 3 // 2)
+    act = triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R)
+    part("down product", lambda: TORCH.rows(act, down.mT, plan.offsets_E), flop=product)
+    part("product for d act", lambda: TORCH.rows(x_RD, down, plan.offsets_E), flop=product)
+    part("product for d down", lambda: TORCH.weights(x_RD, act, plan.offsets_E), flop=product)
+    part("product for d gate_up", lambda: TORCH.weights(gate_up_R2F, x_RD, plan.offsets_E), flop=2 * product)
+    part("product for dx", lambda: TORCH.rows(gate_up_R2F, gate_up, plan.offsets_E), flop=2 * product)
+    # Overwrites act with itself, as the layer does.
+    part(
+        "SwiGLU backward",
+        lambda: triton._swiglu_backward(gate_up_R2F, act, plan.offsets_E, weights, plan.choice_R),
+        moved=3 * wide,
+    )
+    return rows
+
+
+def _both_directions(
+    label: str, runs: dict[str, Callable[[], Tensor]], leaves: list[Tensor], moved: tuple[int, int], rate: float
+) -> list[dict]:
+    rows = []
+    for name, run in runs.items():
+        out = run()
+        d_out = torch.randn_like(out)
+        forward = times(run, repeats=10)
+        backward = times(lambda out=out, d=d_out: torch.autograd.grad(out, leaves, d, retain_graph=True), repeats=10)
+        shares = [size / (ms * 1e-3) / rate for size, ms in zip(moved, (forward, backward), strict=True)]
+        _print(label, name, f"{forward:.3f} ({shares[0]:.2f})", f"{backward:.3f} ({shares[1]:.2f})")
+        rows.append(
+            {"op": "norm", "name": f"{label}, {name}", "forward_ms": forward, "backward_ms": backward}
+            | {"forward_share_of_copy": shares[0], "backward_share_of_copy": shares[1]}
+        )
+    return rows
+
+
+def norm(rate: float) -> list[dict]:
+    rows = []
+    _header("norm", "implementation", "forward ms (share of the copy rate)", "backward")
+    for T, D in NORMS:
+        x, second, weight = _randn(T, D), _randn(T, D), torch.ones(D, device="cuda", dtype=torch.bfloat16)
+        weight.requires_grad_()
+        kinds = {
+            "alone": ([x, weight], (2, 3), lambda i, x=x, w=weight: rms_norm(x, w, 1e-5, implementation=i)),
+            "residual": (
+                [x, second, weight],
+                (3, 5),
+                lambda i, x=x, f=second, w=weight: add_rms_norm(x, f, w, alpha=3.5566, eps=1e-5, implementation=i),
+            ),
+            "gate": (
+                [x, second, weight],
+                (3, 5),
+                lambda i, x=x, g=second, w=weight: gated_rms_norm(x, g, w, eps=1e-6, implementation=i),
+            ),
+        }
+        for kind, (leaves, tensors, run) in kinds.items():
+            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "plain")}
+            moved = tuple(count * x.nbytes for count in tensors)
+            rows += _both_directions(f"{kind}, {T} x {D}", runs, leaves, moved, rate)
+    return rows
+
+
+def rope(rate: float) -> list[dict]:
+    rows = []
+    _header("rotary embedding", "implementation", "forward ms (share of the copy rate)", "backward")
+    T, K, R = 32_768, 128, 64
+    cos, sin = rotary_table(torch.arange(T, device="cuda"), R, 10_000.0)
+    for H in (64, 8):
+        x = _randn(T, H * K)
+        for name in ("triton", "plain"):
+
+            def run(x: Tensor, name: str = name) -> Tensor:
+                return rotate_heads(x, cos, sin, head_dim=K, implementation=name)
+
+            projected, held = x * 1, x.detach().clone()
+            edge = torch.autograd.graph.get_gradient_edge(projected)
+            out = run(projected)
+            d_out = torch.randn_like(out)
+            forward = times(lambda run=run, held=held: run(held), repeats=10)
+            backward = times(lambda o=out, e=edge, d=d_out: torch.autograd.grad(o, e, d, retain_graph=True), repeats=10)
+            # In place, half of each head is read and written; the gradient is read and written whole.
+            shares = [size / (ms * 1e-3) / rate for size, ms in ((x.nbytes, forward), (2 * x.nbytes, backward))]
+            cells = [f"{ms:.3f} ({share:.2f})" for ms, share in zip((forward, backward), shares, strict=True)]
+            _print(f"{T} tokens, {H} heads", name, *cells)
+            rows.append(
+                {"op": "rope", "name": f"{H} heads, {name}", "forward_ms": forward, "backward_ms": backward}
+                | {"forward_share_of_copy": shares[0], "backward_share_of_copy": shares[1]}
+            )
+    return rows
+
+
+def _materialised(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((x @ weight.T).float(), labels, reduction="sum")
+
+
+def _liger() -> Callable | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda x, weight, labels: fused(weight, x, labels)
+
+
+def loss(rate: float) -> list[dict]:
+    rows = []
+    dense = gemm_rate(8192, 8192, 8192)
+    losses = {
+        "triton": lambda *args: linear_cross_entropy(*args, implementation="triton"),
+        "plain, in chunks": lambda *args: linear_cross_entropy(*args, implementation="plain"),
+        "all logits": _materialised,
+    }
+    if liger := _liger():
+        losses["liger-kernel"] = liger
+    _header(f"loss, vocabulary {VOCABULARY}", "tokens x hidden", "forward + backward ms", "of dense GEMM", "extra GiB")
+    for T, D, names in ((16_384, 1024, losses), (16_384, 6144, losses), (2**20, 1024, ["triton"])):
+        x, weight = _randn(T, D), _randn(VOCABULARY, D, scale=D**-0.5)
+        labels = torch.randint(VOCABULARY, (T,), device="cuda")
+        for name in names:
+
+            def both(run: Callable = losses[name], x: Tensor = x, weight: Tensor = weight) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(run(x, weight, labels), [x, weight])  # noqa: B023
+
+            extra = extra_memory(both) / 2**30
+            ms = times(both, repeats=1 if T > 100_000 else 3, warm_up=0)
+            share = 6 * T * D * VOCABULARY / (ms * 1e-3) / dense
+            _print(name, f"{T} x {D}", ms, share, extra)
+            row = {"op": "loss", "name": name, "tokens": T, "hidden": D, "both_ms": ms}
+            rows.append(row | {"share_of_dense": share, "extra_gib": extra})
+        del x, weight
+        torch.cuda.empty_cache()
+    return rows
+
+
+OPS = {"experts": experts, "norm": norm, "rope": rope, "loss": loss}

@@ -1,0 +1,59 @@
+"""Timing on one GPU, shared by the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+REPEATS = 15
+
+
+def times(run: Callable[[], object], repeats: int = REPEATS, warm_up: int = 2) -> float:
+    """Median milliseconds of ``run`` on the device."""
+    for _ in range(warm_up):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def graph_times(run: Callable[[], object]) -> float:
+    """The same for a captured graph of ``run``: no launch is waited for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return times(graph.replay)
+
+
+def copy_rate() -> float:
+    """Bytes read and written per second by a device-to-device copy of 2 GiB."""
+    source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (times(lambda: target.copy_(source)) * 1e-3)
+
+
+def gemm_rate(M: int, N: int, K: int) -> float:
+    """FLOP per second of one dense bfloat16 product ``[M, K] x [K, N]`` of random numbers."""
+    a, b = (torch.randn(rows, K, device="cuda", dtype=torch.bfloat16) for rows in (M, N))
+    return 2 * M * N * K / (times(lambda: a @ b.T, repeats=8) * 1e-3)
+
+
+def extra_memory(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+    """Bytes ``run`` holds at its peak beyond what there was before and the tensors it returns."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run()
+    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)

@@ -1,0 +1,19 @@
+"""The norms as separate PyTorch ops: any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm_plain(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def add_rms_norm_plain(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
+    return rms_norm_plain(torch.add(f_TD, h_TD, alpha=alpha), weight_D, eps)
+
+
+def gated_rms_norm_plain(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return rms_norm_plain(x_TD, weight_D, eps) * torch.sigmoid(gate_TD)

@@ -1,0 +1,51 @@
+"""Rotary position embedding on the first R of K head dimensions (RoFormer, arXiv 2104.09864; half-split pairing).
+
+Shape legend: T tokens, H heads, K head dim, R rotary dim, W = H * K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
+from minimax_train.kernels.rope.naive import rotate_heads_naive
+from minimax_train.kernels.rope.plain import rotate_heads_plain
+
+__all__ = ["IMPLEMENTATIONS", "rotary_table", "rotate_heads"]
+
+
+def _triton(*args) -> Tensor:
+    # CPU installs have no triton: imported only when asked for.
+    from minimax_train.kernels.rope.triton import rotate_heads_triton
+
+    return rotate_heads_triton(*args)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "plain": rotate_heads_plain, "naive": rotate_heads_naive}
+
+
+def rotary_table(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[T, R / 2]`` in float32 of ``position * base^(-2i / R)``.
+
+    Frequencies and angles are float32, as in transformers and the inference engines that will read the weights.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_T.device) / rotary_dim
+    angles = positions_T.float()[:, None] * (1.0 / base**exponent)
+    return angles.cos(), angles.sin()
+
+
+def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, head_dim: int, implementation: str = AUTO) -> Tensor:
+    """Rotate pairs (i, i + R / 2) of the first R dimensions of each head; the others pass through.
+
+    Args:
+        x_TW: heads side by side, as a projection returns them; **may be overwritten** (``triton`` works in place),
+            so nobody else may need it. Best not a view: autograd copies when a view is changed in place.
+        cos_TR, sin_TR: ``[T, R / 2]``, as :func:`rotary_table` gives them.
+        implementation: ``auto``, ``triton`` (in place, rotates in float32; not float64), ``plain`` or ``naive``.
+
+    Returns:
+        ``[T, W]`` in the dtype of x.
+    """
+    best = "triton" if triton_takes(x_TW) else "plain"
+    return choose("rope", IMPLEMENTATIONS, implementation, best)(x_TW, cos_TR, sin_TR, head_dim)

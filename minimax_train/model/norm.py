@@ -1,0 +1,38 @@
+"""RMSNorm and what is joined with it: the residual before, the gate after. One weight each, named ``weight``.
+
+Shape legend: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from minimax_train.model.config import KernelConfig
+
+
+class RMSNorm(nn.Module):
+    """``norm(x)``."""
+
+    def __init__(self, width: int, eps: float, kernels: KernelConfig) -> None:
+        super().__init__()
+        self.eps, self.implementation = eps, kernels.norm
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return rms_norm(x_TD, self.weight, self.eps, implementation=self.implementation)
+
+
+class ResidualRMSNorm(RMSNorm):
+    """``norm(alpha * h + f)``."""
+
+    def forward(self, h_TD: Tensor, f_TD: Tensor, alpha: float) -> Tensor:
+        return add_rms_norm(h_TD, f_TD, self.weight, alpha=alpha, eps=self.eps, implementation=self.implementation)
+
+
+class GatedRMSNorm(RMSNorm):
+    """``norm(x) * sigmoid(gate)``."""
+
+    def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
+        return gated_rms_norm(x_TD, gate_TD, self.weight, eps=self.eps, implementation=self.implementation)

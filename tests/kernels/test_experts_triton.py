@@ -1,0 +1,203 @@
+"""The Triton parts of the expert layer against plain float64, and row by row where the result is exact."""
+
+import pytest
+import torch
+
+from minimax_train.kernels.experts import (
+    ExpertRows,
+    combine,
+    expert_mlp,
+    expert_mlp_naive,
+    grouped_swiglu,
+    permute,
+    plan_rows,
+    route,
+    router_logits,
+)
+from support.compare import relative_error
+
+experts_triton = pytest.importorskip("minimax_train.kernels.experts.triton", exc_type=ImportError)
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+gpu = pytest.mark.gpu
+# Relative error against float64: rounding of results, and in bfloat16 of what is kept between kernels.
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, poisoned_empty):
+    if not HAS_GPU:
+        monkeypatch.setattr(experts_triton, "BLOCK", 16)
+        monkeypatch.setattr(experts_triton, "TILE", 256)
+
+
+def _randn(*shape, dtype=torch.float64):
+    """Values that every dtype of these tests holds exactly."""
+    return torch.randn(*shape, device=DEVICE).to(torch.bfloat16).to(dtype)
+
+
+def _gradients(outputs, leaves, d_outputs):
+    return torch.autograd.grad(outputs, leaves, d_outputs)
+
+
+@pytest.mark.parametrize("T, E, K, pieces", [(1, 1, 1, 1), (63, 5, 2, 1), (150, 5, 3, 4), (130, 32, 2, 2)])
+def test_route(T, E, K, pieces):
+    torch.manual_seed(T)
+    logits = torch.randn(T, E, device=DEVICE)
+    piece = torch.arange(T, device=DEVICE) * pieces // T
+    results = []
+    d_probabilities, d_weights = _randn(T, E), _randn(T, K)
+    for implementation, dtype in (("triton", torch.float32), ("plain", torch.float64)):
+        leaf = logits.to(dtype).requires_grad_()
+        out = route(leaf, K, piece, pieces, implementation=implementation)
+        both = _gradients(out[:2], [leaf], [d_probabilities.to(dtype), d_weights.to(dtype)])
+        out_again = route(leaf, K, piece, pieces, implementation=implementation)
+        alone = _gradients(out_again[1], [leaf], d_weights.to(dtype))
+        results.append((*out, *both, *alone))
+    ours, right = results
+    assert torch.equal(ours[2], right[2]) and torch.equal(ours[3], right[3])
+    assert ours[3].sum() == T * K
+    for i in (0, 1, 4):
+        assert relative_error(ours[i], right[i]) < 1e-6
+    # The gradient of weights that must sum to one vanishes where there is one choice.
+    assert relative_error(ours[5], right[5]) < 2e-6 if K > 1 else ours[5].abs().max() < 1e-6
+
+
+def test_equal_logits_choose_the_first_experts():
+    _, weights, experts, counts = route(
+        torch.zeros(9, 6, device=DEVICE),
+        2,
+        torch.zeros(9, dtype=torch.int64, device=DEVICE),
+        1,
+        implementation="triton",
+    )
+    assert experts.tolist() == [[0, 1]] * 9 and counts.tolist() == [[9, 9, 0, 0, 0, 0]]
+    assert torch.equal(weights, torch.full_like(weights, 0.5))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_logits_of_nan_still_choose_experts():
+    logits = torch.full((3, 6), float("nan"), device=DEVICE)
+    piece = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    probabilities, _, experts, _ = route(logits, 2, piece, 1, implementation="triton")
+    assert ((experts >= 0) & (experts < 6)).all() and probabilities.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "T, E, K, least", [(1, 1, 1, 0), (63, 5, 2, -1), (200, 7, 3, 0), (70, 32, 2, -1), (5, 4, 2, None)]
+)
+def test_rows_are_those_of_a_stable_sort(T, E, K, least):
+    torch.manual_seed(T)
+    choices = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
+    ours = plan_rows(choices.to(DEVICE), E, implementation="triton")
+    right = ExpertRows.sort(choices.to(DEVICE), E)
+    for name in ("choice_R", "row_TK", "offsets_E", "used_R1"):
+        assert torch.equal(getattr(ours, name), getattr(right, name)), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("T, K, D", [(1, 1, 5), (37, 2, 40), (19, 3, 300)])
+def test_permute_and_combine(T, K, D, dtype):
+    torch.manual_seed(T)
+    choices = torch.randint(-1, 4, (T, K), device=DEVICE)
+    rows = plan_rows(choices, 4, implementation="triton")
+    x, weights, d_out = _randn(T, D), torch.rand(T, K, device=DEVICE).double(), _randn(T, D)
+    leaves = [x.to(dtype).requires_grad_(), weights.float().requires_grad_()]
+    permuted = permute(leaves[0], rows, implementation="triton")
+    assert torch.equal(permuted.double(), rows.permute(x))
+    # What no expert wrote may hold anything.
+    y = permuted.where(rows.used_R1, float("nan"))
+    out = combine(y, leaves[1], rows, implementation="triton")
+    right_leaves = [x.requires_grad_(), leaves[1].detach().double().requires_grad_()]
+    right = (rows.unpermute(rows.permute(right_leaves[0])) * right_leaves[1][..., None]).sum(1)
+    assert relative_error(out, right) < TOLERANCES[dtype]
+    gradients = _gradients(out, leaves, d_out.to(dtype))
+    for gradient, reference in zip(gradients, _gradients(right, right_leaves, d_out), strict=True):
+        assert relative_error(gradient, reference) < TOLERANCES[dtype]
+
+
+def _layer(T, E, K, D, F):
+    torch.manual_seed(T)
+    return [_randn(T, D), torch.rand(T, K).to(DEVICE).double(), _randn(E, 2 * F, D) / 8, _randn(E, D, F) / 8]
+
+
+def _check_mlp(T, E, K, D, F, least, dtype, reference):
+    values = _layer(T, E, K, D, F)
+    # The last expert gets no token.
+    experts = torch.randint(least, max(1, E - 1), (T, K), device=DEVICE)
+    d_out = _randn(T, D)
+    results = []
+    for run, kind in ((lambda *args: expert_mlp(*args, implementation="triton"), dtype), (reference, torch.float64)):
+        # Weights come from the router, in float32.
+        kinds = [kind, torch.promote_types(kind, torch.float32), kind, kind]
+        x, weights, gate_up, down = leaves = [
+            value.to(to).requires_grad_() for value, to in zip(values, kinds, strict=True)
+        ]
+        out = run(x, weights, experts, gate_up, down)
+        assert out.dtype == kind
+        results.append([out, *_gradients(out, leaves, d_out.to(kind))])
+    for name, ours, right in zip(("out", "x", "weights", "gate_up", "down"), *results, strict=True):
+        assert relative_error(ours, right) < TOLERANCES[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("T, E, K, D, F, least", [(1, 1, 1, 8, 8, 0), (33, 5, 2, 24, 40, -1), (21, 4, 3, 16, 264, 0)])
+def test_expert_mlp_equals_one_token_at_a_time(T, E, K, D, F, least, dtype):
+    _check_mlp(T, E, K, D, F, least, dtype, expert_mlp_naive)
+
+
+@gpu
+@pytest.mark.parametrize("least", [-1, 0])
+@pytest.mark.parametrize("T, E, K, D, F", [(4097, 32, 2, 1024, 2816), (1000, 6, 2, 6144, 1152)])
+def test_expert_mlp_at_real_sizes(T, E, K, D, F, least):
+    def loop(*args):
+        return expert_mlp(*args, implementation="loop")
+
+    _check_mlp(T, E, K, D, F, least, torch.bfloat16, loop)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_grouped_swiglu_leaves_rows_of_no_expert_alone(dtype):
+    R, used, D, F = 29, 20, 16, 24
+    offsets = torch.tensor([7, 7, used], dtype=torch.int32, device=DEVICE)
+    x, gate_up, down, d_out = _randn(R, D), _randn(3, 2 * F, D) / 4, _randn(3, D, F) / 4, _randn(R, D)
+    x[used:] = d_out[used:] = float("nan")
+    results = []
+    for implementation, kind in (("triton", dtype), ("loop", torch.float64)):
+        leaves = [value.to(kind).requires_grad_() for value in (x, gate_up, down)]
+        out = grouped_swiglu(*leaves, offsets, implementation=implementation)[:used]
+        dx, *d_weights = _gradients(out, leaves, d_out[:used].to(kind))
+        results.append([out, dx[:used], *d_weights])
+    for ours, right in zip(*results, strict=True):
+        assert relative_error(ours, right) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("T, D, E", [(1, 8, 3), (70, 40, 5), pytest.param(4097, 6144, 32, marks=gpu)])
+def test_router_logits_from_bfloat16_are_those_of_float32(T, D, E):
+    torch.manual_seed(T)
+    x, weight, d_logits, d_x = _randn(T, D), _randn(E, D) / D, torch.randn(T, E, device=DEVICE), _randn(T, D)
+    results = []
+    for implementation, kind in (("triton", torch.bfloat16), ("plain", torch.float64)):
+        leaves = [x.to(kind).requires_grad_(), weight.bfloat16().to(kind).requires_grad_()]
+        logits, through = router_logits(*leaves, implementation=implementation)
+        both = _gradients([logits, through], leaves, [d_logits.to(logits.dtype), d_x.to(kind)])
+        logits_again, _ = router_logits(*leaves, implementation=implementation)
+        alone = _gradients(logits_again, leaves, d_logits.to(logits.dtype))
+        results.append([logits, *both, *alone])
+    (logits, *ours), (right, *references) = results
+    assert logits.dtype == torch.float32 and relative_error(logits, right) < 1e-6
+    for gradient, reference in zip(ours, references, strict=True):
+        assert relative_error(gradient, reference) < 4e-3  # one rounding
+
+
+@gpu
+def test_two_runs_give_the_same_bits():
+    x, weights, gate_up, down = (value.bfloat16() for value in _layer(2000, 8, 2, 512, 704))
+    experts = torch.randint(8, (2000, 2), device=DEVICE)
+    runs = []
+    for _ in range(2):
+        leaves = [value.detach().requires_grad_() for value in (x, weights, gate_up, down)]
+        out = expert_mlp(leaves[0], leaves[1], experts, *leaves[2:], implementation="triton")
+        runs.append([out, *_gradients(out, leaves, torch.ones_like(out))])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)

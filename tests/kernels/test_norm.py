@@ -1,0 +1,60 @@
+"""Every implementation of the norms against the formulas in float64."""
+
+import pytest
+import torch
+
+from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from support.compare import relative_error
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+EPS = 1e-3
+OPS = {
+    "alone": (1, lambda x, w, **kw: rms_norm(x, w, EPS, **kw)),
+    "residual": (2, lambda h, f, w, **kw: add_rms_norm(h, f, w, alpha=3.5566, eps=EPS, **kw)),
+    "gate": (2, lambda x, gate, w, **kw: gated_rms_norm(x, gate, w, eps=EPS, **kw)),
+}
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+def _results(op, implementation, dtype, values, d_out):
+    leaves = [value.to(dtype).requires_grad_() for value in values]
+    out = op(*leaves, implementation=implementation)
+    assert out.dtype == dtype
+    return [out, *torch.autograd.grad(out, leaves, d_out.to(dtype))]
+
+
+def _check(kind, implementation, dtype, T, D, reference="naive"):
+    inputs, op = OPS[kind]
+    torch.manual_seed(D)
+    *values, d_out = torch.randn(inputs + 1, T, D, device=DEVICE).bfloat16().double().unbind(0)
+    values.append(torch.randn(D, device=DEVICE).bfloat16().double())
+    ours = _results(op, implementation, dtype, values, d_out)
+    for result, expected in zip(ours, _results(op, reference, torch.float64, values, d_out), strict=True):
+        assert relative_error(result, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("T, D", [(1, 3), (7, 63), (13, 130)])
+@pytest.mark.parametrize("kind", OPS)
+def test_plain_equals_the_formula(kind, T, D):
+    _check(kind, "plain", torch.float64, T, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, D", [(1, 3), (29, 63), (13, 130), (5, 2100)])
+@pytest.mark.parametrize("kind", OPS)
+def test_triton_equals_the_formula(kind, T, D, dtype, poisoned_empty):
+    pytest.importorskip("triton")
+    _check(kind, "triton", dtype, T, D, "naive" if D < 1000 else "plain")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T, D", [(8191, 1024), (4097, 6144), (3000, 8192), (700, 16384)])
+@pytest.mark.parametrize("kind", OPS)
+def test_triton_at_real_sizes(kind, T, D, poisoned_empty):
+    _check(kind, "triton", torch.bfloat16, T, D, "plain")
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match=r"kernels.norm='fast'.*plain"):
+        rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation="fast")

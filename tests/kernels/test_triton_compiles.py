@@ -1,0 +1,74 @@
+"""What the interpreter lets pass and the compiler refuses: every kernel around the attentions, compiled for Hopper."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# In its own process: here, triton may already be in interpreter mode.
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from minimax_train.kernels.cross_entropy import triton_kernels as loss
+from minimax_train.kernels.experts import triton_kernels as experts
+from minimax_train.kernels.norm import triton_kernels as norm
+from minimax_train.kernels.rope import triton_kernels as rope
+
+bf16, f32, i64, i32 = "*bf16", "*fp32", "*i64", "*i32"
+E, D, F, K, BE = 32, 6144, 9216, 2, 64
+MOVED = dict.fromkeys(("x", "out", "y", "d_out", "d_y", "gate_up", "act", "d_act", "d_gate_up", "second"), bf16)
+MOVED |= dict.fromkeys(("d_x", "d_second", "weight", "logits"), bf16)
+MOVED |= dict.fromkeys(("weights", "d_weights", "scale", "cos", "sin", "losses"), f32)
+MOVED |= dict.fromkeys(("experts", "row_of", "choice_of", "labels", "pieces", "counts"), i64)
+MOVED |= dict.fromkeys(("histogram", "starts", "offsets"), i32) | {"alpha": "fp32", "eps": "fp32"}
+ROUTER = MOVED | dict.fromkeys(("logits", "probabilities", "d_probabilities", "d_logits"), f32)
+MOVE = {"D": D, "E": E, "K": K, "BT": 4, "BD": 1024}
+ACTIVATE = {"E": E, "F": F, "BF": 1024, "HAS_WEIGHTS": True}
+ROUTE = {"E": E, "K": K, "BT": 64, "BE": 32}
+PLAN = {"E": E, "BE": BE}
+LAUNCHES = [
+    (experts.route, ROUTER, ROUTE | {"BK": 2}, 4),
+    (experts.route_backward, ROUTER, ROUTE | {"HAS_PROBABILITIES": True, "HAS_WEIGHTS": True}, 4),
+    (experts.add_router_gradient, ROUTER | {"weight": bf16}, {"D": D, "E": E, "BT": 64, "BD": 128, "BE": 32}, 4),
+    (experts.add_router_gradient, ROUTER | {"weight": bf16}, {"D": D, "E": 64, "BT": 64, "BD": 128, "BE": 64}, 4),
+    (experts.count, MOVED, PLAN | {"BR": 256}, 8),
+    (experts.scan, MOVED, PLAN | {"STEP": 64}, 8),
+    (experts.rank, MOVED, PLAN | {"BR": 256}, 8),
+    (experts.permute, MOVED, MOVE, 4),
+    (experts.combine, MOVED, MOVE | {"HAS_WEIGHTS": True}, 4),
+    (experts.combine_backward, MOVED, MOVE | {"BK": 2}, 4),
+    (experts.swiglu, MOVED, ACTIVATE | {"BR": 4}, 4),
+    (experts.swiglu_backward, MOVED, ACTIVATE | {"BR": 2}, 4),
+    (rope.rotate, MOVED, dict(H=64, K=128, R=32, BT=1, BH=64, BR=32, BREST=0, INVERSE=False), 4),
+    (rope.rotate, MOVED, dict(H=8, K=128, R=32, BT=8, BH=8, BR=32, BREST=64, INVERSE=True), 4),
+    (loss.softmax_gradient, MOVED, dict(V=200_064, W=4, B=8192, NEEDS_GRADIENT=True), 32),
+]
+for kind in range(3):
+    tile = {"D": 8192, "BT": 1, "BD": 8192, "KIND": kind}
+    LAUNCHES += [(norm.forward, MOVED, tile, 8), (norm.backward, MOVED, tile, 16)]
+
+for kernel, types, constants, warps in LAUNCHES:
+    signature, values, aligned = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            values[(i,)] = constants[argument]
+        else:
+            signature[argument] = types.get(argument, "i32")
+            if signature[argument].startswith("*"):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    print(kernel.__name__, compiled.metadata.shared)
+"""
+
+
+def test_kernels_compile(tmp_path):
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(shared) == 21 and max(shared) <= 100 * 1024  # two programs on a multiprocessor
