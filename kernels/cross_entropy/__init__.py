@@ -64,7 +64,7 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
     total, factor = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, TypeError):
         return False
     return True
 
