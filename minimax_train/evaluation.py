@@ -29,19 +29,17 @@ def evaluate(
         ``validation_loss``, and ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the
         least loss any unigram model can have on them.
     """
-    loss = torch.zeros(2, dtype=torch.float64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     counts_V = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     for batch in batches:
         labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
         counts_V += labels_T.bincount(minlength=len(counts_V))
         batch = batch.to(device)
-        out = run_model(model, batch)
-        loss += torch.stack([out.token_loss.double(), out.token_loss.new_tensor(len(labels_T)).double()])
+        loss += run_model(model, batch).token_loss.double()
     counts_V = counts_V.to(device)
     dist.all_reduce(loss, group=grid.dp_cp_group)
     dist.all_reduce(counts_V, group=grid.dp_cp_group)
-    total_loss, targets = loss.tolist()
-    return {"validation_loss": total_loss / targets, "unigram_loss": _entropy(counts_V)}
+    return {"validation_loss": float(loss) / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
 
 
 def _entropy(counts_V: Tensor) -> float:

@@ -1,13 +1,18 @@
-"""Files that are there whole or as they were before, whenever the process is killed."""
+"""Files of a run by name, and files that are there whole or as they were before, whenever the process is killed."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+# In a run's folder and in each of its checkpoints.
+CONFIG, TOKENIZER = "config.yaml", "tokenizer"
+# Ends the name of what is being written, or removed, and must not be taken for the finished thing.
+UNFINISHED = ".writing"
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a run that resumes, never sees part of it."""
-    draft = path.with_name(path.name + ".writing")
+    draft = path.with_name(path.name + UNFINISHED)
     draft.write_text(text)
     os.replace(draft, path)

@@ -48,8 +48,7 @@ def parallelize_context(model: HybridModel, grid: ProcessGrid, config: ParallelC
         if isinstance(attention, LightningAttention):
             attention.attend = _lightning(communicator, config.linear_cp, attention.implementation)
         else:
-            scale = attention.config.head_dim**-0.5
-            attention.attend = _softmax(communicator, config.softmax_cp, scale, attention.implementation)
+            attention.attend = _softmax(communicator, config.softmax_cp, attention.scale, attention.implementation)
 
 
 def _lightning(communicator: GroupCommunicator, method: str, implementation: str):

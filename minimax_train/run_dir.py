@@ -12,6 +12,7 @@ from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint
 from minimax_train.config import Config, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
+from minimax_train.files import CONFIG, TOKENIZER
 from minimax_train.parallel.grid import ProcessGrid
 
 # What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
@@ -28,22 +29,20 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
         ConfigError: when the folder holds another run.
     """
     folder = Path(config.run_dir)
-    refusal: list[str | None] = [None]
+    problem: Exception | None = None
     try:
         if grid.is_first:
             _prepare(config, folder, store)
-    except Exception as error:
-        # Told to the ranks that wait; what is not the configuration's fault keeps its traceback here.
-        refusal[0] = str(error)
-        if not isinstance(error, ConfigError):
-            dist.broadcast_object_list(refusal, src=0)
-            raise
-    dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        error = ConfigError(refusal[0])
-        error.on_all_ranks = True
-        raise error
-    return load_tokenizer(folder / "tokenizer")
+    except Exception as error:  # raised below, once the ranks that wait have been told
+        problem = error
+    told = [None if problem is None else str(problem)]
+    dist.broadcast_object_list(told, src=0)
+    if problem is None and told[0] is not None:
+        problem = ConfigError(told[0])
+    if problem is not None:
+        problem.on_all_ranks = True
+        raise problem
+    return load_tokenizer(folder / TOKENIZER)
 
 
 def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
@@ -52,7 +51,7 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
     require(os.access(folder, os.W_OK), "run_dir", config.run_dir, "must be a folder this run can write")
-    saved = folder / "config.yaml"
+    saved = folder / CONFIG
     if store.latest() is not None:
         if config.checkpoint.resume == "never":
             raise ConfigError(
@@ -64,11 +63,11 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
         # What the run is told to start from must not be what it writes over.
         weights = config.checkpoint.initial_weights
         apart = weights is None or Path(weights).resolve() != folder.resolve()
-        apart &= Path(config.data.tokenizer).resolve() != (folder / "tokenizer").resolve()
+        apart &= Path(config.data.tokenizer).resolve() != (folder / TOKENIZER).resolve()
         require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / "tokenizer")
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / TOKENIZER)
     if store.latest() is None and config.checkpoint.initial_weights is not None:
         _refuse_other_tokens(config, tokenizer)
     save_config(config, saved)
@@ -76,7 +75,7 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
 
 def _refuse_other_tokens(config: Config, tokenizer: Tokenizer) -> None:
     """Embedding rows of initial weights mean the tokens they were trained with."""
-    theirs = find_checkpoint(config.checkpoint.initial_weights) / "tokenizer"
+    theirs = find_checkpoint(config.checkpoint.initial_weights) / TOKENIZER
     if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "

@@ -20,10 +20,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from minimax_train.errors import ConfigError, require
+from minimax_train.files import CONFIG, TOKENIZER, UNFINISHED
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
-_UNFINISHED = ".writing"
 
 
 @dataclass
@@ -55,17 +55,17 @@ class CheckpointStore:
     def save(self, progress: Progress, model: nn.Module, optimizer_state: dict) -> Path:
         """Write a checkpoint, then remove those over the number kept."""
         path = self.folder / f"step-{progress.step:08d}"
-        draft = path.with_name(path.name + _UNFINISHED)
+        draft = path.with_name(path.name + UNFINISHED)
         if self.is_first:
-            for left in self.folder.glob(f"*{_UNFINISHED}"):  # by a run that was killed while writing or removing
+            for left in self.folder.glob(f"*{UNFINISHED}"):  # by a run that was killed while writing or removing
                 shutil.rmtree(left)
             draft.mkdir(parents=True)
         dist.barrier()
         dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=draft)
         if self.is_first:
             (draft / "progress.json").write_text(json.dumps(asdict(progress)))
-            shutil.copy(self.run_dir / "config.yaml", draft)
-            shutil.copytree(self.run_dir / "tokenizer", draft / "tokenizer")
+            shutil.copy(self.run_dir / CONFIG, draft)
+            shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
             _remove(path)
             draft.rename(path)
             for old in _finished(self.folder)[: -self.keep] if self.keep else []:
@@ -117,7 +117,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def _remove(path: Path) -> None:
     """Remove a checkpoint; killed in between, what is left does not look like one."""
     if path.exists():
-        leaving = path.with_name(f"{path.name}.old{_UNFINISHED}")
+        leaving = path.with_name(f"{path.name}.old{UNFINISHED}")
         path.rename(leaving)
         shutil.rmtree(leaving)
 

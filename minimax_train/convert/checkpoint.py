@@ -36,9 +36,10 @@ from yaml import YAMLError
 
 from minimax_train.convert.names import Chunk, Parameter
 from minimax_train.errors import ConfigError
+from minimax_train.files import CONFIG
 from minimax_train.model import ModelConfig
 
-CONFIG, ORIGIN, TOKENIZER = "config.yaml", "huggingface.json", "tokenizer"
+ORIGIN = "huggingface.json"
 GROUP_FILE = "model/imported.yaml"
 PREFIX = "model."
 

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from minimax_train.convert.checkpoint import TOKENIZER
 from minimax_train.convert.from_hf import from_hf
 from minimax_train.convert.shards import parse_size
 from minimax_train.convert.to_hf import to_hf
 from minimax_train.errors import ConfigError
+from minimax_train.files import TOKENIZER
 
 KEEP = "keep"
 DTYPES = {KEEP: None, "float32": torch.float32, "bfloat16": torch.bfloat16}

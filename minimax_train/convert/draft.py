@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minimax_train.errors import ConfigError
-
-SUFFIX = ".writing"
+from minimax_train.files import UNFINISHED
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def draft_of(target: Path) -> Iterator[Path]:
     target = target.absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"DST={str(target)!r}: exists already; must be a new or an empty folder")
-    draft = target.with_name(target.name + SUFFIX)
+    draft = target.with_name(target.name + UNFINISHED)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:

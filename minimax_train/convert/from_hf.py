@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from minimax_train.convert.checkpoint import (
-    TOKENIZER,
     Origin,
     write_model_config,
     write_origin,
@@ -25,6 +24,7 @@ from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, 
 from minimax_train.convert.shards import TensorFolder
 from minimax_train.convert.tokenizer import copy_tokenizer
 from minimax_train.errors import ConfigError, require
+from minimax_train.files import TOKENIZER
 from minimax_train.model import ModelConfig
 
 # Slopes stored in bfloat16 are this close to the ones they were rounded from.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from minimax_train.checkpoint.store import find_checkpoint
 from minimax_train.convert.checkpoint import (
-    CONFIG,
-    TOKENIZER,
     CheckpointReader,
     Origin,
     read_model_config,
@@ -28,6 +26,7 @@ from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, 
 from minimax_train.convert.shards import Output, write_shards
 from minimax_train.convert.tokenizer import copy_tokenizer, special_token_ids
 from minimax_train.errors import ConfigError
+from minimax_train.files import CONFIG, TOKENIZER
 from minimax_train.model import ModelConfig
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

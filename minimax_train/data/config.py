@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Optional
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import require, require_choice
 
 SOURCES = ("stdlib", "files", "hub")
 FORMATS = ("text", "json", "parquet")
@@ -45,12 +44,11 @@ class DataConfig:
     format: str = "text"
     train_files: list[str] = field(default_factory=list)
     validation_files: list[str] = field(default_factory=list)
-    # omegaconf 2.3 takes Optional[str]; written that way for every structured-config reader.
-    name: Optional[str] = None  # noqa: UP045
-    subset: Optional[str] = None  # noqa: UP045
-    revision: Optional[str] = None  # noqa: UP045
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
     train_split: str = "train"
-    validation_split: Optional[str] = None  # noqa: UP045
+    validation_split: str | None = None
     text_column: str = "text"
     tokenizer: str = TRAIN_TOKENIZER
     tokenizer_documents: int = 1000
@@ -59,21 +57,19 @@ class DataConfig:
     shuffle_documents: int = 256
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ConfigError(f"data.source={self.source!r}: must be one of {', '.join(SOURCES)}")
-        if self.format not in FORMATS:
-            raise ConfigError(f"data.format={self.format!r}: must be one of {', '.join(FORMATS)}")
+        require_choice("data.source", self.source, SOURCES)
+        require_choice("data.format", self.format, FORMATS)
         for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"data.{name}={value!r}: must be a positive integer")
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            require(is_integer and value >= 1, f"data.{name}", value, "must be a positive integer")
         for name in ("text_column", "tokenizer", "train_split"):
-            if not getattr(self, name):
-                raise ConfigError(f"data.{name}={getattr(self, name)!r}: must not be empty")
-        if self.source == "files" and not self.train_files:
-            raise ConfigError("data.train_files=[]: data.source='files' needs at least one path or glob")
-        if self.source == "hub" and not self.name:
-            raise ConfigError(f"data.name={self.name!r}: data.source='hub' needs the name of a data set")
+            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "must not be empty")
+        if self.source == "files":
+            accepted = "data.source='files' needs at least one path or glob"
+            require(bool(self.train_files), "data.train_files", self.train_files, accepted)
+        if self.source == "hub":
+            require(bool(self.name), "data.name", self.name, "data.source='hub' needs the name of a data set")
         self._refuse_unread()
 
     def _refuse_unread(self) -> None:
@@ -88,8 +84,7 @@ class DataConfig:
             unread["text_column"] = "data.source='hub', data.format='json' or data.format='parquet'"
         for name, reader in unread.items():
             value = getattr(self, name)
-            if value != defaults[name]:
-                raise ConfigError(f"data.{name}={value!r}: is read only with {reader}; leave it out here")
+            require(value == defaults[name], f"data.{name}", value, f"is read only with {reader}; leave it out here")
 
     @property
     def has_validation(self) -> bool:

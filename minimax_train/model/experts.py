@@ -50,7 +50,7 @@ class ExpertLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
         config, pieces = self.config, context.pieces
-        # Routing decisions are made in float32 at least: bfloat16 logits tie too often.
+        # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
         logits_TE, x_TD = router_logits(x_TD, self.router.weight, implementation=self.kernels.router)
         probabilities_TE, weights_TK, experts_TK, load_PE = route(
             logits_TE,

@@ -21,6 +21,7 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         self.config, self.implementation, self.rope = config, kernels.softmax, kernels.rope
         D, K = config.hidden_size, config.head_dim
+        self.scale = K**-0.5
         self.q_proj = nn.Linear(D, config.num_heads * K, bias=False)
         self.k_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
         self.v_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
@@ -38,9 +39,8 @@ class SoftmaxAttention(nn.Module):
 
     def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""
-        scale = self.config.head_dim**-0.5
         out_THK, _ = softmax_attention(
-            q_THK, k_TGK, v_TGK, context.documents, scale=scale, implementation=self.implementation
+            q_THK, k_TGK, v_TGK, context.documents, scale=self.scale, implementation=self.implementation
         )
         return out_THK
 
