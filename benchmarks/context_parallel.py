@@ -5,8 +5,8 @@
 
 Emulated, one GPU plays every rank in turn over ``benchmarks/link.py``; the slowest rank's time counts. Lightning
 attention: forward + backward of LASP+, scan and the serial ring at ``--tokens`` per GPU, against one kernel call on as
-many tokens. Softmax attention: FLOP/s of ring and all-gather, zigzag, one document, against one kernel call on as many
-tokens of one document.
+many tokens of one document; "free" is the ratio that would be if transfers took no time. Softmax attention: FLOP/s of
+ring and all-gather, zigzag, against one kernel call on as many tokens of one document.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_slope
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.layout import SequenceLayout
-from minimax_train.parallel.linear import SCAN_PIECES, lightning_attention_cp
+from minimax_train.parallel.linear import SCAN_PIECES, count_near_heads, lightning_attention_cp
 from minimax_train.parallel.softmax import softmax_attention_cp
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
@@ -67,28 +67,40 @@ def mixes(tokens: int) -> dict[str, list[int]]:
     return {"one document": [tokens], f"{len(packed)} documents": packed}
 
 
-def communicators(options: argparse.Namespace, ranks: int, *, pieces: int = 1) -> list[Communicator]:
+def communicators(options: argparse.Namespace, ranks: int, **emulated: int) -> list[Communicator]:
     """The ranks this process plays: itself over NCCL, every one in turn when emulated."""
     if options.link == "nccl":
         return [GroupCommunicator(dist.group.WORLD)]
     latency, rate = RATES[options.rate]
-    return [
-        EmulatedLink(rank, ranks, latency, rate, options.sms, hops_before=rank - 1 if rank else 0, pieces=pieces)
-        for rank in range(ranks)
-    ]
+    return [EmulatedLink(rank, ranks, latency, rate, options.sms, **emulated) for rank in range(ranks)]
 
 
-def lightning_rows(options: argparse.Namespace) -> list[dict]:
-    tokens, rows = options.tokens, []
-    slopes = lightning_slopes(options.heads, options.layer, 80).to(options.device)
+def free_links(options: argparse.Namespace, ranks: int) -> list[Communicator]:
+    """The same ranks, over links that take no time."""
+    mine = [dist.get_rank()] if options.link == "nccl" else range(ranks)
+    return [EmulatedLink(rank, ranks, 0.0, float("inf"), options.sms) for rank in mine]
+
+
+def of_all_ranks(options: argparse.Namespace, mine: list[float]) -> list[float]:
+    """A figure of each rank, from the ones this process plays."""
+    if options.link == "emulated":
+        return mine
+    figures: list[list[float]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(figures, mine)
+    return [figure for of_one in figures for figure in of_one]
+
+
+def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
+    tokens, place = options.tokens, {"op": "lightning", "layer": layer}
+    slopes = lightning_slopes(options.heads, layer, 80).to(options.device)
     inputs = make_inputs(tokens, (options.heads,) * 3, options)
     local = Documents.from_lengths([tokens], options.device)
 
     def alone(q, k, v):
         return lightning_attention(q, k, v, slopes, local)[0]
 
-    base = median_ms(forward_backward(alone, inputs), options.repeats)
-    rows.append({"op": "lightning", "method": "no context parallelism", "ms": base, "ratio": 1.0})
+    base = max(of_all_ranks(options, [median_ms(forward_backward(alone, inputs), options.repeats)]))
+    yield {**place, "method": "no context parallelism", "ms": base, "ratio": 1.0}
     for ranks in options.ranks:
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
@@ -98,23 +110,32 @@ def lightning_rows(options: argparse.Namespace) -> list[dict]:
                 ("scan", "contiguous"),
                 ("ring", "contiguous"),
             ]:
-                pieces = SCAN_PIECES if method == "scan" else 1
-                times = []
-                for link in communicators(options, ranks, pieces=pieces):
-                    shard = SequenceLayout(kind, ranks).shard(whole, link.rank)
+                layout = SequenceLayout(kind, ranks)
+                pieces = 1
+                if method == "scan":
+                    near = count_near_heads(slopes, layout.shard(whole, 0).chunk_size)
+                    pieces = max(1, min(SCAN_PIECES, options.heads - near))
 
-                    def attend(q, k, v, shard=shard, link=link, method=method):
-                        return lightning_attention_cp(q, k, v, slopes, shard, link, method=method)
+                def by_rank(links: list[Communicator], layout=layout, whole=whole, method=method) -> list[float]:
+                    times = []
+                    for link in links:
+                        shard = layout.shard(whole, link.rank)
 
-                    times.append(median_ms(forward_backward(attend, inputs), options.repeats))
-                place = {"op": "lightning", "method": method, "layout": kind, "ranks": ranks, "mix": mix}
-                figures = {"ratio": max(times) / base, "balance": max(times) / statistics.mean(times)}
-                rows.append({**place, "ms": max(times), **figures})
-    return rows
+                        def attend(q, k, v, shard=shard, link=link):
+                            return lightning_attention_cp(q, k, v, slopes, shard, link, method=method)
+
+                        times.append(median_ms(forward_backward(attend, inputs), options.repeats))
+                    return of_all_ranks(options, times)
+
+                times = by_rank(communicators(options, ranks, pieces=pieces, chained=method != "lasp_plus"))
+                free = max(by_rank(free_links(options, ranks)))
+                case = {"method": method, "layout": kind, "ranks": ranks, "mix": mix}
+                figures = {"ratio": max(times) / base, "free": free / base}
+                yield {**place, **case, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
 
 
-def softmax_rows(options: argparse.Namespace) -> list[dict]:
-    tokens, rows = options.softmax_tokens, []
+def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
+    tokens = options.softmax_tokens
     scale = options.dim**-0.5
     inputs = make_inputs(tokens, (options.heads, options.kv_heads, options.kv_heads), options)
     local = Documents.from_lengths([tokens], options.device)
@@ -125,9 +146,9 @@ def softmax_rows(options: argparse.Namespace) -> list[dict]:
     def rate(pairs: int, milliseconds: float) -> float:
         return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 products forward, 5 backward
 
-    base_ms = median_ms(forward_backward(alone, inputs), options.repeats)
+    base_ms = max(of_all_ranks(options, [median_ms(forward_backward(alone, inputs), options.repeats)]))
     base = rate(tokens * (tokens + 1) // 2, base_ms)
-    rows.append({"op": "softmax", "method": "one call", "ms": base_ms, "tflops": base, "ratio": 1.0})
+    yield {"op": "softmax", "method": "one call", "ms": base_ms, "tflops": base, "ratio": 1.0}
     for ranks in options.ranks:
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
@@ -142,11 +163,11 @@ def softmax_rows(options: argparse.Namespace) -> list[dict]:
 
                     times.append(median_ms(forward_backward(attend, inputs), options.repeats))
                     sent.append(getattr(link, "sent_bytes", 0) / (options.repeats + 2))
+                times = of_all_ranks(options, times)
                 flops = rate(work, max(times))
                 figures = {"tflops": flops, "ratio": flops / base, "sent_mb": statistics.mean(sent) / 2**20}
                 place = {"op": "softmax", "method": method, "layout": "zigzag", "ranks": ranks, "mix": mix}
-                rows.append({**place, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)})
-    return rows
+                yield {**place, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
 
 
 def main() -> None:
@@ -158,7 +179,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=["lightning", "softmax"], default=["lightning", "softmax"])
     parser.add_argument("--tokens", type=int, default=131072, help="per GPU, lightning attention")
     parser.add_argument("--softmax-tokens", type=int, default=65536, help="per GPU, softmax attention")
-    parser.add_argument("--layer", type=int, default=0, help="of 80: the deeper, the slower the decay")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0], help="of 80: the deeper, the slower the decay")
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--kv-heads", type=int, default=KV_HEADS)
     parser.add_argument("--dim", type=int, default=DIM)
@@ -176,15 +197,19 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if on_gpu else "cpu"
     latency, rate = RATES[options.rate]
     how = f"emulated {options.rate}: {latency * 1e6:.0f} us, {rate / 1e9:.0f} GB/s, {options.sms} SMs"
-    print(f"{machine}, torch {torch.__version__}, {how if options.link == 'emulated' else 'nccl'}")
-    rows = []
-    for op, measure in (("lightning", lightning_rows), ("softmax", softmax_rows)):
-        if op in options.ops:
-            rows += measure(options)
-    for row in rows:
-        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    if options.json:
+    if options.link == "emulated" or dist.get_rank() == 0:
+        print(f"{machine}, torch {torch.__version__}, {how if options.link == 'emulated' else 'nccl'}")
+    rows, is_first = [], options.link == "emulated" or dist.get_rank() == 0
+    measured = [lightning_rows(options, layer) for layer in options.layers] if "lightning" in options.ops else []
+    measured += [softmax_rows(options)] if "softmax" in options.ops else []
+    for row in chain(*measured):
+        rows.append(row)
+        if is_first:
+            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    if options.json and is_first:
         options.json.write_text(json.dumps({"machine": machine, "link": how, "rows": rows}))
+    if options.link == "nccl":
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

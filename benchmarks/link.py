@@ -6,8 +6,8 @@ Each transfer runs on the link's own stream, beside compute, on ``sms`` processo
 
     latency + bytes through this rank's link in the busier direction / rate.
 
-States that travel from chunk to chunk (serial LASP, scan) reach a rank only when all ranks before it have passed them
-on: a receive that starts such a journey waits for the hops before this rank as well.
+States that travel from chunk to chunk (serial LASP, scan; contiguous layout) reach a rank only when all ranks before it
+have passed them on: a receive that starts such a journey waits for the hops before this rank as well.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class EmulatedLink:
         rank, size: the rank that is played, and how many there are.
         latency_s, bytes_per_s: of a transfer.
         sms: processors a transfer occupies while it lasts.
-        hops_before: how many ranks a travelling state passes before it reaches this one.
-        pieces: in how many pieces it travels.
+        chained: whether states travel from rank to rank, forwards or backwards, to this one past all before it.
+        pieces: in how many pieces they travel.
         sent_bytes: bytes this rank has put on its link so far.
     """
 
@@ -45,7 +45,7 @@ class EmulatedLink:
     latency_s: float
     bytes_per_s: float
     sms: int = 8
-    hops_before: int = 0
+    chained: bool = False
     pieces: int = 1
     sent_bytes: int = 0
     _received: int = 0
@@ -70,8 +70,10 @@ class EmulatedLink:
         incoming = sum(x.nbytes for x in receives.values())
         self.sent_bytes += outgoing
         extra_hops = 0
-        if receives and not sends:
-            extra_hops = self.hops_before if self._received % self.pieces == 0 else 0
+        if self.chained and receives and not sends:
+            (giver,) = receives
+            hops = giver if giver < self.rank else self.size - 1 - giver
+            extra_hops = hops if self._received % self.pieces == 0 else 0
             self._received += 1
 
         def fill() -> None:

@@ -2,33 +2,39 @@
 
 A chunk maps the state that enters it to the state that leaves it by ``leaving = own + carry * entering``: ``own`` is
 what its tokens after the last document start contribute, ``carry`` is ``exp(-slope * length)`` where one document
-covers the chunk and 0 where a document starts inside. So each rank runs its chunks as if nothing entered, the ranks
-exchange the small ``own`` states, and what an entering state adds is added to the tokens before the chunk's first
-document start (MiniMax-01, arXiv 2501.08313, section 2.2.4; LASP-2, arXiv 2502.07563). The gradient of the exchange
-is the same exchange in the opposite direction.
+covers the chunk and 0 where a document starts inside. So each rank sums the ``own`` states of its chunks, the ranks
+exchange them, and each runs its chunks from the states that enter them (MiniMax-01, arXiv 2501.08313, section 2.2.4;
+LASP-2, arXiv 2502.07563). The gradient of the exchange is the same exchange in the opposite direction; it runs beside
+the gradient of q, which does not wait for it.
 
-Three exchanges compute the same entering states:
+An own state takes only the tokens that have not decayed away at the chunk's end. And a head through whose carry nothing
+passes sends its state to the next chunk and no further. The states of the other heads, the *far* ones, are exchanged in
+one of three ways:
 
 * ``lasp_plus``: one all-gather of the own states; every rank sums what it needs, in global chunk order.
-* ``ring``: the states travel from chunk to chunk (LASP, arXiv 2404.02882): the serial baseline.
+* ``ring``: the states travel from chunk to chunk (LASP, arXiv 2404.02882): the serial baseline, for which all heads are
+  far.
 * ``scan``: the ring with the state cut in pieces that follow each other, so that all links work at once (the idea of
   ZeCO, arXiv 2507.01004); its time grows with ranks plus pieces and not with ranks times the whole state.
 
-Shape legend: T tokens on this rank, H heads, K key dim, V value dim, N segments on this rank, M chunks on this rank,
-J chunks on all ranks.
+``docs/context-parallelism.md`` counts the bytes of this and of other orders.
+
+Shape legend: T tokens on this rank, H heads, K key dim, V value dim, M chunks on this rank, J chunks on all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.dispatch import AUTO
-from minimax_train.kernels.lightning import lightning_attention
+from minimax_train.kernels.lightning import lightning_attention, lightning_parts
+from minimax_train.kernels.lightning.parts import REACH, Parts
 from minimax_train.parallel.communicator import Communicator, Pending
 from minimax_train.parallel.layout import SequenceShard
 
@@ -71,22 +77,11 @@ def lightning_attention_cp(
     """
     if method not in (AUTO, *METHODS):
         raise ValueError(f"parallel.linear_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
-    crosses = any(chunk.continues_before for chunk in shard.chunks)  # the same answer on every rank
-    out_THV, own_MHKV = lightning_attention(
-        q_THK,
-        k_THK,
-        v_THV,
-        slopes_H,
-        shard.documents,
-        final_state_of=_last_segments(shard) if crosses else None,
-        implementation=implementation,
-    )
-    if not crosses:
-        return out_THV
-    if method == AUTO:
-        method = choose_method(own_MHKV[0].nbytes, len(shard.chunks), communicator.size)
-    entering_MHKV = _EnteringStates.apply(own_MHKV, slopes_H, shard, communicator, method)
-    return _AddEntering.apply(out_THV, q_THK, entering_MHKV, slopes_H, shard)
+    if not any(chunk.continues_before for chunk in shard.chunks):  # the same answer on every rank
+        documents = shard.documents
+        return lightning_attention(q_THK, k_THK, v_THV, slopes_H, documents, implementation=implementation)[0]
+    exchange = _Exchange(slopes_H, shard, communicator, method)
+    return _SharedLightning.apply(q_THK, k_THK, v_THV, slopes_H, exchange, lightning_parts(q_THK, implementation))
 
 
 def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
@@ -99,7 +94,7 @@ def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
         scan:       (chunks - 1 + pieces - 1) * (latency + state / pieces / rate)
 
     Args:
-        state_bytes: one chunk's state of all heads on this rank.
+        state_bytes: one chunk's state of the far heads on this rank.
         num_chunks, num_ranks: of the layout.
     """
     rate = NODE_BYTES_PER_S if num_ranks <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
@@ -108,49 +103,118 @@ def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
     return "lasp_plus" if gather <= scan else "scan"
 
 
-def _last_segments(shard: SequenceShard) -> list[int]:
-    """Index of the last segment of each of this rank's chunks among its segments."""
-    counts = [len(chunk.edges) - 1 for chunk in shard.mine]
-    return [sum(counts[: i + 1]) - 1 for i in range(len(counts))]
-
-
-class _EnteringStates(torch.autograd.Function):
-    """States that enter this rank's chunks, from the states that all chunks leave on their own: ``[M, H, K, V]``."""
-
+class _SharedLightning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, own_MHKV, slopes_H, shard, communicator, method):
-        ctx.arguments = (slopes_H, shard, communicator, method)
-        return _exchange(own_MHKV, *ctx.arguments, backwards=False)
+    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, exchange: _Exchange, parts: Parts):
+        documents = exchange.shard.documents
+        first, last = _edge_segments(exchange.shard)
+        own_MHKV = parts.states(k_THK, v_THV, slopes_H, documents, last, reverse=False)
+        entering_MHKV = exchange.start(own_MHKV, backwards=False)()
+        out_THV, kept = parts.forward(q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, first)
+        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, entering_MHKV, kept)
+        ctx.exchange, ctx.parts = exchange, parts
+        return out_THV
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_MHKV):
-        return _exchange(grad_MHKV.contiguous(), *ctx.arguments, backwards=True), None, None, None, None
+    def backward(ctx, grad_THV):
+        q_THK, k_THK, v_THV, slopes_H, entering_MHKV, kept = ctx.saved_tensors
+        exchange, parts = ctx.exchange, ctx.parts
+        documents = exchange.shard.documents
+        first, last = _edge_segments(exchange.shard)
+        own_MHKV = parts.states(q_THK, grad_THV, slopes_H, documents, first, reverse=True)
+        finish = exchange.start(own_MHKV, backwards=True)
+        grad_q = parts.backward_q(grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, kept)
+        grad_k, grad_v = parts.backward_kv(grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, finish(), last)
+        return grad_q, grad_k, grad_v, None, None, None
 
 
-def _exchange(
-    x_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, method: str, *, backwards: bool
-) -> Tensor:
-    """For each of this rank's chunks, the decayed sum of ``x`` over the chunks before it in its document.
+def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Index of the first and of the last segment of each of this rank's chunks among its segments."""
+    ends = tuple(accumulate(len(chunk.edges) - 1 for chunk in shard.mine))
+    return (0, *ends[:-1]), tuple(end - 1 for end in ends)
 
-    Backwards: over the chunks after it. Either way the sum obeys a recurrence from each chunk to the next,
-    ``sum = x + carry * sum of the one before``, which the chain follows and the all-gather unrolls.
+
+class _Exchange:
+    """From what chunks leave on their own to what enters them, or backwards to the gradient of what they leave."""
+
+    def __init__(self, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, method: str) -> None:
+        self.slopes_H, self.shard, self.communicator, self.method = slopes_H, shard, communicator, method
+
+    def start(self, x_MHKV: Tensor, *, backwards: bool) -> Callable[[], Tensor]:
+        """For each of this rank's chunks, the decayed sum of ``x`` over the chunks before it in its document.
+
+        Backwards: over the chunks after it. Either way the sum obeys a recurrence from each chunk to the next,
+        ``sum = x + carry * sum of the one before``, which the chain follows and the all-gather unrolls.
+
+        Returns:
+            What waits for the sum and returns it, ``[M, H, K, V]``.
+        """
+        where = (self.shard, self.communicator)
+        if self.method == "ring":
+            return lambda: _chained_sum(x_MHKV, self.slopes_H, *where, 1, backwards=backwards)
+        near = count_near_heads(self.slopes_H, self.shard.chunk_size)
+        x_near, x_far, far_slopes = x_MHKV[:, :near], x_MHKV[:, near:], self.slopes_H[near:]
+        parts = []
+        if x_near.shape[1]:
+            parts.append(_start_neighbours(x_near, *where, backwards=backwards))
+        if x_far.shape[1]:
+            method = self.method
+            if method == AUTO:
+                method = choose_method(x_far[0].nbytes, len(self.shard.chunks), self.communicator.size)
+            if method == "lasp_plus":
+                parts.append(_start_gathered_sum(x_far, far_slopes, *where, backwards=backwards))
+            else:
+                parts.append(lambda: _chained_sum(x_far, far_slopes, *where, SCAN_PIECES, backwards=backwards))
+        return lambda: torch.cat([finish() for finish in parts], 1) if len(parts) > 1 else parts[0]()
+
+
+@lru_cache(maxsize=1024)
+def count_near_heads(slopes_H: Tensor, chunk_size: int) -> int:
+    """How many heads, from the first on, forget whatever enters a chunk before its end.
+
+    Waits for the device once per tensor of slopes: they must not change.
     """
-    if method == "lasp_plus":
-        return _gathered_sum(x_MHKV, slopes_H, shard, communicator, backwards=backwards)
-    pieces = SCAN_PIECES if method == "scan" else 1
-    return _chained_sum(x_MHKV, slopes_H, shard, communicator, pieces, backwards=backwards)
+    outlives = (slopes_H.cpu() * chunk_size <= REACH).tolist()
+    return outlives.index(True) if True in outlives else len(outlives)
 
 
-def _gathered_sum(
+def _start_neighbours(
+    x_MHKV: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
+) -> Callable[[], Tensor]:
+    """Each of this rank's chunks takes what the chunk before it leaves (backwards: after it)."""
+    step = 1 if backwards else -1
+    taken_MHKV = torch.zeros_like(x_MHKV, memory_format=torch.contiguous_format)
+    sends, receives = {}, {}
+    for m, chunk in enumerate(shard.mine):
+        takes, gives = chunk.continues_before, chunk.continues_after
+        if backwards:
+            takes, gives = gives, takes
+        if takes:
+            giver = shard.chunks[chunk.index + step]
+            if giver.rank == shard.rank:
+                taken_MHKV[m] = x_MHKV[shard.mine.index(giver)]
+            else:
+                receives[giver.rank] = taken_MHKV[m]
+        if gives and (taker := shard.chunks[chunk.index - step].rank) != shard.rank:
+            sends[taker] = x_MHKV[m]
+    pending = communicator.exchange(sends, receives)
+    return lambda: (pending.wait(), taken_MHKV)[1]
+
+
+def _start_gathered_sum(
     x_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
-) -> Tensor:
+) -> Callable[[], Tensor]:
     pending = communicator.all_gather(x_MHKV)
     reach_MJ = _reach(shard, x_MHKV.device, backwards=backwards)
     tokens_MJ = reach_MJ.clamp(min=0).to(x_MHKV.dtype) * shard.chunk_size
     weight_HMJ = torch.exp(-slopes_H.to(x_MHKV.dtype)[:, None, None] * tokens_MJ) * (reach_MJ >= 0)
-    states_HJS = pending.wait().flatten(0, 1).flatten(2).transpose(0, 1)
-    return (weight_HMJ @ states_HJS).transpose(0, 1).reshape(x_MHKV.shape)
+
+    def finish() -> Tensor:
+        states_HJS = pending.wait().flatten(0, 1).flatten(2).transpose(0, 1)
+        return (weight_HMJ @ states_HJS).transpose(0, 1).reshape(x_MHKV.shape)
+
+    return finish
 
 
 @lru_cache(maxsize=8)
@@ -209,44 +273,3 @@ def _chained_sum(
     for pending in sent:
         pending.wait()
     return sum_MHKV
-
-
-class _AddEntering(torch.autograd.Function):
-    """Add ``exp(-slope * (t + 1)) entering^T q_t`` to the tokens t of each chunk's first segment, in place.
-
-    Takes the entering states of every chunk, whether or not a token needs them, so that every rank reaches the
-    exchange of gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, out_THV, q_THK, entering_MHKV, slopes_H, shard):
-        ctx.save_for_backward(q_THK, entering_MHKV, slopes_H)
-        ctx.shard = shard
-        ctx.mark_dirty(out_THV)
-        for m, tokens, decay_HL1 in _entered(shard, slopes_H, entering_MHKV.dtype):
-            q_HLK = q_THK[tokens].to(entering_MHKV.dtype).transpose(0, 1)
-            added_HLV = (q_HLK @ entering_MHKV[m]) * decay_HL1
-            out_THV[tokens] += added_HLV.transpose(0, 1).to(out_THV.dtype)
-        return out_THV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_THV):
-        q_THK, entering_MHKV, slopes_H = ctx.saved_tensors
-        dtype = entering_MHKV.dtype
-        grad_q_THK, grad_entering_MHKV = torch.zeros_like(q_THK), torch.zeros_like(entering_MHKV)
-        for m, tokens, decay_HL1 in _entered(ctx.shard, slopes_H, dtype):
-            grad_HLV = grad_THV[tokens].to(dtype).transpose(0, 1) * decay_HL1
-            q_HLK = q_THK[tokens].to(dtype).transpose(0, 1)
-            grad_q_THK[tokens] = (grad_HLV @ entering_MHKV[m].mT).transpose(0, 1).to(q_THK.dtype)
-            grad_entering_MHKV[m] = q_HLK.mT @ grad_HLV
-        return grad_THV, grad_q_THK, grad_entering_MHKV, None, None
-
-
-def _entered(shard: SequenceShard, slopes_H: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor]]:
-    """Each of this rank's chunks that a state enters: its number, its first segment, and the decay to each token."""
-    for m, chunk in enumerate(shard.mine):
-        if chunk.continues_before:
-            tokens = shard.local(chunk.first_segment)
-            steps_L = torch.arange(1, tokens.stop - tokens.start + 1, device=slopes_H.device, dtype=dtype)
-            yield m, tokens, torch.exp(-slopes_H.to(dtype)[:, None] * steps_L)[..., None]

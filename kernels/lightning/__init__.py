@@ -14,6 +14,7 @@ from minimax_train.kernels.dispatch import AUTO, choose
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
 from minimax_train.kernels.lightning.naive import lightning_attention_naive
+from minimax_train.kernels.lightning.parts import Parts, PlainParts
 
 
 def _explicit_states(run: Callable) -> Callable:
@@ -36,10 +37,21 @@ def _triton(*args) -> tuple[Tensor, Tensor | None]:
     return lightning_attention_triton(*args)
 
 
+def _triton_parts() -> Parts:
+    from minimax_train.kernels.lightning import triton
+
+    return triton
+
+
 IMPLEMENTATIONS = {
     "naive": _explicit_states(lightning_attention_naive),
     "chunked": _explicit_states(lightning_attention_chunked),
     "triton": _triton,
+}
+PARTS: dict[str, Callable[[], Parts]] = {
+    "naive": lambda: PlainParts(lightning_attention_naive),
+    "chunked": lambda: PlainParts(lightning_attention_chunked),
+    "triton": _triton_parts,
 }
 
 
@@ -52,6 +64,19 @@ def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
     base = 1 / (2 ** (8 / num_heads))
     damping = 1 - layer / (num_layers - 1 + 1e-5) + 1e-5
     return base ** (torch.arange(num_heads) + 1) * damping
+
+
+def _best(q_THK: Tensor) -> str:
+    return "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
+
+
+def lightning_parts(q_THK: Tensor, implementation: str = AUTO) -> Parts:
+    """The pieces of lightning attention for tensors like q, of one of the implementations.
+
+    Raises:
+        ValueError: for an unknown implementation.
+    """
+    return choose("lightning", PARTS, implementation, best=_best(q_THK))()
 
 
 def lightning_attention(
@@ -89,7 +114,6 @@ def lightning_attention(
             f"lightning_attention: shapes disagree: q {tuple(q_THK.shape)}, k {tuple(k_THK.shape)}, "
             f"v {tuple(v_THV.shape)}, slopes {tuple(slopes_H.shape)}, documents of {documents.num_tokens} tokens"
         )
-    best = "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
-    run = choose("lightning", IMPLEMENTATIONS, implementation, best=best)
+    run = choose("lightning", IMPLEMENTATIONS, implementation, best=_best(q_THK))
     wanted = None if final_state_of is None else tuple(final_state_of)
     return run(q_THK, k_THK, v_THV, slopes_H, documents, initial_state_NHKV, wanted)

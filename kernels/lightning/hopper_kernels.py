@@ -120,6 +120,67 @@ def _entering(
 
 
 @gluon.jit
+def _reach(slope):
+    """A distance that no contribution outlives, a little generous so that rounding cannot shorten it."""
+    return gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
+
+
+@gluon.jit
+def _accumulate(
+    y_desc, z_desc, h, begin, end, slope, state, mma: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr
+):
+    """``state`` after the tokens from begin to end (REVERSE: from end to begin), of which there is at least one."""
+    dtype: gl.constexpr = y_desc.dtype
+    C: gl.constexpr = y_desc.block_type.shape[1]
+    BK: gl.constexpr = y_desc.block_type.shape[2]
+    BV: gl.constexpr = z_desc.block_type.shape[2]
+    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
+    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
+    size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
+    count = (end - begin + C - 1) // C
+    y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
+    z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
+    weighted_tiles = gl.allocate_shared_memory(dtype, [2, C, BV], tile_v)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    for i in gl.static_range(STAGES - 1):
+        first = begin + (count - 1 - i if REVERSE else i) * C
+        mbarrier.expect(bars.index(i), size, pred=i < count)
+        _fetch(y_desc, h, first, 0, bars.index(i), y_tiles.index(i), i < count)
+        _fetch(z_desc, h, first, 0, bars.index(i), z_tiles.index(i), i < count)
+    slots = gl.arange(0, C, layout=gl.SliceLayout(1, mma))
+    state = warpgroup_mma_init(state)
+    for step in range(0, count):
+        stage = step % STAGES
+        length = gl.minimum(C, end - begin - (count - 1 - step if REVERSE else step) * C)
+        away = slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)
+        weight = gl.where(slots < length, gl.exp(-slope * away.to(gl.float32)), 0.0)
+        y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
+        z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
+        weighted_s = weighted_tiles.index(step % 2)
+        mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
+        weighted_s.store((z_s.load(mma).to(gl.float32) * weight[:, None]).to(dtype))
+        fence_async_shared()
+        # The previous product reads the buffers refilled below, in every warp.
+        state = warpgroup_mma_wait(0, deps=[state])
+        thread_barrier()
+        state = state * gl.exp(-slope * length.to(gl.float32))
+        state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
+        ahead = step + STAGES - 1
+        free = ahead % STAGES
+        first = begin + (count - 1 - ahead if REVERSE else ahead) * C
+        mbarrier.expect(bars.index(free), size, pred=ahead < count)
+        _fetch(y_desc, h, first, 0, bars.index(free), y_tiles.index(free), ahead < count)
+        _fetch(z_desc, h, first, 0, bars.index(free), z_tiles.index(free), ahead < count)
+    state = warpgroup_mma_wait(0, deps=[state])
+    thread_barrier()
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(i))
+    return state
+
+
+@gluon.jit
 def partials(
     y_desc, z_desc, initial, partial, slopes, starts, owners, rows, cu_seqlens,
     initial_n, initial_h, initial_k, initial_v,
@@ -127,14 +188,10 @@ def partials(
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = y_desc.dtype
     groups: gl.constexpr = gl.num_warps() // 4
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, mma)
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
-    tile_k: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BK], dtype)
-    tile_v: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, BV], dtype)
-    size: gl.constexpr = y_desc.block_type.nbytes + z_desc.block_type.nbytes
 
     h = gl.program_id(0)
     row = gl.program_id(1)
@@ -142,7 +199,7 @@ def partials(
     fine = row + PER if REVERSE else row
     cut = _cut(num_chunks, fine if REVERSE else fine + 1, num_fine)
     nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
-    reach = gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
+    reach = _reach(slope)
     cut_token = gl.load(starts + cut)
     far_token = gl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
     reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
@@ -164,22 +221,9 @@ def partials(
                 begin = gl.maximum(gl.maximum(document_start, far_token), reader - reach)
                 enters = begin == document_start
     if begin < end:
-        count = (end - begin + C - 1) // C
-        y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
-        z_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BV], z_desc.layout)
-        weighted_tiles = gl.allocate_shared_memory(dtype, [2, C, BV], tile_v)
-        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(bars.index(i), count=1)
-        for i in gl.static_range(STAGES - 1):
-            first = begin + (count - 1 - i if REVERSE else i) * C
-            mbarrier.expect(bars.index(i), size, pred=i < count)
-            _fetch(y_desc, h, first, 0, bars.index(i), y_tiles.index(i), i < count)
-            _fetch(z_desc, h, first, 0, bars.index(i), z_tiles.index(i), i < count)
         rows_k = gl.arange(0, BK, layout=by_row)
         columns_v = gl.arange(0, BV, layout=by_column)
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
-        slots = gl.arange(0, C, layout=by_row)
         state = gl.zeros([BK, BV], gl.float32, mma)
         if HAS_INITIAL:
             if enters:
@@ -187,35 +231,40 @@ def partials(
                 at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
-        state = warpgroup_mma_init(state)
-        for step in range(0, count):
-            stage = step % STAGES
-            length = gl.minimum(C, end - begin - (count - 1 - step if REVERSE else step) * C)
-            away = slots + 1 if REVERSE else gl.maximum(length - 1 - slots, 0)
-            weight = gl.where(slots < length, gl.exp(-slope * away.to(gl.float32)), 0.0)
-            y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
-            z_s = z_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
-            weighted_s = weighted_tiles.index(step % 2)
-            mbarrier.wait(bars.index(stage), (step // STAGES) & 1)
-            weighted_s.store((z_s.load(mma).to(gl.float32) * weight[:, None]).to(dtype))
-            fence_async_shared()
-            # The previous product reads the buffers refilled below, in every warp.
-            state = warpgroup_mma_wait(0, deps=[state])
-            thread_barrier()
-            state = state * gl.exp(-slope * length.to(gl.float32))
-            state = warpgroup_mma(y_s.permute((1, 0)), weighted_s, state, is_async=True)
-            ahead = step + STAGES - 1
-            free = ahead % STAGES
-            first = begin + (count - 1 - ahead if REVERSE else ahead) * C
-            mbarrier.expect(bars.index(free), size, pred=ahead < count)
-            _fetch(y_desc, h, first, 0, bars.index(free), y_tiles.index(free), ahead < count)
-            _fetch(z_desc, h, first, 0, bars.index(free), z_tiles.index(free), ahead < count)
-        state = warpgroup_mma_wait(0, deps=[state])
+        state = _accumulate(y_desc, z_desc, h, begin, end, slope, state, mma, REVERSE, STAGES)
         to = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
         gl.store(to, state, mask=inside)
-        thread_barrier()
-        for i in gl.static_range(STAGES):
-            mbarrier.invalidate(bars.index(i))
+
+
+@gluon.jit
+def states(
+    y_desc, z_desc, out, slopes, edges,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
+    PIECES: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    groups: gl.constexpr = gl.num_warps() // 4
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
+    h = gl.program_id(0)
+    row = gl.program_id(1)
+    slope = gl.load(slopes + h).to(gl.float32)
+    begin = gl.load(edges + 2 * (row // PIECES))
+    end = gl.load(edges + 2 * (row // PIECES) + 1)
+    if REVERSE:
+        end = gl.minimum(end, begin + _reach(slope))
+    else:
+        begin = gl.maximum(begin, end - _reach(slope))
+    size = (end - begin + C * PIECES - 1) // (C * PIECES) * C
+    low = gl.minimum(begin + (row % PIECES) * size, end)
+    high = gl.minimum(low + size, end)
+    away = low - begin if REVERSE else end - high
+    state = gl.zeros([BK, BV], gl.float32, mma)
+    if low < high:
+        state = _accumulate(y_desc, z_desc, h, low, high, slope, state, mma, REVERSE, STAGES)
+    rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma))
+    columns_v = gl.arange(0, BV, layout=gl.SliceLayout(0, mma))
+    to = out + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+    inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
+    gl.store(to, state * gl.exp(-slope * away.to(gl.float32)), mask=inside)
 
 
 @gluon.jit

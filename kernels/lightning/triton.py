@@ -11,7 +11,10 @@ One program holds one head's state, so the token axis is cut in as many segments
 cut is summed beforehand from finer segments in parallel: reading at most y and z of all but one segment once more,
 and for a fast head only the few tokens before each cut that have not decayed away.
 
-Shape legend: T tokens, H heads, K key dim, V value dim, N documents, F fine segments.
+``states``, ``forward``, ``backward_q`` and ``backward_kv`` are the same kernels without autograd, for ranks that share
+documents (:mod:`minimax_train.kernels.lightning.parts`).
+
+Shape legend: T tokens, H heads, K key dim, V value dim, N documents, M documents with a state, F fine segments.
 """
 
 from __future__ import annotations
@@ -69,6 +72,10 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
     if segments == 1:
         return 1, 1
     return segments, max(1, min(16 // segments, num_chunks // segments // 16))
+
+
+# In how many pieces ``states`` sums the tokens of a document: a chain of 800 tokens for the slowest head of layer 0.
+PIECES = 8
 
 
 def choose_hopper(x_THK: Tensor) -> bool:
@@ -290,6 +297,27 @@ class _Run(NamedTuple):
         )  # fmt: skip
         return dk_THK, dv_THV
 
+    def states(self, y_THK: Tensor, z_THV: Tensor, edges_M2: Tensor, *, reverse: bool) -> Tensor:
+        """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``."""
+        _, H, K = y_THK.shape
+        V, rows = z_THV.shape[-1], len(edges_M2) * PIECES
+        out_MPHKV = torch.empty(len(edges_M2), PIECES, H, K, V, dtype=torch.float32, device=y_THK.device)
+        flags = {"H": H, "PIECES": PIECES, "REVERSE": reverse}
+        if self._copy_engine_takes(y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
+            hopper.states[H, rows](
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), out_MPHKV, self.slopes_H, edges_M2,
+                STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
+            )  # fmt: skip
+        else:
+            shared = self._shared(K, V, y_THK.dtype)
+            triton_kernels.states[_ceil_div(V, shared["BV"]), H, rows](
+                y_THK, z_THV, out_MPHKV, self.slopes_H, edges_M2, *y_THK.stride()[:2], *z_THV.stride()[:2],
+                K=K, V=V, **shared, **flags,
+            )  # fmt: skip
+        return out_MPHKV.sum(1)
+
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -337,6 +365,68 @@ class _TritonLightning(torch.autograd.Function):
         if d_initial_NHKV is not None:
             d_initial_NHKV = d_initial_NHKV.to(initial_NHKV.dtype)
         return dq, dk, dv, None, None, d_initial_NHKV, None
+
+
+def _edges(documents: Documents, of: tuple[int, ...]) -> Tensor:
+    """First token of each of some documents and the first after it, int32 ``[M, 2]``."""
+    edges = torch.stack([documents.cu_seqlens_cpu[:-1], documents.cu_seqlens_cpu[1:]], 1)[list(of)]
+    return edges.to(documents.device, non_blocking=True)
+
+
+def states(
+    y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, documents: Documents, of: tuple[int, ...], *, reverse: bool
+) -> Tensor:
+    run = _Run.plan(y_THK, z_THV.shape[-1], slopes_H, documents, of)
+    edges_M2 = documents.derive(("lightning edges", of), lambda d: _edges(d, of))
+    return run.states(_rows_contiguous(y_THK), _rows_contiguous(z_THV), edges_M2, reverse=reverse)
+
+
+def forward(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    slopes_H: Tensor,
+    documents: Documents,
+    entering_MHKV: Tensor,
+    of: tuple[int, ...],
+) -> tuple[Tensor, Tensor | None]:
+    q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
+    run = _Run.plan(q_THK, v_THV.shape[-1], slopes_H, documents, of)
+    partial_FHKV = run.partials(k_THK, v_THV, entering_MHKV, reverse=False, mapped=True)
+    out = run.attend(q_THK, k_THK, v_THV, entering_MHKV, partial_FHKV, reverse=False, initial_mapped=True)
+    return out, partial_FHKV
+
+
+def backward_q(
+    grad_THV: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    slopes_H: Tensor,
+    documents: Documents,
+    entering_MHKV: Tensor,
+    of: tuple[int, ...],
+    partial_FHKV: Tensor | None,
+) -> Tensor:
+    grad_THV, k_THK, v_THV = (_rows_contiguous(x) for x in (grad_THV, k_THK, v_THV))
+    run = _Run.plan(k_THK, v_THV.shape[-1], slopes_H, documents, of)
+    states = (_transposed(entering_MHKV), _transposed(partial_FHKV))
+    return run.attend(grad_THV, v_THV, k_THK, *states, reverse=False, initial_mapped=True)
+
+
+def backward_kv(
+    grad_THV: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THV: Tensor,
+    slopes_H: Tensor,
+    documents: Documents,
+    grad_leaving_MHKV: Tensor,
+    of: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    q_THK, k_THK, v_THV, grad_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV, grad_THV))
+    run = _Run.plan(q_THK, v_THV.shape[-1], slopes_H, documents, of)
+    partial_FHKV = run.partials(q_THK, grad_THV, grad_leaving_MHKV, reverse=True, mapped=True)
+    return run.dk_dv(q_THK, k_THK, v_THV, grad_THV, grad_leaving_MHKV, partial_FHKV, None, mapped=True)
 
 
 def lightning_attention_triton(

@@ -1,9 +1,10 @@
-"""The two Triton kernels of lightning attention; :mod:`minimax_train.kernels.lightning.triton` says how they compose.
+"""The Triton kernels of lightning attention; :mod:`minimax_train.kernels.lightning.triton` says how they compose.
 
-Both walk chunks of at most C tokens, each inside one document, forwards or (REVERSE) backwards. ``attend`` computes
+All walk chunks of at most C tokens, each inside one document, forwards or (REVERSE) backwards. ``attend`` computes
 ``out_i = sum_j decay^|i - j| (x_i . y_j) z_j`` over the tokens j of i's document on its side of i, token i included,
 in one pass over a segment of chunks, carrying the float32 state ``sum_j decay^... y_j z_j^T`` in registers. Where the
-token axis is cut in several segments, ``partials`` has first summed the states that cross the cuts.
+token axis is cut in several segments, ``partials`` has first summed the states that cross the cuts. ``states`` sums the
+same state over whole documents, for other ranks.
 
 Every decay is the exponential of a non-positive number. Contributions that have decayed below exp(-REACH) before they
 reach the segment that would use them are dropped: 1e-11 of the state they would join, far below float32 rounding.
@@ -15,7 +16,9 @@ segments. A fine segment is one share of ``partials``; ``PER`` consecutive fine 
 import triton
 import triton.language as tl
 
-REACH = tl.constexpr(25.0)
+from minimax_train.kernels.lightning import parts
+
+REACH = tl.constexpr(parts.REACH)
 # Bits of a chunk's info word: whether its document begins and ends with it, then its length.
 BEGINS = tl.constexpr(1)
 ENDS = tl.constexpr(2)
@@ -29,6 +32,12 @@ def _cut(num_chunks, fine, num_fine):
 
 
 @triton.jit
+def _reach(slope):
+    """A distance that no contribution outlives, a little generous so that rounding cannot shorten it."""
+    return tl.minimum(1.001 / tl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(tl.int32)
+
+
+@triton.jit
 def _load_rows(base, stride, valid, columns, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.arange(0, C)
     mask = (
@@ -37,6 +46,29 @@ def _load_rows(base, stride, valid, columns, WIDTH: tl.constexpr, C: tl.constexp
         else (valid[:, None] & (columns < WIDTH)[None, :])
     )
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _accumulate(
+    y, z, y_t, z_t, begin, end, slope, state, columns_k, columns_v,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``state`` after the tokens from begin to end (REVERSE: from end to begin)."""
+    slots = tl.arange(0, C)
+    count = (end - begin + C - 1) // C
+    for step in range(0, count):
+        # Weights are local to the tile: near one for a slow head, so that rounding z to its dtype costs nothing.
+        offset = (count - 1 - step if REVERSE else step) * C
+        length = tl.minimum(end - begin - offset, C)
+        valid = slots < length
+        first = (begin + offset).to(tl.int64)
+        y_CK = _load_rows(y + first * y_t, y_t, valid, columns_k, K, C, BK)
+        z_CV = _load_rows(z + first * z_t, z_t, valid, columns_v, V, C, BV)
+        away = slots + 1 if REVERSE else tl.maximum(length - 1 - slots, 0)
+        z_CV = (z_CV * tl.exp(-slope * away)[:, None]).to(z_CV.dtype)
+        state = tl.dot(tl.trans(y_CK), z_CV, state * tl.exp(-slope * length), input_precision=PRECISION)
+    return state
 
 
 @triton.jit
@@ -63,8 +95,7 @@ def partials(
     cut_token = tl.load(starts + cut)
     far_token = tl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
     reader = tl.load(starts + _cut(num_chunks, nearest, num_fine))
-    # A distance that no contribution outlives, a little generous so that rounding cannot shorten it.
-    reach = tl.minimum(1.001 / tl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(tl.int32)
+    reach = _reach(slope)
     document = tl.load(owners + cut)
     document_start = tl.load(cu_seqlens + document)
     document_end = tl.load(cu_seqlens + document + 1)
@@ -80,7 +111,6 @@ def partials(
     if begin < end:
         columns_k = tl.arange(0, BK)
         columns_v = slice_v * BV + tl.arange(0, BV)
-        slots = tl.arange(0, C)
         inside = (columns_k < K)[:, None] & (columns_v < V)[None, :]
         state = tl.zeros([BK, BV], tl.float32)
         if HAS_INITIAL:
@@ -89,20 +119,47 @@ def partials(
                 at = initial + n.to(tl.int64) * initial_n + h * initial_h
                 at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state += tl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(tl.float32)
-        count = (end - begin + C - 1) // C
-        for step in range(0, count):
-            # Weights are local to the tile: near one for a slow head, so that rounding z to its dtype costs nothing.
-            offset = (count - 1 - step if REVERSE else step) * C
-            length = tl.minimum(end - begin - offset, C)
-            valid = slots < length
-            first = (begin + offset).to(tl.int64)
-            y_CK = _load_rows(y + first * y_t + h * y_h, y_t, valid, columns_k, K, C, BK)
-            z_CV = _load_rows(z + first * z_t + h * z_h, z_t, valid, columns_v, V, C, BV)
-            away = slots + 1 if REVERSE else tl.maximum(length - 1 - slots, 0)
-            z_CV = (z_CV * tl.exp(-slope * away)[:, None]).to(z_CV.dtype)
-            state = tl.dot(tl.trans(y_CK), z_CV, state * tl.exp(-slope * length), input_precision=PRECISION)
+        state = _accumulate(
+            y + h * y_h, z + h * z_h, y_t, z_t, begin, end, slope, state, columns_k, columns_v,
+            K, V, C, BK, BV, REVERSE, PRECISION,
+        )  # fmt: skip
         to = partial + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
         tl.store(to, state, mask=inside)
+
+
+@triton.jit
+def states(
+    y, z, out, slopes, edges, y_t, y_h, z_t, z_h,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PIECES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out[r, p, h]``: what piece p of token range r adds to the state that leaves it at its end (REVERSE: its start).
+
+    Cut in pieces are, for each head, only the tokens whose contributions reach that edge. ``out [R, PIECES, H, K, V]``.
+    """
+    slice_v = tl.program_id(0)
+    h = tl.program_id(1)
+    row = tl.program_id(2)
+    slope = tl.load(slopes + h).to(tl.float32)
+    begin = tl.load(edges + 2 * (row // PIECES))
+    end = tl.load(edges + 2 * (row // PIECES) + 1)
+    if REVERSE:
+        end = tl.minimum(end, begin + _reach(slope))
+    else:
+        begin = tl.maximum(begin, end - _reach(slope))
+    size = (end - begin + C * PIECES - 1) // (C * PIECES) * C
+    low = tl.minimum(begin + (row % PIECES) * size, end)
+    high = tl.minimum(low + size, end)
+    away = low - begin if REVERSE else end - high
+    columns_k = tl.arange(0, BK)
+    columns_v = slice_v * BV + tl.arange(0, BV)
+    state = tl.zeros([BK, BV], tl.float32)
+    state = _accumulate(
+        y + h * y_h, z + h * z_h, y_t, z_t, low, high, slope, state, columns_k, columns_v,
+        K, V, C, BK, BV, REVERSE, PRECISION,
+    )  # fmt: skip
+    to = out + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
+    tl.store(to, state * tl.exp(-slope * away), mask=(columns_k < K)[:, None] & (columns_v < V)[None, :])
 
 
 @triton.jit

@@ -24,6 +24,8 @@ TILES = {"K": BK, "V": BV, "C": C, "BK": BK, "BV": BV}
 KERNELS = {
     "partials": (8, TILES | {"H": 8, "REVERSE": True, "HAS_INITIAL": True, "INITIAL_MAPPED": MAPPED,
                              "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
+    "states": (8, TILES | {"H": 8, "PIECES": 8, "REVERSE": MAPPED, "STAGES": hopper.STAGES_PARTIALS},
+               {"y": BK, "z": BV}),
     "attend": (4, TILES | STATES | {"REVERSE": True, "FINAL_MAPPED": MAPPED, "STAGES": hopper.STAGES},
                {"x": BK, "y": BK, "z": BV // 2, "out": BV // 2}),
     "attend_dk_dv": (4, TILES | STATES | {"STAGES": hopper.STAGES_BACKWARD},
@@ -31,7 +33,7 @@ KERNELS = {
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
 POINTERS |= dict.fromkeys(("initial", "final", "partial", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "cu_seqlens"), "*i32")
+POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "cu_seqlens", "edges"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)
@@ -46,6 +48,8 @@ for name, (warps, constants, widths) in KERNELS.items():
             signature[argument] = f"tensordesc<bf16{block},{layout!r}>"
         else:
             signature[argument] = POINTERS.get(argument, "i32")
+    if name == "states":
+        signature["out"] = "*fp32"
     source = GluonASTSource(kernel, signature, values)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     print(name, compiled.metadata.shared)
@@ -65,5 +69,5 @@ def test_hopper_kernels_compile(tmp_path, K, V, mapped):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
-    assert set(shared) == {"partials", "attend", "attend_dk_dv"}
+    assert set(shared) == {"partials", "states", "attend", "attend_dk_dv"}
     assert max(shared.values()) <= SHARED_MEMORY
