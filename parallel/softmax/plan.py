@@ -92,6 +92,17 @@ class RingPlan:
         """Tokens sent by all ranks in a ring that passes every rank's whole share to every other rank."""
         return self.num_ranks * (self.num_ranks - 1) * self.tokens
 
+    @property
+    def share_of_plain_ring(self) -> float:
+        """Bytes sent in a training step, over those of a ring that passes every rank's whole share around.
+
+        Either sends keys and values in the forward pass, again in the backward pass, and their gradients once. In the
+        plain ring the gradients travel along with what they belong to and one hop further, home; it is counted as if
+        they did so in 16 bits, though sums that travel should be in 32.
+        """
+        plain = 2 * self.plain_tokens_sent + self.num_ranks * self.num_ranks * self.tokens
+        return 3 * self.total_tokens_sent / plain
+
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
