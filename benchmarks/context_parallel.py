@@ -6,7 +6,7 @@
 Emulated, one GPU plays every rank in turn over ``benchmarks/link.py``; the slowest rank's time counts. Lightning
 attention: forward + backward of LASP+, scan and the serial ring at ``--tokens`` per GPU, against one kernel call on as
 many tokens of one document; "free" is the ratio that would be if transfers took no time. Softmax attention: FLOP/s of
-ring and all-gather, zigzag, against one kernel call on as many tokens of one document.
+ring and all-gather, zigzag, against one kernel call with as much work on one document.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HEADS, KV_HEADS, DIM = 64, 8, 128
 def median_ms(run: Callable[[], object], repeats: int) -> float:
     """Median device milliseconds of one call; on a CPU as many calls are made and not timed."""
     if torch.cuda.is_available():
-        return times(run, repeats)
-    for _ in range(repeats + 2):
+        return times(run, repeats, warm_up=1)
+    for _ in range(repeats + 1):
         run()
     return float("nan")
 
@@ -113,7 +113,7 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
                 layout = SequenceLayout(kind, ranks)
                 pieces = 1
                 if method == "scan":
-                    near = count_near_heads(slopes, layout.shard(whole, 0).chunk_size)
+                    near = count_near_heads(slopes, layout.shard(whole, 0).chunk_size, torch.float32)
                     pieces = max(1, min(SCAN_PIECES, options.heads - near))
 
                 def by_rank(links: list[Communicator], layout=layout, whole=whole, method=method) -> list[float]:
@@ -135,25 +135,34 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
 
 
 def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
-    tokens = options.softmax_tokens
-    scale = options.dim**-0.5
-    inputs = make_inputs(tokens, (options.heads, options.kv_heads, options.kv_heads), options)
-    local = Documents.from_lengths([tokens], options.device)
-
-    def alone(q, k, v):
-        return softmax_attention(q, k, v, local, scale=scale)[0]
+    tokens, scale = options.softmax_tokens, options.dim**-0.5
+    heads = (options.heads, options.kv_heads, options.kv_heads)
+    inputs = make_inputs(tokens, heads, options)
 
     def rate(pairs: int, milliseconds: float) -> float:
         return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 products forward, 5 backward
 
-    base_ms = max(of_all_ranks(options, [median_ms(forward_backward(alone, inputs), options.repeats)]))
-    base = rate(tokens * (tokens + 1) // 2, base_ms)
-    yield {"op": "softmax", "method": "one call", "ms": base_ms, "tflops": base, "ratio": 1.0}
+    def one_call(length: int) -> tuple[float, float]:
+        """Milliseconds and TFLOP/s of the slowest GPU, on one document."""
+        document = Documents.from_lengths([length], options.device)
+
+        def attend(q, k, v):
+            return softmax_attention(q, k, v, document, scale=scale)[0]
+
+        run = forward_backward(attend, make_inputs(length, heads, options))
+        ms = max(of_all_ranks(options, [median_ms(run, options.repeats)]))
+        return ms, rate(length * (length + 1) // 2, ms)
+
     for ranks in options.ranks:
+        # As much work as each rank has on one document over all of them.
+        length = round(tokens * ranks**0.5)
+        base_ms, base = one_call(length)
+        place = {"op": "softmax", "ranks": ranks}
+        yield {**place, "method": f"one call of {length} tokens", "ms": base_ms, "tflops": base, "ratio": 1.0}
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
             work = sum(n * (n + 1) // 2 for n in lengths) // ranks  # of the average rank
-            for method in ("ring", "allgather"):
+            for method in options.softmax_methods:
                 times, sent = [], []
                 for link in communicators(options, ranks):
                     shard = SequenceLayout("zigzag", ranks).shard(whole, link.rank)
@@ -162,12 +171,12 @@ def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
                         return softmax_attention_cp(q, k, v, shard, link, scale=scale, method=method)
 
                     times.append(median_ms(forward_backward(attend, inputs), options.repeats))
-                    sent.append(getattr(link, "sent_bytes", 0) / (options.repeats + 2))
+                    sent.append(getattr(link, "sent_bytes", 0) / (options.repeats + 1))
                 times = of_all_ranks(options, times)
                 flops = rate(work, max(times))
                 figures = {"tflops": flops, "ratio": flops / base, "sent_mb": statistics.mean(sent) / 2**20}
-                place = {"op": "softmax", "method": method, "layout": "zigzag", "ranks": ranks, "mix": mix}
-                yield {**place, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
+                case = {"method": method, "layout": "zigzag", "mix": mix}
+                yield {**place, **case, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
 
 
 def main() -> None:
@@ -179,6 +188,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=["lightning", "softmax"], default=["lightning", "softmax"])
     parser.add_argument("--tokens", type=int, default=131072, help="per GPU, lightning attention")
     parser.add_argument("--softmax-tokens", type=int, default=65536, help="per GPU, softmax attention")
+    parser.add_argument("--softmax-methods", nargs="+", choices=["ring", "allgather"], default=["ring", "allgather"])
     parser.add_argument("--layers", type=int, nargs="+", default=[0], help="of 80: the deeper, the slower the decay")
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--kv-heads", type=int, default=KV_HEADS)

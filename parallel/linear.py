@@ -153,7 +153,7 @@ class _Exchange:
         where = (self.shard, self.communicator)
         if self.method == "ring":
             return lambda: _chained_sum(x_MHKV, self.slopes_H, *where, 1, backwards=backwards)
-        near = count_near_heads(self.slopes_H, self.shard.chunk_size)
+        near = count_near_heads(self.slopes_H, self.shard.chunk_size, x_MHKV.dtype)
         x_near, x_far, far_slopes = x_MHKV[:, :near], x_MHKV[:, near:], self.slopes_H[near:]
         parts = []
         if x_near.shape[1]:
@@ -170,12 +170,12 @@ class _Exchange:
 
 
 @lru_cache(maxsize=1024)
-def count_near_heads(slopes_H: Tensor, chunk_size: int) -> int:
-    """How many heads, from the first on, forget whatever enters a chunk before its end.
+def count_near_heads(slopes_H: Tensor, chunk_size: int, dtype: torch.dtype) -> int:
+    """How many heads, from the first on, forget whatever enters a chunk before its end, for states of a dtype.
 
     Waits for the device once per tensor of slopes: they must not change.
     """
-    outlives = (slopes_H.cpu() * chunk_size <= REACH).tolist()
+    outlives = (slopes_H.cpu() * chunk_size <= REACH[dtype]).tolist()
     return outlives.index(True) if True in outlives else len(outlives)
 
 

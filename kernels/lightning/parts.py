@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minimax_train.kernels.documents import Documents
 
-# What has decayed below exp(-REACH) is dropped: 1e-11 of the state it would join, far below float32 rounding.
-REACH = 25.0
+# What has decayed below exp(-REACH) is dropped: less of the state it would join than rounding takes, by its dtype.
+REACH = {torch.float32: 17.0, torch.float64: 37.0}
 
 
 class Parts(Protocol):

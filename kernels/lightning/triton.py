@@ -74,8 +74,8 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
     return segments, max(1, min(16 // segments, num_chunks // segments // 16))
 
 
-# In how many pieces ``states`` sums the tokens of a document: a chain of 800 tokens for the slowest head of layer 0.
-PIECES = 8
+# In how many pieces at most ``states`` sums the tokens of a document.
+PIECES = 16
 
 
 def choose_hopper(x_THK: Tensor) -> bool:
@@ -112,6 +112,16 @@ def _state_rows(documents: Documents, wanted: tuple[int, ...]) -> Tensor:
     return rows_N.to(documents.device, non_blocking=True)
 
 
+def _runs(documents: Documents, size: int, wanted: tuple[int, ...] | None) -> Tensor:
+    """From each chunk, how many a backward walk makes before it meets the next end of a document wanted; int32."""
+    ends_N = ((documents.cu_seqlens_cpu.diff() + size - 1) // size).cumsum(0) - 1
+    stops = ends_N if wanted is None else ends_N[sorted(wanted)]
+    stops = torch.cat([stops.new_tensor([-1]), stops])
+    chunks_M = torch.arange(int(ends_N[-1]) + 1)
+    runs_M = chunks_M - stops[torch.searchsorted(stops, chunks_M) - 1]
+    return runs_M.int().to(documents.device, non_blocking=True)
+
+
 class _Run(NamedTuple):
     """What all kernels of one call share."""
 
@@ -122,6 +132,7 @@ class _Run(NamedTuple):
     per: int
     table: _Table
     hopper: bool
+    wanted: tuple[int, ...] | None
     state_rows: Tensor
 
     @classmethod
@@ -140,7 +151,7 @@ class _Run(NamedTuple):
         state_rows = table.owners  # any pointer: not followed unless states are mapped
         if wanted is not None:
             state_rows = documents.derive(("lightning state rows", wanted), lambda d: _state_rows(d, wanted))
-        return cls(slopes_H, documents, tiles, segments, per, table, hopper, state_rows)
+        return cls(slopes_H, documents, tiles, segments, per, table, hopper, wanted, state_rows)
 
     def _shared(self, K: int, V: int, dtype: torch.dtype) -> dict:
         C, width, warps, stages = self.tiles
@@ -287,9 +298,12 @@ class _Run(NamedTuple):
         keys = [(x, C, BK) for x in (q_THK, k_THK)]
         values = [(x, C, BV) for x in (v_THV, do_THV)]
         initial, final, partial = (self.slopes_H if state is None else state for state in states)
+        key = ("lightning runs", C, self.wanted)
+        runs = self.documents.derive(key, lambda documents: _runs(documents, C, self.wanted))
+        *where, cu_seqlens = self._where
         hopper.attend_dk_dv[H, self.segments](
             *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)),
-            dk_THK, dv_THV, initial, final, partial, *self._where,
+            dk_THK, dv_THV, initial, final, partial, *where, runs, cu_seqlens,
             *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
             HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
             HAS_PARTIAL=d_partial_FHKV is not None, INITIAL_MAPPED=mapped, FINE=_power_of_two(fine),
@@ -301,22 +315,26 @@ class _Run(NamedTuple):
         """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``."""
         _, H, K = y_THK.shape
         V, rows = z_THV.shape[-1], len(edges_M2) * PIECES
-        out_MPHKV = torch.empty(len(edges_M2), PIECES, H, K, V, dtype=torch.float32, device=y_THK.device)
+        pieces_MPHKV = torch.empty(len(edges_M2), PIECES, H, K, V, dtype=torch.float32, device=y_THK.device)
         flags = {"H": H, "PIECES": PIECES, "REVERSE": reverse}
         if self._copy_engine_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
             hopper.states[H, rows](
-                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), out_MPHKV, self.slopes_H, edges_M2,
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), pieces_MPHKV, self.slopes_H, edges_M2,
                 STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
             )  # fmt: skip
         else:
             shared = self._shared(K, V, y_THK.dtype)
             triton_kernels.states[_ceil_div(V, shared["BV"]), H, rows](
-                y_THK, z_THV, out_MPHKV, self.slopes_H, edges_M2, *y_THK.stride()[:2], *z_THV.stride()[:2],
+                y_THK, z_THV, pieces_MPHKV, self.slopes_H, edges_M2, *y_THK.stride()[:2], *z_THV.stride()[:2],
                 K=K, V=V, **shared, **flags,
             )  # fmt: skip
-        return out_MPHKV.sum(1)
+        out_MHKV = torch.empty(len(edges_M2), H, K, V, dtype=torch.float32, device=y_THK.device)
+        triton_kernels.add_pieces[_ceil_div(K * V, 1024), H, len(edges_M2)](
+            pieces_MPHKV, out_MHKV, self.slopes_H, edges_M2, KV=K * V, C=self.tiles.chunk, B=1024, **flags
+        )
+        return out_MHKV
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -7,18 +7,21 @@ token axis is cut in several segments, ``partials`` has first summed the states 
 same state over whole documents, for other ranks.
 
 Every decay is the exponential of a non-positive number. Contributions that have decayed below exp(-REACH) before they
-reach the segment that would use them are dropped: 1e-11 of the state they would join, far below float32 rounding.
+reach the segment that would use them are dropped: 4e-8 of the state they would join, below float32 rounding.
 
 Shape legend: T tokens, H heads, K dim of x and y, V dim of z, C tokens per chunk, M chunks, N documents, F fine
 segments. A fine segment is one share of ``partials``; ``PER`` consecutive fine segments are one segment of ``attend``.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from minimax_train.kernels.lightning import parts
 
-REACH = tl.constexpr(parts.REACH)
+REACH = tl.constexpr(parts.REACH[torch.float32])
+# Least chunks in a piece of ``states``.
+SHORTEST = tl.constexpr(8)
 # Bits of a chunk's info word: whether its document begins and ends with it, then its length.
 BEGINS = tl.constexpr(1)
 ENDS = tl.constexpr(2)
@@ -128,6 +131,16 @@ def partials(
 
 
 @triton.jit
+def _pieces(begin, end, slope, C: tl.constexpr, PIECES: tl.constexpr, REVERSE: tl.constexpr):
+    """The tokens of a range that reach its end (REVERSE: its start), and how many of them make a piece."""
+    if REVERSE:
+        end = tl.minimum(end, begin + _reach(slope))
+    else:
+        begin = tl.maximum(begin, end - _reach(slope))
+    return begin, end, tl.maximum((end - begin + C * PIECES - 1) // (C * PIECES), SHORTEST) * C
+
+
+@triton.jit
 def states(
     y, z, out, slopes, edges, y_t, y_h, z_t, z_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -135,7 +148,7 @@ def states(
 ):  # fmt: skip
     """``out[r, p, h]``: what piece p of token range r adds to the state that leaves it at its end (REVERSE: its start).
 
-    Cut in pieces are, for each head, only the tokens whose contributions reach that edge. ``out [R, PIECES, H, K, V]``.
+    Each head has as many pieces as it needs; the others are not written. ``out [R, PIECES, H, K, V]``.
     """
     slice_v = tl.program_id(0)
     h = tl.program_id(1)
@@ -143,23 +156,37 @@ def states(
     slope = tl.load(slopes + h).to(tl.float32)
     begin = tl.load(edges + 2 * (row // PIECES))
     end = tl.load(edges + 2 * (row // PIECES) + 1)
-    if REVERSE:
-        end = tl.minimum(end, begin + _reach(slope))
-    else:
-        begin = tl.maximum(begin, end - _reach(slope))
-    size = (end - begin + C * PIECES - 1) // (C * PIECES) * C
-    low = tl.minimum(begin + (row % PIECES) * size, end)
+    begin, end, size = _pieces(begin, end, slope, C, PIECES, REVERSE)
+    low = begin + (row % PIECES) * size
     high = tl.minimum(low + size, end)
-    away = low - begin if REVERSE else end - high
-    columns_k = tl.arange(0, BK)
-    columns_v = slice_v * BV + tl.arange(0, BV)
-    state = tl.zeros([BK, BV], tl.float32)
-    state = _accumulate(
-        y + h * y_h, z + h * z_h, y_t, z_t, low, high, slope, state, columns_k, columns_v,
-        K, V, C, BK, BV, REVERSE, PRECISION,
-    )  # fmt: skip
-    to = out + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
-    tl.store(to, state * tl.exp(-slope * away), mask=(columns_k < K)[:, None] & (columns_v < V)[None, :])
+    if low < high:
+        away = low - begin if REVERSE else end - high
+        columns_k = tl.arange(0, BK)
+        columns_v = slice_v * BV + tl.arange(0, BV)
+        state = tl.zeros([BK, BV], tl.float32)
+        state = _accumulate(
+            y + h * y_h, z + h * z_h, y_t, z_t, low, high, slope, state, columns_k, columns_v,
+            K, V, C, BK, BV, REVERSE, PRECISION,
+        )  # fmt: skip
+        to = out + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
+        tl.store(to, state * tl.exp(-slope * away), mask=(columns_k < K)[:, None] & (columns_v < V)[None, :])
+
+
+@triton.jit
+def add_pieces(
+    pieces, out, slopes, edges,
+    H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PIECES: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """``out[r, h]``: the sum of the pieces of ``states``, in order. ``out [R, H, KV]``."""
+    h = tl.program_id(1)
+    r = tl.program_id(2)
+    slope = tl.load(slopes + h).to(tl.float32)
+    begin, end, size = _pieces(tl.load(edges + 2 * r), tl.load(edges + 2 * r + 1), slope, C, PIECES, REVERSE)
+    cells = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.zeros([B], tl.float32)
+    for p in range(0, (end - begin + size - 1) // size):
+        total += tl.load(pieces + ((r * PIECES + p).to(tl.int64) * H + h) * KV + cells, mask=cells < KV, other=0.0)
+    tl.store(out + (r.to(tl.int64) * H + h) * KV + cells, total, mask=cells < KV)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ KERNELS = {
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
 POINTERS |= dict.fromkeys(("initial", "final", "partial", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "cu_seqlens", "edges"), "*i32")
+POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "runs", "cu_seqlens", "edges"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)

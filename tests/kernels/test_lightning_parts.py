@@ -95,7 +95,7 @@ def test_plain_parts(implementation, lengths, of):
 
 @interpreted
 @pytest.mark.parametrize("segments", [(1, 1), (3, 2)], ids=["one-segment", "three-segments"])
-@pytest.mark.parametrize(("lengths", "of"), CASES)
+@pytest.mark.parametrize(("lengths", "of"), [*CASES, ([290], [0])])
 def test_triton_parts(monkeypatch, poisoned_empty, lengths, of, segments):
     implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
     monkeypatch.setattr(implementation, "choose_tiles", lambda *_: implementation.Tiles(16, 32, 4, 2))
