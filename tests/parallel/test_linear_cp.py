@@ -26,10 +26,11 @@ def _compare(grid, kind, method, seeds, dtype):
     communicator = GroupCommunicator(grid.dp_group)
     layout = SequenceLayout(kind, communicator.size)
     chunks = len(layout.chunk_ranks)
-    slopes = torch.tensor([0.917, 0.1, 1e-5], dtype=torch.float64)
     worst = 0.0
     for seed in seeds:
         tokens = chunks * (3 + seed % 17)
+        # Of a chunk of 5 to 19 tokens none, one or all of these heads are near.
+        slopes = torch.tensor([[0.917, 0.1, 1e-5], [9.0, 0.1, 1e-5], [20.0, 12.0, 9.0]][seed % 3], dtype=torch.float64)
         documents = Documents.from_lengths(random_mix(tokens, chunks, seed))
         *inputs, grad = _inputs(tokens, seed, dtype)
         right_inputs = [x.double().requires_grad_() for x in inputs]
