@@ -5,8 +5,9 @@
 
 Emulated, one GPU plays every rank in turn over ``benchmarks/link.py``; the slowest rank's time counts. Lightning
 attention: forward + backward of LASP+, scan and the serial ring at ``--tokens`` per GPU, against one kernel call on as
-many tokens of one document; "free" is the ratio that would be if transfers took no time. Softmax attention: FLOP/s of
-ring and all-gather, zigzag, against one kernel call with as much work on one document.
+many tokens of one document ("alone"): "ratio" of the median and "worst" of all ranks, and "free", what the ratio would
+be if transfers took no time. Softmax attention: FLOP/s of ring and all-gather, zigzag, against one kernel call with as
+much work on one document. Calls that are compared are made in turn.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from link import RATES, EmulatedLink
-from timing import times
+from timing import times_in_turn
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
@@ -36,13 +38,17 @@ from minimax_train.parallel.softmax import softmax_attention_cp
 HEADS, KV_HEADS, DIM = 64, 8, 128
 
 
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median device milliseconds of one call; on a CPU as many calls are made and not timed."""
-    if torch.cuda.is_available():
-        return times(run, repeats, warm_up=1)
-    for _ in range(repeats + 1):
-        run()
-    return float("nan")
+def median_ms(options: argparse.Namespace, *runs: Callable[[], object]) -> list[float]:
+    """Median device milliseconds of each run, made in turn, all ranks together; on a CPU runs are not timed."""
+    if not torch.cuda.is_available():
+        for run in runs:
+            run()
+        return [float("nan")] * len(runs)
+    together = None
+    if options.link == "nccl":
+        mark = torch.zeros(1, device=options.device)
+        together = partial(dist.all_reduce, mark)  # a rank that comes early would wait for the others inside a run
+    return times_in_turn(runs, options.repeats, before=together)
 
 
 def forward_backward(attend: Callable, inputs: list[torch.Tensor]) -> Callable[[], object]:
@@ -81,13 +87,13 @@ def free_links(options: argparse.Namespace, ranks: int) -> list[Communicator]:
     return [EmulatedLink(rank, ranks, 0.0, float("inf"), options.sms) for rank in mine]
 
 
-def of_all_ranks(options: argparse.Namespace, mine: list[float]) -> list[float]:
-    """A figure of each rank, from the ones this process plays."""
-    if options.link == "emulated":
-        return mine
-    figures: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(figures, mine)
-    return [figure for of_one in figures for figure in of_one]
+def of_all_ranks(options: argparse.Namespace, mine: list[list[float]]) -> list[list[float]]:
+    """Figures by rank, from those of the ranks this process plays; returned by figure."""
+    if options.link == "nccl":
+        by_process: list[list] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(by_process, mine)
+        mine = [figures for of_process in by_process for figures in of_process]
+    return [list(of_figure) for of_figure in zip(*mine, strict=True)]
 
 
 def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
@@ -99,8 +105,6 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
     def alone(q, k, v):
         return lightning_attention(q, k, v, slopes, local)[0]
 
-    base = max(of_all_ranks(options, [median_ms(forward_backward(alone, inputs), options.repeats)]))
-    yield {**place, "method": "no context parallelism", "ms": base, "ratio": 1.0}
     for ranks in options.ranks:
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
@@ -116,22 +120,27 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
                     near = count_near_heads(slopes, layout.shard(whole, 0).chunk_size, torch.float32)
                     pieces = max(1, min(SCAN_PIECES, options.heads - near))
 
-                def by_rank(links: list[Communicator], layout=layout, whole=whole, method=method) -> list[float]:
-                    times = []
-                    for link in links:
-                        shard = layout.shard(whole, link.rank)
+                def attend(link, layout=layout, whole=whole, method=method):
+                    shard = layout.shard(whole, link.rank)
 
-                        def attend(q, k, v, shard=shard, link=link):
-                            return lightning_attention_cp(q, k, v, slopes, shard, link, method=method)
+                    def of_rank(q, k, v):
+                        return lightning_attention_cp(q, k, v, slopes, shard, link, method=method)
 
-                        times.append(median_ms(forward_backward(attend, inputs), options.repeats))
-                    return of_all_ranks(options, times)
+                    return of_rank
 
-                times = by_rank(communicators(options, ranks, pieces=pieces, chained=method != "lasp_plus"))
-                free = max(by_rank(free_links(options, ranks)))
-                case = {"method": method, "layout": kind, "ranks": ranks, "mix": mix}
-                figures = {"ratio": max(times) / base, "free": free / base}
-                yield {**place, **case, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
+                links = communicators(options, ranks, pieces=pieces, chained=method != "lasp_plus")
+                times = [
+                    median_ms(options, *(forward_backward(f, inputs) for f in (alone, attend(link), attend(free))))
+                    for link, free in zip(links, free_links(options, ranks), strict=True)
+                ]
+                base, ms, free = of_all_ranks(options, times)
+                yield {**place, "method": method, "layout": kind, "ranks": ranks, "mix": mix} | {
+                    "alone": max(base),
+                    "ms": max(ms),
+                    "ratio": statistics.median(a / b for a, b in zip(ms, base, strict=True)),
+                    "worst": max(a / b for a, b in zip(ms, base, strict=True)),
+                    "free": statistics.median(a / b for a, b in zip(free, base, strict=True)),
+                }
 
 
 def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
@@ -142,41 +151,45 @@ def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
     def rate(pairs: int, milliseconds: float) -> float:
         return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 products forward, 5 backward
 
-    def one_call(length: int) -> tuple[float, float]:
-        """Milliseconds and TFLOP/s of the slowest GPU, on one document."""
-        document = Documents.from_lengths([length], options.device)
-
-        def attend(q, k, v):
-            return softmax_attention(q, k, v, document, scale=scale)[0]
-
-        run = forward_backward(attend, make_inputs(length, heads, options))
-        ms = max(of_all_ranks(options, [median_ms(run, options.repeats)]))
-        return ms, rate(length * (length + 1) // 2, ms)
-
     for ranks in options.ranks:
         # As much work as each rank has on one document over all of them.
         length = round(tokens * ranks**0.5)
-        base_ms, base = one_call(length)
-        place = {"op": "softmax", "ranks": ranks}
-        yield {**place, "method": f"one call of {length} tokens", "ms": base_ms, "tflops": base, "ratio": 1.0}
+        document, longer = Documents.from_lengths([length], options.device), make_inputs(length, heads, options)
+
+        def alone(q, k, v, document=document):
+            return softmax_attention(q, k, v, document, scale=scale)[0]
+
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
             work = sum(n * (n + 1) // 2 for n in lengths) // ranks  # of the average rank
-            for method in options.softmax_methods:
-                times, sent = [], []
-                for link in communicators(options, ranks):
-                    shard = SequenceLayout("zigzag", ranks).shard(whole, link.rank)
 
-                    def attend(q, k, v, shard=shard, link=link, method=method):
-                        return softmax_attention_cp(q, k, v, shard, link, scale=scale, method=method)
+            def attend(link, method, whole=whole, ranks=ranks):
+                shard = SequenceLayout("zigzag", ranks).shard(whole, link.rank)
 
-                    times.append(median_ms(forward_backward(attend, inputs), options.repeats))
-                    sent.append(getattr(link, "sent_bytes", 0) / (options.repeats + 1))
-                times = of_all_ranks(options, times)
-                flops = rate(work, max(times))
-                figures = {"tflops": flops, "ratio": flops / base, "sent_mb": statistics.mean(sent) / 2**20}
-                case = {"method": method, "layout": "zigzag", "mix": mix}
-                yield {**place, **case, "ms": max(times), **figures, "balance": max(times) / statistics.mean(times)}
+                def of_rank(q, k, v):
+                    return softmax_attention_cp(q, k, v, shard, link, scale=scale, method=method)
+
+                return of_rank
+
+            times = [
+                median_ms(
+                    options,
+                    forward_backward(alone, longer),
+                    *(forward_backward(attend(link, method), inputs) for method in options.softmax_methods),
+                )
+                for link in communicators(options, ranks)
+            ]
+            base, *by_method = of_all_ranks(options, times)
+            base_rate = rate(length * (length + 1) // 2, max(base))
+            for method, ms in zip(options.softmax_methods, by_method, strict=True):
+                flops = rate(work, max(ms))
+                yield {"op": "softmax", "method": method, "layout": "zigzag", "ranks": ranks, "mix": mix} | {
+                    "alone": max(base),
+                    "ms": max(ms),
+                    "tflops": flops,
+                    "ratio": flops / base_rate,
+                    "balance": max(ms) / statistics.mean(ms),
+                }
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -22,6 +22,26 @@ def times(run: Callable[[], object], repeats: int = REPEATS, warm_up: int = 2) -
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def times_in_turn(
+    runs: Sequence[Callable[[], object]], repeats: int = REPEATS, *, before: Callable[[], object] | None = None
+) -> list[float]:
+    """Median milliseconds of each of several runs, made in turn, so that a GPU that slows down slows all of them.
+
+    ``before`` runs before each of them and is not timed.
+    """
+    marks = [[tuple(torch.cuda.Event(enable_timing=True) for _ in "ab") for _ in runs] for _ in range(repeats + 1)]
+    for of_repeat in marks:
+        for run, (begin, end) in zip(runs, of_repeat, strict=True):
+            if before is not None:
+                before()
+            begin.record()
+            run()
+            end.record()
+    torch.cuda.synchronize()
+    by_run = zip(*marks[1:], strict=True)  # the first repeat warms up
+    return [statistics.median(a.elapsed_time(b) for a, b in of_run) for of_run in by_run]
 
 
 def graph_times(run: Callable[[], object]) -> float:
