@@ -37,7 +37,6 @@ class EmulatedLink:
         sms: processors a transfer occupies while it lasts.
         chained: whether states travel from rank to rank, forwards or backwards, to this one past all before it.
         pieces: in how many pieces they travel.
-        sent_bytes: bytes this rank has put on its link so far.
     """
 
     rank: int
@@ -47,7 +46,6 @@ class EmulatedLink:
     sms: int = 8
     chained: bool = False
     pieces: int = 1
-    sent_bytes: int = 0
     _received: int = 0
     _stream: torch.cuda.Stream | None = field(default=None, repr=False)
 
@@ -57,18 +55,15 @@ class EmulatedLink:
 
     def all_gather(self, x: Tensor) -> Pending:
         out = x.new_empty(self.size, *x.shape)
-        self.sent_bytes += (self.size - 1) * x.nbytes
         return self._transfer((self.size - 1) * x.nbytes, lambda: out.copy_(x.expand_as(out)), out)
 
     def reduce_scatter(self, x: Tensor) -> Pending:
         out = torch.empty_like(x[0])
-        self.sent_bytes += (self.size - 1) * out.nbytes
         return self._transfer((self.size - 1) * out.nbytes, lambda: torch.sum(x, 0, out=out), out)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         outgoing = sum(x.nbytes for x in sends.values())
         incoming = sum(x.nbytes for x in receives.values())
-        self.sent_bytes += outgoing
         extra_hops = 0
         if self.chained and receives and not sends:
             (giver,) = receives
