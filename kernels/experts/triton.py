@@ -230,28 +230,54 @@ def combine_triton(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> Tensor
 def _swiglu(gate_up_R2F: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None) -> Tensor:
     R, F = len(gate_up_R2F), gate_up_R2F.shape[1] // 2
     act_RF = torch.empty(R, F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
+    swiglu_into(gate_up_R2F, act_RF, offsets_E, weights, choice_R)
+    return act_RF
+
+
+def swiglu_into(
+    gate_up_R2F: Tensor,
+    act_RF: Tensor,
+    offsets_E: Tensor,
+    weights: Tensor | None = None,
+    choice_R: Tensor | None = None,
+) -> None:
+    """``act = silu(gate) * up``, times the weight of the row's choice if there are weights."""
+    R, F = act_RF.shape
     BR, BF = _tile(F)
     triton_kernels.swiglu[(triton.cdiv(R, BR), triton.cdiv(F, BF))](
         gate_up_R2F, weights, choice_R, offsets_E, act_RF,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-    return act_RF
 
 
 def _swiglu_backward(
     gate_up_R2F: Tensor, d_act_RF: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of gate and up, the activation again (in the memory of ``d_act_RF``), gradient of the weights."""
-    R, F = d_act_RF.shape
-    d_gate_up_R2F = torch.empty(R, 2 * F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
+    d_gate_up_R2F = torch.empty(gate_up_R2F.shape, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
     # Choices of no expert have no row that would write theirs.
     d_weights = None if weights is None else torch.zeros_like(weights)
+    swiglu_backward_into(gate_up_R2F, d_act_RF, d_act_RF, d_gate_up_R2F, offsets_E, weights, choice_R, d_weights)
+    return d_gate_up_R2F, d_act_RF, d_weights
+
+
+def swiglu_backward_into(
+    gate_up_R2F: Tensor,
+    d_act_RF: Tensor,
+    act_RF: Tensor,
+    d_gate_up_R2F: Tensor,
+    offsets_E: Tensor,
+    weights: Tensor | None = None,
+    choice_R: Tensor | None = None,
+    d_weights: Tensor | None = None,
+) -> None:
+    """Writes the activation, which may take the memory of its gradient, and the gradients of gate, up and weights."""
+    R, F = d_act_RF.shape
     BR, BF = _tile(F, elements=2048)
     triton_kernels.swiglu_backward[(triton.cdiv(R, BR),)](
-        gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, d_act_RF, d_weights,
+        gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, act_RF, d_weights,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-    return d_gate_up_R2F, d_act_RF, d_weights
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
