@@ -6,6 +6,8 @@ pieces of rows.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,11 +52,27 @@ def _with(linear):
     return grouped_swiglu
 
 
-def _triton(*args) -> Tensor:
-    # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.experts.triton import grouped_swiglu_triton
+def _by_products(name: str):
+    def grouped_swiglu(x_RD, *args) -> Tensor:
+        # CPU installs have no triton: imported only when asked for.
+        from minimax_train.kernels.experts.triton import grouped_swiglu_triton
 
-    return grouped_swiglu_triton(*args)
+        return grouped_swiglu_triton(_products(name, x_RD), x_RD, *args)
+
+    return grouped_swiglu
+
+
+def _products(name: str, x: Tensor):
+    """The experts' products and their SwiGLU: see :class:`minimax_train.kernels.experts.triton.SeparateProducts`."""
+    if name == "quack" and len(x):
+        try:
+            from minimax_train.kernels.experts.fused import FusedProducts
+        except ImportError as error:
+            raise ImportError(f"kernels.experts='quack' needs quack-kernels: pip install .[cuda] ({error})") from error
+        return FusedProducts(x)
+    from minimax_train.kernels.experts.triton import SeparateProducts
+
+    return SeparateProducts(x)
 
 
 def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +81,12 @@ def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return route_triton(*args)
 
 
-IMPLEMENTATIONS = {"triton": _triton, "grouped": _with(grouped_linear_torch), "loop": _with(grouped_linear_loop)}
+IMPLEMENTATIONS = {
+    "quack": _by_products("quack"),
+    "triton": _by_products("triton"),
+    "grouped": _with(grouped_linear_torch),
+    "loop": _with(grouped_linear_loop),
+}
 ROUTER_IMPLEMENTATIONS = {"triton": _route_triton, "plain": route_plain}
 
 
@@ -71,7 +94,21 @@ def _best(x_RD: Tensor, gate_up_E2FD: Tensor) -> str:
     aligned = gate_up_E2FD.shape[1] % 16 == 0 and gate_up_E2FD.shape[2] % 8 == 0  # rows on 16 bytes, in both products
     if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned):
         return "loop"
-    return "triton" if triton_takes(x_RD) else "grouped"
+    if not triton_takes(x_RD):
+        return "grouped"
+    return "quack" if _has_quack(x_RD.device) else "triton"
+
+
+@cache
+def _has_quack(device: torch.device) -> bool:
+    """Whether quack-kernels with epilogues of one's own is installed, and the GPU is the one it was measured on."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        import minimax_train.kernels.experts.fused  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -150,7 +187,7 @@ def _movement(x: Tensor, implementation: str) -> str:
     """Moving rows needs no grouped GEMM: Triton is the best choice for every dtype it takes."""
     best = "triton" if triton_takes(x) else "loop"
     choose("experts", IMPLEMENTATIONS, implementation, best)
-    return best if implementation == AUTO else implementation
+    return {AUTO: best, "quack": "triton"}.get(implementation, implementation)
 
 
 def grouped_swiglu(
@@ -162,7 +199,8 @@ def grouped_swiglu(
         x_RD: any floating dtype, the same as the weights'.
         gate_up_E2FD: gate over up, as in transformers' fused expert weights.
         offsets_E: end row of each expert, int32.
-        implementation: ``auto``; ``triton`` (SwiGLU fused between the products; not float64); ``grouped`` (CUDA,
+        implementation: ``auto``; ``quack`` (SwiGLU in the products' epilogues; bfloat16 on Hopper, F a multiple of 8,
+            extra ``cuda``); ``triton`` (SwiGLU a kernel between the products; not float64); ``grouped`` (CUDA,
             bfloat16) or ``loop``, as separate ops.
     """
     run = choose("experts", IMPLEMENTATIONS, implementation, _best(x_RD, gate_up_E2FD))
@@ -184,10 +222,10 @@ def expert_mlp(
         ``[T, D]`` in the dtype of x; weights may be of higher precision, and unless in Triton are rounded to it.
     """
     name = _best(x_TD, gate_up_E2FD) if implementation == AUTO else implementation
-    if name == "triton":
+    if name in ("quack", "triton"):
         from minimax_train.kernels.experts.triton import expert_mlp_triton
 
-        return expert_mlp_triton(x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
+        return expert_mlp_triton(_products(name, x_TD), x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
     rows = plan_rows(experts_TK, len(gate_up_E2FD), implementation=name)
     x_RD = permute(x_TD, rows, implementation=name)
     y_RD = grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)
