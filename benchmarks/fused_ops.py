@@ -17,7 +17,7 @@ from timing import extra_memory, gemm_rate, times
 from torch import Tensor
 
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
-from minimax_train.kernels.experts import ExpertRows, _has_quack, expert_mlp, route, router_logits
+from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_products, has_quack, route, router_logits
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from minimax_train.kernels.rope import rotary_table, rotate_heads
 
@@ -67,9 +67,7 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, d
         return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
 
     rows = []
-    for name, router_name in (("quack", "triton"), ("triton", "triton"), ("grouped", "plain")):
-        if name == "quack" and not _has_quack(x.device):
-            continue
+    for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "plain")]:
         ms = times(lambda a=name, b=router_name: layer(a, b), repeats=6)
         achieved = 18 * T * K * D * hidden / ms * 1e3
         share, own_share = achieved / dense, achieved / same_size
@@ -78,6 +76,10 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, d
         rows.append(row | {"both_ms": ms, "share_of_dense": share, "share_of_dense_of_its_size": own_share})
     weights = (tensor.detach() for tensor in (x, router, gate_up, down))
     return rows + _expert_parts(*weights, pieces, K, rate, dense)
+
+
+def _names(x: Tensor) -> list[str]:
+    return ["quack", "triton"] if has_quack(x.device) else ["triton"]
 
 
 def _expert_parts(
@@ -113,27 +115,18 @@ def _expert_parts(
     x_RD = triton._permute(x, plan)
     part("permute, indexing", lambda: x[plan.choice_R // K], moved=(1 + K) * x.nbytes)
     part("combine", lambda: triton._combine(x_RD, plan), moved=(1 + K) * x.nbytes)
-    for products in _all_products(x):
-        _time_products(products, part, x_RD, gate_up, down, plan, weights)
+    for name in _names(x):
+        products = expert_products(x, down.shape[2], name)
+        _time_products(name, products, part, x_RD, gate_up, down, plan, weights)
     return rows
 
 
-def _all_products(x: Tensor) -> list:
-    from minimax_train.kernels.experts.triton import SeparateProducts
-
-    if not _has_quack(x.device):
-        return [SeparateProducts(x)]
-    from minimax_train.kernels.experts.fused import FusedProducts
-
-    return [SeparateProducts(x), FusedProducts(x)]
-
-
 def _time_products(
-    products, part: Callable, x_RD: Tensor, gate_up: Tensor, down: Tensor, plan: ExpertRows, weights: Tensor
+    name: str, products, part: Callable, x_RD: Tensor, gate_up: Tensor, down: Tensor, plan: ExpertRows, weights: Tensor
 ) -> None:
     """The six products; SwiGLU's time is in the first and the third."""
     offsets_E, choices = plan.offsets_E, (weights, plan.choice_R)
-    name, product = type(products).__name__, 2 * len(x_RD) * down[0].numel()
+    product = 2 * len(x_RD) * down[0].numel()
     hidden, act = products.up(x_RD, gate_up, offsets_E, *choices)
     # The gradient of y may be any tensor of its shape.
     d_hidden, _, _ = products.d_hidden(x_RD, hidden, down, offsets_E, *choices)

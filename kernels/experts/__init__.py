@@ -6,8 +6,6 @@ pieces of rows.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +14,7 @@ from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 from minimax_train.kernels.experts.grouped import grouped_linear_loop, grouped_linear_torch
 from minimax_train.kernels.experts.naive import expert_mlp_naive
 from minimax_train.kernels.experts.permutation import ExpertRows
+from minimax_train.kernels.experts.products import best_implementation, expert_products, has_quack
 from minimax_train.kernels.experts.routing import (
     count_choices,
     drop_over_capacity,
@@ -32,7 +31,9 @@ __all__ = [
     "drop_over_capacity",
     "expert_mlp",
     "expert_mlp_naive",
+    "expert_products",
     "grouped_swiglu",
+    "has_quack",
     "load_balancing_loss",
     "permute",
     "plan_rows",
@@ -53,26 +54,16 @@ def _with(linear):
 
 
 def _by_products(name: str):
-    def grouped_swiglu(x_RD, *args) -> Tensor:
+    """The experts as one op."""
+
+    def grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, offsets_E):
         # CPU installs have no triton: imported only when asked for.
         from minimax_train.kernels.experts.triton import grouped_swiglu_triton
 
-        return grouped_swiglu_triton(_products(name, x_RD), x_RD, *args)
+        products = expert_products(x_RD, down_EDF.shape[2], name)
+        return grouped_swiglu_triton(products, x_RD, gate_up_E2FD, down_EDF, offsets_E)
 
     return grouped_swiglu
-
-
-def _products(name: str, x: Tensor):
-    """The experts' products and their SwiGLU: see :class:`minimax_train.kernels.experts.triton.SeparateProducts`."""
-    if name == "quack" and len(x):
-        try:
-            from minimax_train.kernels.experts.fused import FusedProducts
-        except ImportError as error:
-            raise ImportError(f"kernels.experts='quack' needs quack-kernels: pip install .[cuda] ({error})") from error
-        return FusedProducts(x)
-    from minimax_train.kernels.experts.triton import SeparateProducts
-
-    return SeparateProducts(x)
 
 
 def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,27 +79,6 @@ IMPLEMENTATIONS = {
     "loop": _with(grouped_linear_loop),
 }
 ROUTER_IMPLEMENTATIONS = {"triton": _route_triton, "plain": route_plain}
-
-
-def _best(x_RD: Tensor, gate_up_E2FD: Tensor) -> str:
-    aligned = gate_up_E2FD.shape[1] % 16 == 0 and gate_up_E2FD.shape[2] % 8 == 0  # rows on 16 bytes, in both products
-    if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned):
-        return "loop"
-    if not triton_takes(x_RD):
-        return "grouped"
-    return "quack" if _has_quack(x_RD.device) else "triton"
-
-
-@cache
-def _has_quack(device: torch.device) -> bool:
-    """Whether quack-kernels with epilogues of one's own is installed, and the GPU is the one it was measured on."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        import minimax_train.kernels.experts.fused  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -203,7 +173,7 @@ def grouped_swiglu(
             extra ``cuda``); ``triton`` (SwiGLU a kernel between the products; not float64); ``grouped`` (CUDA,
             bfloat16) or ``loop``, as separate ops.
     """
-    run = choose("experts", IMPLEMENTATIONS, implementation, _best(x_RD, gate_up_E2FD))
+    run = choose("experts", IMPLEMENTATIONS, implementation, best_implementation(x_RD, down_EDF.shape[2]))
     return run(x_RD, gate_up_E2FD, down_EDF, offsets_E)
 
 
@@ -221,11 +191,12 @@ def expert_mlp(
     Returns:
         ``[T, D]`` in the dtype of x; weights may be of higher precision, and unless in Triton are rounded to it.
     """
-    name = _best(x_TD, gate_up_E2FD) if implementation == AUTO else implementation
+    name = best_implementation(x_TD, down_EDF.shape[2]) if implementation == AUTO else implementation
     if name in ("quack", "triton"):
         from minimax_train.kernels.experts.triton import expert_mlp_triton
 
-        return expert_mlp_triton(_products(name, x_TD), x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
+        products = expert_products(x_TD, down_EDF.shape[2], name)
+        return expert_mlp_triton(products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
     rows = plan_rows(experts_TK, len(gate_up_E2FD), implementation=name)
     x_RD = permute(x_TD, rows, implementation=name)
     y_RD = grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)

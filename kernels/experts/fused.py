@@ -152,7 +152,7 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
 
 
 class FusedProducts:
-    """As :class:`minimax_train.kernels.experts.triton.SeparateProducts`; ``hidden`` is interleaved."""
+    """As :class:`minimax_train.kernels.experts.products.SeparateProducts`; ``hidden`` is interleaved."""
 
     def __init__(self, x: Tensor) -> None:
         if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9):
@@ -175,9 +175,9 @@ class FusedProducts:
     def down(self, act_RF, down_EDF, offsets_E):
         return _rows(_product, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
 
-    def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK=None, choice_R=None):
+    def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK=None, choice_R=None, out=None):
         R, F = len(dy_RD), down_EDF.shape[2]
-        d_hidden_R2F, act_RF = torch.empty_like(hidden_R2F), dy_RD.new_empty(R, F)
+        d_hidden_R2F, act_RF = out or (torch.empty_like(hidden_R2F), dy_RD.new_empty(R, F))
         values, d_weights_TK = {"act": act_RF}, None
         if weights_TK is not None:
             # One sum per tile of columns; zero for rows of no expert, which no tile writes.

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.experts import triton_kernels
-from minimax_train.kernels.experts.grouped import GroupedGemm, choose_gemm
 from minimax_train.kernels.experts.permutation import ExpertRows
 
 # Elements of a tile of the kernels that only move and scale, on four warps; tokens or choices of one that sorts them.
@@ -227,13 +226,6 @@ def combine_triton(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> Tensor
 # --- the experts ------------------------------------------------------------------------------------------------------
 
 
-def _swiglu(gate_up_R2F: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None) -> Tensor:
-    R, F = len(gate_up_R2F), gate_up_R2F.shape[1] // 2
-    act_RF = torch.empty(R, F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
-    swiglu_into(gate_up_R2F, act_RF, offsets_E, weights, choice_R)
-    return act_RF
-
-
 def swiglu_into(
     gate_up_R2F: Tensor,
     act_RF: Tensor,
@@ -248,17 +240,6 @@ def swiglu_into(
         gate_up_R2F, weights, choice_R, offsets_E, act_RF,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-
-
-def _swiglu_backward(
-    gate_up_R2F: Tensor, d_act_RF: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of gate and up, the activation again (in the memory of ``d_act_RF``), gradient of the weights."""
-    d_gate_up_R2F = torch.empty(gate_up_R2F.shape, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
-    # Choices of no expert have no row that would write theirs.
-    d_weights = None if weights is None else torch.zeros_like(weights)
-    swiglu_backward_into(gate_up_R2F, d_act_RF, d_act_RF, d_gate_up_R2F, offsets_E, weights, choice_R, d_weights)
-    return d_gate_up_R2F, d_act_RF, d_weights
 
 
 def swiglu_backward_into(
@@ -278,55 +259,6 @@ def swiglu_backward_into(
         gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, act_RF, d_weights,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-
-
-class SeparateProducts:
-    """The experts' products, SwiGLU a kernel of its own between them.
-
-    ``hidden_R2F`` is gate and up of each row, and ``d_hidden_R2F`` its gradient, in an order that only these methods
-    know. Weights are the choices', ``[T, K]``, found by ``choice_R``, or none. Rows past the last offset are undefined.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.gemm: GroupedGemm = choose_gemm(x)
-
-    def up(
-        self,
-        x_RD: Tensor,
-        gate_up_E2FD: Tensor,
-        offsets_E: Tensor,
-        weights_TK: Tensor | None = None,
-        choice_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Gate and up, and the activation times the weights."""
-        hidden_R2F = self.gemm.rows(x_RD, gate_up_E2FD.mT, offsets_E)
-        return hidden_R2F, _swiglu(hidden_R2F, offsets_E, weights_TK, choice_R)
-
-    def down(self, act_RF: Tensor, down_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-        return self.gemm.rows(act_RF, down_EDF.mT, offsets_E)
-
-    def d_hidden(
-        self,
-        dy_RD: Tensor,
-        hidden_R2F: Tensor,
-        down_EDF: Tensor,
-        offsets_E: Tensor,
-        weights_TK: Tensor | None = None,
-        choice_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradient of gate and up, the activation times the weights again, and the gradient of the weights."""
-        d_act_RF = self.gemm.rows(dy_RD, down_EDF, offsets_E)
-        return _swiglu_backward(hidden_R2F, d_act_RF, offsets_E, weights_TK, choice_R)
-
-    def dx(self, d_hidden_R2F: Tensor, gate_up_E2FD: Tensor, offsets_E: Tensor) -> Tensor:
-        return self.gemm.rows(d_hidden_R2F, gate_up_E2FD, offsets_E)
-
-    def d_gate_up(self, d_hidden_R2F: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """``[E, 2F, D]``, gate over up."""
-        return self.gemm.weights(d_hidden_R2F, x_RD, offsets_E)
-
-    def d_down(self, dy_RD: Tensor, act_RF: Tensor, offsets_E: Tensor) -> Tensor:
-        return self.gemm.weights(dy_RD, act_RF, offsets_E)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):

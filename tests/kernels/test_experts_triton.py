@@ -5,11 +5,11 @@ import torch
 
 from minimax_train.kernels.experts import (
     ExpertRows,
-    _has_quack,
     combine,
     expert_mlp,
     expert_mlp_naive,
     grouped_swiglu,
+    has_quack,
     permute,
     plan_rows,
     route,
@@ -21,7 +21,7 @@ experts_triton = pytest.importorskip("minimax_train.kernels.experts.triton", exc
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 gpu = pytest.mark.gpu
-HAS_QUACK = HAS_GPU and _has_quack(torch.device("cuda"))
+HAS_QUACK = HAS_GPU and has_quack(torch.device("cuda"))
 QUACK = [gpu, pytest.mark.skipif(not HAS_QUACK, reason="needs quack-kernels and a Hopper GPU")]
 ON_GPU = ["triton", pytest.param("quack", marks=QUACK)]
 # Relative error against float64: rounding of results, and in bfloat16 of what is kept between kernels.
