@@ -94,8 +94,12 @@ class Tile(NamedTuple):
 
     @property
     def arguments(self) -> dict:
-        return {"tile_M": self.m, "tile_N": self.n, "cluster_M": self.cluster_m, "cluster_N": self.cluster_n} | {
-            "pingpong": self.pingpong
+        return {
+            "tile_M": self.m,
+            "tile_N": self.n,
+            "cluster_M": self.cluster_m,
+            "cluster_N": self.cluster_n,
+            "pingpong": self.pingpong,
         }
 
 
