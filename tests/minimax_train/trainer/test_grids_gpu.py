@@ -17,8 +17,8 @@ SIZES = [
 ]
 SIZES += ["model.hidden_size=96", "model.num_experts=8", "model.expert_hidden_size=192", "data.sequence_length=1056"]
 SIZES += ["device=cuda", "recipe.global_batch_size=4", "recipe.micro_batch_size=2"]
-# Loss; gradients. In bfloat16 some tokens choose other experts, and every sum is rounded.
-TOLERANCES = {"float32": (1e-5, 2e-3), "bfloat16": (2e-3, 0.2)}
+# Loss; gradients, of which a wrong one is off by 1 or so. Sums in another order let some tokens choose other experts.
+TOLERANCES = {"float32": (1e-4, 0.05), "bfloat16": (5e-3, 0.3)}
 
 
 def _gradients(grid, config):
@@ -42,7 +42,7 @@ def test_four_processes_on_one_gpu(tmp_path, grid, precision):
     more = [f"parallel.{axis}={size}" for axis, size in grid.items()] + ["parallel.token_groups=2"]
     config = tiny_run(tmp_path / "many", *shared, *more)
     for ours, ours_after, gradients in run_ranks(_gradients, 4, config, **gpu, **grid):
+        errors = {name: float(relative_error(gradient, right[name])) for name, gradient in gradients.items()}
         assert ours == pytest.approx(loss, rel=TOLERANCES[precision][0])
         assert ours_after == pytest.approx(after, rel=10 * TOLERANCES[precision][0])
-        for name, gradient in gradients.items():
-            assert relative_error(gradient, right[name]) < TOLERANCES[precision][1], name
+        assert max(errors.values()) < TOLERANCES[precision][1], errors
