@@ -185,7 +185,7 @@ def test_router_logits_from_bfloat16_are_those_of_float32(T, D, E):
         alone = _gradients(logits_again, leaves, d_logits.to(logits.dtype))
         results.append([logits, *both, *alone])
     (logits, *ours), (right, *references) = results
-    assert logits.dtype == torch.float32 and relative_error(logits, right) < 1e-6
+    assert logits.dtype == torch.float32 and relative_error(logits, right) < 1e-5
     for gradient, reference in zip(ours, references, strict=True):
         assert relative_error(gradient, reference) < 4e-3  # one rounding
 

@@ -22,7 +22,7 @@ def _inputs(tokens, seed, dtype):
 
 def _compare(grid, kind, method, seeds, dtype):
     """Largest error over many mixes of this rank's outputs and gradients."""
-    communicator = GroupCommunicator(grid.dp_group)
+    communicator = GroupCommunicator(grid.group("dp"))
     layout = SequenceLayout(kind, communicator.size)
     chunks = len(layout.chunk_ranks)
     slopes = torch.tensor([0.917, 0.1, 1e-5], dtype=torch.float64)
