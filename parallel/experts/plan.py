@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,10 +43,15 @@ class Cut:
     def token_parts(self) -> int:
         return self.groups // self.expert_parts
 
-    @property
+    @cached_property
     def expert_slices(self) -> list[slice]:
-        """This rank's experts in each part."""
-        ends = [part * self.local_experts // self.expert_parts for part in range(self.expert_parts + 1)]
+        """This rank's experts in each part: nothing runs beside the first transfer and the last, so those are small."""
+        parts, experts = self.expert_parts, self.local_experts
+        shares = [1, *[2] * (parts - 2), 1][:parts]
+        ends = [0]
+        for part, share in enumerate(accumulate(shares), 1):
+            even = round(experts * share / sum(shares))
+            ends.append(min(max(even, ends[-1] + 1), experts - (parts - part)))
         return [slice(*ends) for ends in pairwise(ends)]
 
     @cached_property
