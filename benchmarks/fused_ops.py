@@ -17,7 +17,7 @@ from timing import extra_memory, gemm_rate, times
 from torch import Tensor
 
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
-from minimax_train.kernels.experts import ExpertRows, expert_mlp, route, router_logits
+from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_products, has_quack, route, router_logits
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from minimax_train.kernels.rope import rotary_table, rotate_heads
 
@@ -67,7 +67,7 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, d
         return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
 
     rows = []
-    for name, router_name in (("triton", "triton"), ("grouped", "plain")):
+    for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "plain")]:
         ms = times(lambda a=name, b=router_name: layer(a, b), repeats=6)
         achieved = 18 * T * K * D * hidden / ms * 1e3
         share, own_share = achieved / dense, achieved / same_size
@@ -78,16 +78,17 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, d
     return rows + _expert_parts(*weights, pieces, K, rate, dense)
 
 
+def _names(x: Tensor) -> list[str]:
+    return ["quack", "triton"] if has_quack(x.device) else ["triton"]
+
+
 def _expert_parts(
     x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, pieces: Tensor, K: int, rate: float, dense: float
 ) -> list[dict]:
     """What the layer is made of, in the order it runs."""
     from minimax_train.kernels.experts import triton
-    from minimax_train.kernels.experts.grouped import TORCH
 
-    (T, D), (E, _, hidden) = x.shape, down.shape
-    R, rows = T * K, []
-    product = 2 * R * D * hidden
+    (T, D), E, rows = x.shape, len(down), []
 
     def part(name: str, run: Callable[[], object], *, moved: int | None = None, flop: int | None = None) -> None:
         ms = times(run, repeats=8)
@@ -114,23 +115,31 @@ def _expert_parts(
     x_RD = triton._permute(x, plan)
     part("permute, indexing", lambda: x[plan.choice_R // K], moved=(1 + K) * x.nbytes)
     part("combine", lambda: triton._combine(x_RD, plan), moved=(1 + K) * x.nbytes)
-    gate_up_R2F = TORCH.rows(x_RD, gate_up.mT, plan.offsets_E)
-    part("up product", lambda: TORCH.rows(x_RD, gate_up.mT, plan.offsets_E), flop=2 * product)
-    wide = gate_up_R2F.nbytes
-    part("SwiGLU", lambda: triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R), moved=wide * 3 // 2)
-    act = triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R)
-    part("down product", lambda: TORCH.rows(act, down.mT, plan.offsets_E), flop=product)
-    part("product for d act", lambda: TORCH.rows(x_RD, down, plan.offsets_E), flop=product)
-    part("product for d down", lambda: TORCH.weights(x_RD, act, plan.offsets_E), flop=product)
-    part("product for d gate_up", lambda: TORCH.weights(gate_up_R2F, x_RD, plan.offsets_E), flop=2 * product)
-    part("product for dx", lambda: TORCH.rows(gate_up_R2F, gate_up, plan.offsets_E), flop=2 * product)
-    # Overwrites act with itself, as the layer does.
-    part(
-        "SwiGLU backward",
-        lambda: triton._swiglu_backward(gate_up_R2F, act, plan.offsets_E, weights, plan.choice_R),
-        moved=3 * wide,
-    )
+    for name in _names(x):
+        products = expert_products(x, down.shape[2], name)
+        _time_products(name, products, part, x_RD, gate_up, down, plan, weights)
     return rows
+
+
+def _time_products(
+    name: str, products, part: Callable, x_RD: Tensor, gate_up: Tensor, down: Tensor, plan: ExpertRows, weights: Tensor
+) -> None:
+    """The six products; SwiGLU's time is in the first and the third."""
+    offsets_E, choices = plan.offsets_E, (weights, plan.choice_R)
+    product = 2 * len(x_RD) * down[0].numel()
+    hidden, act = products.up(x_RD, gate_up, offsets_E, *choices)
+    # The gradient of y may be any tensor of its shape.
+    d_hidden, _, _ = products.d_hidden(x_RD, hidden, down, offsets_E, *choices)
+    runs = {
+        "gate, up and activation": (2, lambda: products.up(x_RD, gate_up, offsets_E, *choices)),
+        "down": (1, lambda: products.down(act, down, offsets_E)),
+        "d gate, d up and activation": (1, lambda: products.d_hidden(x_RD, hidden, down, offsets_E, *choices)),
+        "d down": (1, lambda: products.d_down(x_RD, act, offsets_E)),
+        "d gate_up": (2, lambda: products.d_gate_up(d_hidden, x_RD, offsets_E)),
+        "dx": (2, lambda: products.dx(d_hidden, gate_up, offsets_E)),
+    }
+    for label, (count, run) in runs.items():
+        part(f"{name}: {label}", run, flop=count * product)
 
 
 def _both_directions(

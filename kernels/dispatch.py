@@ -10,7 +10,7 @@ from torch import Tensor
 
 AUTO = "auto"
 # Implementations that a CPU cannot run (but for Triton's, in its interpreter, by tests).
-NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped"})
+NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped", "quack"})
 Implementation = TypeVar("Implementation")
 
 

@@ -18,6 +18,7 @@ from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.sharding import declared_shardings
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.parallel.linear import lightning_attention_cp
 from minimax_train.parallel.softmax import softmax_attention_cp
@@ -37,6 +38,8 @@ def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> Hybr
         parallelize_tensors(model, grid)
     if grid.size("cp") > 1:
         parallelize_context(model, grid, config.parallel)
+    if grid.size("ep") * grid.size("etp") > 1:
+        parallelize_experts(model, grid, config.parallel)
     for block in model.layers:
         block.recompute = config.recipe.activation_checkpointing
     engines.shard(model, config.engine, grid)
@@ -102,6 +105,19 @@ def parallelize_context(model: HybridModel, grid: ProcessGrid, config: ParallelC
             attention.attend = _lightning(communicator, config.linear_cp, attention.implementation)
         else:
             attention.attend = _softmax(communicator, config.softmax_cp, attention.scale, attention.implementation)
+
+
+def parallelize_experts(model: HybridModel, grid: ProcessGrid, config: ParallelConfig) -> None:
+    """Let every token reach its experts, on whatever ranks they are."""
+    layer = ExpertParallel(
+        GroupCommunicator(grid.group("ep")),
+        GroupCommunicator(grid.group("etp")),
+        num_experts=model.config.num_experts,
+        token_groups=config.token_groups,
+    )
+    for block in model.layers:
+        mlp = block.experts.mlp
+        mlp.compute = partial(layer, implementation=mlp.implementation)
 
 
 class _Exchange(TokenExchange):

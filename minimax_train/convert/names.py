@@ -133,6 +133,11 @@ def _expert_chunks(inner: str, shape: torch.Size, prefix: str) -> tuple[Chunk, .
     )
 
 
+def fused_shape(parameter: Parameter) -> tuple[int, ...]:
+    """The shape of all experts' weights in one of transformers' fused tensors: gate and up in one dimension."""
+    return (parameter.shape[0], parameter.shape[1:-1].numel(), parameter.shape[-1])
+
+
 def _rotary_rows(num_rows: int, config: ModelConfig) -> Tensor | None:
     order = rotary_row_order(config.head_dim, config.rotary_dim)
     heads = torch.arange(0, num_rows, config.head_dim)

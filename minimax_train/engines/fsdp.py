@@ -69,6 +69,7 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
         )
         # Losses are divided by the whole batch: gradients are sums.
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no factors
 
     reshard = config.reshard_after_forward
     for block in model.layers:

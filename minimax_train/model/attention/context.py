@@ -74,7 +74,8 @@ class TokenPools:
         if scope == "rank":
             order_P = torch.arange(len(first), device=first.device)
             return cls(first, order_P, 1, len(first), len(pieces.piece_T))
-        order_P = (share.replica * rows + pieces.row_P) * places + pieces.place_P
+        # As rows are dealt: row i of the whole batch to replica i modulo their number.
+        order_P = (pieces.row_P * share.replicas + share.replica) * places + pieces.place_P
         total = share.replicas * rows * pieces.row_length
         return cls(first, order_P, 1, share.replicas * rows * places, total)
 

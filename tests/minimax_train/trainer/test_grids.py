@@ -33,7 +33,7 @@ def _sampled_grids(number):
     choose, found = random.Random(0), {}
     while len(found) < number:
         world = choose.choice([2, 4, 8])
-        grid = {axis: choose.choice([1, 2, 4]) for axis in ("tp", "cp")} | {"ep": 1, "etp": 1}
+        grid = {axis: choose.choice([1, 2, 4]) for axis in ("tp", "cp", "ep", "etp")}
         if world % (grid["tp"] * grid["cp"]) or world % (grid["ep"] * grid["etp"]) or max(grid.values()) == 1:
             continue
         found[world, tuple(grid.items())] = None
@@ -68,7 +68,7 @@ def _check(one_rank, tmp_path, world, grid, shared, more=()):
     return expected
 
 
-@pytest.mark.parametrize(("world", "grid"), _sampled_grids(5))
+@pytest.mark.parametrize(("world", "grid"), _sampled_grids(12))
 def test_gradients_equal_one_rank(one_rank, tmp_path, world, grid):
     choose = random.Random(str(grid))
     shared = [f"model.capacity_factor={choose.choice(['null', '0.8'])}"]
@@ -85,7 +85,7 @@ def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
     for world, grid in [(4, {"ep": 4}), (4, {"tp": 2, "ep": 2, "etp": 2}), (4, {"cp": 2, "ep": 2})]:
         rows = 4 * grid.get("tp", 1) * grid.get("cp", 1) // world
         more = [f"recipe.micro_batch_size={rows}"]
-        _check(lambda *key: done[key], tmp_path / str(grid), world, grid, shared, more)
+        _check(lambda *key: done[key], tmp_path / "-".join(grid), world, grid, shared, more)
 
 
 def test_impossible_grids_are_refused(tmp_path):
@@ -100,6 +100,7 @@ def test_impossible_grids_are_refused(tmp_path):
     config = tiny_run(tmp_path, *SIZES, "parallel.tp=2", "parallel.cp=2", "parallel.etp=4")
     with pytest.raises(ConfigError, match=r"parallel.cp=2, parallel.tp=2: together 4, must divide .* 6; .*cp = 1 or 3"):
         config.check_world_size(6)
-    with pytest.raises(ConfigError, match=r"parallel.etp=4: must divide .* 4|6"):
-        config.check_world_size(20 + 2)
-    config.check_world_size(8)
+    config = tiny_run(tmp_path, *SIZES, "parallel.etp=4")
+    with pytest.raises(ConfigError, match=r"parallel.etp=4: must divide the number of processes, 6; .*etp = 3 or 6"):
+        config.check_world_size(6)
+    tiny_run(tmp_path, *SIZES, "parallel.tp=2", "parallel.etp=4").check_world_size(8)
