@@ -7,7 +7,7 @@ Forward + backward of one layer at MiniMax width, from permutation to combinatio
 ``ep`` axis, or all on ``etp``. *Exposed* is its time less that of the same calls over a link that takes no time
 (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two alternate, and the median of the
 differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are of the products (18 D F per row),
-and their share is of a dense 8192^3 product timed in the same minute. Before each call the device sleeps a millisecond,
+and their share is of a dense 8192^3 product timed in the same minute. Before each call the device sleeps some milliseconds,
 as it would be busy with the attention before this layer, so that the host is ahead when the layer starts.
 
 Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
@@ -94,7 +94,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if dist.is_initialized():
         dist.barrier()
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(6_000_000)
     start.record()
     run()
     end.record()
@@ -126,7 +126,7 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
     dense = gemm_rate(8192, 8192, 8192) if torch.cuda.is_available() else float("nan")
     rows, first = [], None
     for groups in options.groups:
-        linked, free = samples[groups, "linked"], samples[groups, "free"]
+        linked, free = (slowest(samples[groups, kind]) for kind in ("linked", "free"))
         exposed = statistics.median(a - b for a, b in zip(linked, free, strict=True))
         ms = statistics.median(linked)
         first = exposed if first is None else first
@@ -140,6 +140,15 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
     return rows
 
 
+def slowest(milliseconds: list[float]) -> list[float]:
+    """Of all ranks, call by call."""
+    if not dist.is_initialized():
+        return milliseconds
+    times = torch.tensor(milliseconds, device="cuda")
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.tolist()
+
+
 def one_rank(options: argparse.Namespace) -> dict:
     """All experts on one rank."""
     _, flops, inputs = make_inputs("balanced", 1, 1, options)
@@ -151,8 +160,11 @@ def one_rank(options: argparse.Namespace) -> dict:
 
 def write_trace(path: Path, run: Callable[[], object]) -> None:
     """A Chrome trace of one call, of what ran on the device, gzipped."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        milliseconds(run)
+    once = torch.profiler.schedule(wait=0, warmup=1, active=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=once) as profile:
+        for _ in range(2):
+            milliseconds(run)
+            profile.step()
     if dist.is_initialized() and dist.get_rank():
         return
     whole = path.with_suffix(".tmp")
