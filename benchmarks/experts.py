@@ -7,8 +7,8 @@ Forward + backward of one layer at MiniMax width, from permutation to combinatio
 ``ep`` axis, or all on ``etp``. *Exposed* is its time less that of the same calls over a link that takes no time
 (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two alternate, and the median of the
 differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are of the products (18 D F per row),
-and their share is of a dense 8192^3 product timed in the same minute. Before each call the device sleeps some milliseconds,
-as it would be busy with the attention before this layer, so that the host is ahead when the layer starts.
+and their share is of a dense 8192^3 product timed in the same minute. Before each call the device sleeps some
+milliseconds, as it would be busy with the attention before this layer, so that the host is ahead when the layer starts.
 
 Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
 """
