@@ -10,11 +10,9 @@ from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
-from support.runs import tiny_run
+from support.runs import DIVISIBLE, tiny_run
 
-# Heads, vocabulary, experts and their hidden size divide by 4; nothing else about the sizes is special.
-SIZES = ["model.num_heads=12", "model.num_kv_heads=4", "model.vocab_size=308", "model.num_experts=8"]
-SIZES += ["data.sequence_length=96", "engine.precision=float64", "model.aux_loss_coefficient=0.5"]
+SIZES = [*DIVISIBLE, "engine.precision=float64", "model.aux_loss_coefficient=0.5"]
 
 
 def _results(grid, config):
