@@ -7,8 +7,9 @@ Forward + backward of one layer at MiniMax width, from permutation to combinatio
 ``ep`` axis, or all on ``etp``. *Exposed* is its time less that of the same calls over a link that takes no time
 (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two alternate, and the median of the
 differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are of the products (18 D F per row),
-and their share is of a dense 8192^3 product timed in the same minute. Before each call the device sleeps some
-milliseconds, as it would be busy with the attention before this layer, so that the host is ahead when the layer starts.
+and their share is of dense 8192^3 products, which take turns with the layer, so that both run at the clock that the power
+limit allows for long. Before each call the device sleeps some milliseconds, as it would be busy with the attention
+before this layer, so that the host is ahead when the layer starts.
 
 Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
 """
@@ -26,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from link import RATES, EmulatedLink, FreeLink
-from timing import gemm_rate
 from torch import Tensor
 
 from minimax_train.kernels.experts import expert_mlp
@@ -34,6 +34,8 @@ from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 
 CHOICES = 2
+DENSE = 40
+DENSE_FLOP = DENSE * 2 * 8192**3
 
 
 def balanced(tokens: int, experts: int) -> Tensor:
@@ -113,6 +115,7 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         for groups in options.groups
         for kind, axes in both.items()
     }
+    runs["dense"] = dense_products(options)
     for run in runs.values():
         milliseconds(run)
     for link in both["free"]:
@@ -121,9 +124,10 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
     for _ in range(options.repeats):
         for key, run in runs.items():
             samples[key].append(milliseconds(run))
+    dense = DENSE_FLOP / statistics.median(samples["dense"]) * 1e3
+    del runs["dense"]
     if not all(torch.isfinite(t).all() for run in runs.values() for t in run()):
         print("what a free link left was not finite: its times may be too short")
-    dense = gemm_rate(8192, 8192, 8192) if torch.cuda.is_available() else float("nan")
     rows, first = [], None
     for groups in options.groups:
         linked, free = (slowest(samples[groups, kind]) for kind in ("linked", "free"))
@@ -149,13 +153,26 @@ def slowest(milliseconds: list[float]) -> list[float]:
     return times.tolist()
 
 
+def dense_products(options: argparse.Namespace) -> Callable[[], None]:
+    """``DENSE`` products of two matrices of 8192^2, about as long as the layer."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    a, b, out = (torch.randn(8192, 8192, device=options.device, dtype=options.dtype) for _ in range(3))
+
+    def run() -> None:
+        for _ in range(DENSE):
+            torch.mm(a, b.T, out=out)
+
+    return run
+
+
 def one_rank(options: argparse.Namespace) -> dict:
     """All experts on one rank."""
     _, flops, inputs = make_inputs("balanced", 1, 1, options)
-    run = one_call(expert_mlp, inputs, torch.randn_like(inputs[0]))
-    ms = statistics.median([milliseconds(run) for _ in range(options.repeats + 1)][1:])
-    dense = gemm_rate(8192, 8192, 8192) if torch.cuda.is_available() else float("nan")
-    return {"ranks": 1, "ms": ms, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
+    layer, dense = one_call(expert_mlp, inputs, torch.randn_like(inputs[0])), dense_products(options)
+    samples = [(milliseconds(layer), milliseconds(dense)) for _ in range(options.repeats + 1)][1:]
+    ms, dense_ms = (statistics.median(times) for times in zip(*samples, strict=True))
+    return {"ranks": 1, "ms": ms, "tflops": flops / ms / 1e9, "of_dense": flops / ms / (DENSE_FLOP / dense_ms)}
 
 
 def write_trace(path: Path, run: Callable[[], object]) -> None:
