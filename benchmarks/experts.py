@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
 
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
-``ep`` axis, or all on ``etp``. *Exposed* is its time less that of the same calls over a link that takes no time
-(``FreeLink``: the same streams, shapes and kernels, no byte moved); the two alternate, and the median of the
-differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are of the products (18 D F per row),
-and their share is of dense 8192^3 products, which take turns with the layer, so that both run at the clock that the power
-limit allows for long. Before each call the device sleeps some milliseconds, as it would be busy with the attention
-before this layer, so that the host is ahead when the layer starts.
+``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
+calls over a link that takes no time (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two
+alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are
+of the products (18 D F per row), and their share is of dense 8192^3 products, which take turns with the layer, so that
+both run at the clock that the power limit allows for long. Before each call the device sleeps some milliseconds, as it
+would be busy with the attention before this layer, so that the host is ahead when the layer starts.
 
 Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
 """
@@ -134,14 +134,18 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         exposed = statistics.median(a - b for a, b in zip(linked, free, strict=True))
         ms = statistics.median(linked)
         first = exposed if first is None else first
-        place = {"ranks": ep * etp, "axis": "ep" if ep > 1 else "etp", "routing": routing, "rate": rate}
+        place = {"ranks": ep * etp, "axis": axes_name(ep, etp), "routing": routing, "rate": rate}
         times = {"groups": groups, "ms": ms, "free": statistics.median(free), "exposed": exposed}
         rates = {"of_1": exposed / first, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
         rows.append({**place, **times, **rates})
     if options.trace and routing == "balanced":
-        name = f"{options.trace.stem}-{rate}-{'ep' if ep > 1 else 'etp'}{ep * etp}.json.gz"
+        name = f"{options.trace.name.split('.')[0]}-{rate}-{axes_name(ep, etp)}-{ep * etp}.json.gz"
         write_trace(options.trace.with_name(name), runs[options.groups[-1], "linked"])
     return rows
+
+
+def axes_name(ep: int, etp: int) -> str:
+    return "both" if ep > 1 and etp > 1 else "ep" if ep > 1 else "etp"
 
 
 def slowest(milliseconds: list[float]) -> list[float]:
@@ -193,6 +197,12 @@ def write_trace(path: Path, run: Callable[[], object]) -> None:
         for event in events
         if event.get("cat") in ("kernel", "gpu_memcpy")
     ]
+    sending = {event["tid"] for event in kept if "nccl" in event["name"] or event["name"] == "_hold"}
+    kept += [
+        {"name": "thread_name", "ph": "M", "pid": event["pid"], "tid": event["tid"], "args": {"name": lane}}
+        for event in {event["tid"]: event for event in kept}.values()
+        for lane in ["transfers" if event["tid"] in sending else "products"]
+    ]
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": kept}, file)
 
@@ -208,7 +218,7 @@ def main() -> None:
     parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
     parser.add_argument("--sms", type=int, default=16, help="processors a transfer occupies; over NCCL, at most")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--axes", choices=["ep", "etp"], nargs="+", default=["ep", "etp"])
+    parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])
     parser.add_argument("--routing", choices=["balanced", "skewed"], nargs="+", default=["balanced", "skewed"])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tokens", type=int, default=16384, help="per GPU")
@@ -240,7 +250,7 @@ def main() -> None:
         show(rows[0])
     for ranks in options.ranks:
         for axis in options.axes:
-            sizes = (ranks, 1) if axis == "ep" else (1, ranks)
+            sizes = {"ep": (ranks, 1), "etp": (1, ranks), "both": (ranks // 2, 2)}[axis]
             for routing in options.routing:
                 for rate in options.rate:
                     for row in measure(*sizes, routing, rate, options):
