@@ -102,10 +102,6 @@ class Tile(NamedTuple):
 WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
 LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
 
-# Programs take the next tile when they are done with one. Were tiles dealt out beforehand, a program whose processor is
-# taken by a transfer at launch would start its share late, and the product end as much later as the transfer lasts.
-DYNAMIC = True
-
 # What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
 # differ in every call; only columns matter.
 _plans: dict[tuple, NamedTuple] = {}
@@ -113,11 +109,6 @@ _plans: dict[tuple, NamedTuple] = {}
 
 def _starts(offsets_E: Tensor) -> Tensor:
     return torch.nn.functional.pad(offsets_E, (1, 0))
-
-
-def _counter(device: torch.device) -> Tensor | None:
-    """How many tiles have been taken."""
-    return torch.zeros(1, dtype=torch.int32, device=device) if DYNAMIC else None
 
 
 def _rows(
@@ -134,13 +125,13 @@ def _rows(
 ) -> Tensor:
     """Each expert's rows times its weight, through the epilogue."""
     key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
-    call = {"cu_seqlens_m": _starts(offsets_E), "tile_count_semaphore": _counter(a_RM.device)}
+    starts = _starts(offsets_E)
     if key in _plans:
-        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, **call)
+        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, cu_seqlens_m=starts)
     else:
         _plans[key] = epilogue.gemm(
-            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, **call, **tile.arguments,
-            is_dynamic_persistent=DYNAMIC, concat_layout=("B",) if interleave else None,
+            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, cu_seqlens_m=starts, **tile.arguments,
+            concat_layout=("B",) if interleave else None,
         )  # fmt: skip
     return out_RN
 
@@ -149,12 +140,14 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
     """``[E, M, N]``, the sum over each expert's rows of ``a^T b``; rows of the result un-interleaved if asked."""
     out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
     key = (tile, out_EMN.shape, interleave)
-    call = {"cu_seqlens_k": _starts(offsets_E), "tile_count_semaphore": _counter(a_RM.device)}
+    starts = _starts(offsets_E)
     if key in _plans:
-        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, **call)
+        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, cu_seqlens_k=starts)
     else:
-        call |= {"is_dynamic_persistent": DYNAMIC, "concat_layout": ("out",) if interleave else None}
-        _plans[key] = gemm(a_RM.T, b_RN.T, out_EMN, None, **call, **tile.arguments)
+        _plans[key] = gemm(
+            a_RM.T, b_RN.T, out_EMN, None, None, cu_seqlens_k=starts, **tile.arguments,
+            concat_layout=("out",) if interleave else None,
+        )  # fmt: skip
     return out_EMN
 
 
