@@ -22,6 +22,7 @@ from minimax_train.engines import FSDPEngine
 from minimax_train.errors import TrainingError
 from minimax_train.evaluation import evaluate, run_model
 from minimax_train.metrics.log import MetricLog
+from minimax_train.metrics.router import router_metrics
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.parallelize import build_model
 from minimax_train.run_dir import prepare_run_dir
@@ -149,18 +150,18 @@ class Trainer:
             sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.dropped, out.entropy)]))
             load_LE.append(out.load_LE)
         with self.phase("reduce"):
-            total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0).double()
+            total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0)
             dist.all_reduce(total, group=self.grid.group(WORLD))
             dist.all_reduce(load, group=self.grid.group(WORLD))
             loss, aux_loss, dropped, entropy = total.tolist()
-        return {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "expert_load_max": float((load.max(1).values / load.mean(1)).max()),
-            "expert_load_min": float((load.min(1).values / load.mean(1)).min()),
-            "router_entropy": entropy * config.model.experts_per_token / float(load.sum()),
-            "dropped_fraction": dropped / float(load.sum()),
-        }
+        router = router_metrics(
+            load,
+            entropy=entropy,
+            dropped=dropped,
+            experts_per_token=config.model.experts_per_token,
+            per_expert=config.logging.expert_load,
+        )
+        return {"loss": loss, "aux_loss": aux_loss, **router}
 
     def _memory(self) -> dict[str, float]:
         """Most GPU memory ever allocated on this rank, in GiB."""

@@ -23,14 +23,13 @@ def run_ranks(
     *arguments: Any,
     timeout_s: float = 180,
     start: str = "fork",
-    device_type: str = "cpu",
     **grid: int,
 ) -> list[Any]:
     """``function(grid, *arguments)`` on gloo ranks; returns each rank's result. ``grid``: sizes of its axes.
 
     The function must be defined at the top of a test module. A rank that raises fails the test with its traceback; one
     that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
-    fork. Grids of ``device_type="cuda"`` share one GPU and speak over gloo all the same.
+    fork.
     """
     name = (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +37,7 @@ def run_ranks(
         processes = [
             context.Process(
                 target=_rank,
-                args=(function if start == "fork" else name, rank, world_size, device_type, grid, folder, arguments),
+                args=(function if start == "fork" else name, rank, world_size, grid, folder, arguments),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -68,7 +67,6 @@ def _rank(
     function: Callable[..., Any] | tuple[str, str],
     rank: int,
     world_size: int,
-    device_type: str,
     grid: dict[str, int],
     folder: str,
     arguments: tuple,
@@ -78,8 +76,8 @@ def _rank(
         if isinstance(function, tuple):
             function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
-        environment.init_process_group("cpu", timedelta(seconds=60))
-        result = function(ProcessGrid.create(device_type, **grid), *arguments)
+        environment.init_process_group("cpu", timedelta(seconds=150))
+        result = function(ProcessGrid.create("cpu", **grid), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:
