@@ -71,7 +71,7 @@ class ExpertParallel:
         """``y_t = sum_k weight_tk * expert_tk(x_t)``, differentiable in x, weights and both experts' weights.
 
         Gradients of the experts' weights are sums over the tokens of all ranks of both axes. On a GPU the host waits
-        once, for the number of rows that every rank sends; backward and recomputation of rows wait for nothing.
+        once per forward pass, for the number of rows that every rank sends; backward waits for nothing.
 
         Args:
             x_TD: this rank's tokens, any floating dtype.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,8 +57,16 @@ class Lane:
             yield
 
 
-def dispatch(group: Group, x_RD: Tensor, arranged_MD: Tensor, start: Mark, ep: Lane, etp: Lane) -> tuple[Tensor, Mark]:
-    """A group's rows ``[R, D]`` at home -> ``[N, D]`` where their experts are, by etp rank, ep rank and expert.
+class Arriving(NamedTuple):
+    """Rows ``[N, D]`` by etp rank, ep rank and expert, when they are there, and what must live until they go back."""
+
+    rows_ND: Tensor
+    done: Mark
+    kept: Tensor
+
+
+def dispatch(group: Group, x_RD: Tensor, arranged_MD: Tensor, start: Mark, ep: Lane, etp: Lane) -> Arriving:
+    """A group's rows ``[R, D]`` at home -> ``[N, D]`` where their experts are.
 
     Where that is by expert already, they arrive in their place in ``arranged_MD``.
     """
@@ -69,11 +78,12 @@ def dispatch(group: Group, x_RD: Tensor, arranged_MD: Tensor, start: Mark, ep: L
             )
             rows = ep.communicator.all_to_all(rows, arriving, group.sends, group.receives).wait()
             done = mark(rows)
+    received = rows
     if etp.size > 1 and group.padded:
         with etp.after(done):
             rows = etp.communicator.all_gather(_pad(rows, group.padded)).wait().flatten(0, 1)
             done = mark(rows)
-    return rows, done
+    return Arriving(rows, done, received)
 
 
 def send_back(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
-from minimax_train.parallel.experts.lanes import Lane, Mark, dispatch, mark, send_back, wait
+from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, dispatch, mark, send_back, wait
 from minimax_train.parallel.experts.plan import Group, Order, Plan
 
 # Groups under way beside the one that is computed: one arrives, one is gathered.
@@ -58,7 +58,7 @@ def start_round_trip(
     """
     home_RD = torch.empty_like(x_RD)
     start = mark(x_RD)
-    under_way: deque[tuple[Tensor, Mark]] = deque()
+    under_way: deque[Arriving] = deque()
     returning = Returning(home_RD, [], [(x_RD,)])
 
     def dispatch_up_to(last: int) -> None:
@@ -69,10 +69,10 @@ def start_round_trip(
     for index, (group, order) in enumerate(zip(plan.groups, plan.orders, strict=True)):
         # Started before this group's products take the processors.
         dispatch_up_to(index + AHEAD)
-        arrived_ND, ready = under_way.popleft()
-        wait(ready)
-        y_mD = compute(index, arrange(arrived_ND, arranged_MD[group.here], order))
-        y_ND = disarrange(y_mD, arrived_ND, order)
+        arriving = under_way.popleft()
+        wait(arriving.done)
+        y_mD = compute(index, arrange(arriving.rows_ND, arranged_MD[group.here], order))
+        y_ND = disarrange(y_mD, arriving.rows_ND, order)
         done, kept = send_back(group, y_ND, home_RD, mark(x_RD), ep, etp)
         returning.done.append(done)
         returning.kept.append(kept)

@@ -9,10 +9,10 @@ this rank's experts, c those of a group, R rows at home, N rows of a group as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cache, cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,10 +43,15 @@ class Cut:
     def token_parts(self) -> int:
         return self.groups // self.expert_parts
 
-    @property
+    @cached_property
     def expert_slices(self) -> list[slice]:
-        """This rank's experts in each part."""
-        ends = [part * self.local_experts // self.expert_parts for part in range(self.expert_parts + 1)]
+        """This rank's experts in each part: nothing runs beside the first transfer and the last, so those are small."""
+        parts, experts = self.expert_parts, self.local_experts
+        shares = [1, *[2] * (parts - 2), 1][:parts]
+        ends = [0]
+        for part, share in enumerate(accumulate(shares), 1):
+            even = round(experts * share / sum(shares))
+            ends.append(min(max(even, ends[-1] + 1), experts - (parts - part)))
         return [slice(*ends) for ends in pairwise(ends)]
 
     @cached_property
@@ -57,11 +62,7 @@ class Cut:
 
     def labels(self, experts_TK: Tensor) -> tuple[Tensor, int]:
         """The label of each choice, -1 for none, and how many labels there are."""
-        position = [0] * self.num_experts
-        for label, expert in enumerate(self.order):
-            position[expert] = label
-        # The last is where an index of -1 leads.
-        labels_TK = _on(experts_TK.device, [*position, -1])[experts_TK]
+        labels_TK = _label_of(self, experts_TK.device)[experts_TK]
         if self.token_parts > 1:
             T = len(experts_TK)
             part_T = torch.arange(T, device=experts_TK.device) * self.token_parts // max(T, 1)
@@ -167,35 +168,48 @@ def start_plan(cut: Cut, offsets_L: Tensor, ep: Lane, etp: Lane) -> PendingPlan:
     from minimax_train.parallel.experts.lanes import mark
 
     counts_L = offsets_L.diff(prepend=offsets_L.new_zeros(1)).long()
-    columns = _my_columns(cut, ep.rank, counts_L.device)
-    counts_JIC, done = counts_L[columns][None, None], mark(counts_L)
+    mine_C = _my_labels(cut, ep.rank, counts_L.device)
+    counts_IC, done = counts_L[None, mine_C], mark(counts_L)
     if ep.size > 1:
         with ep.after(done):
-            counts_JIC = ep.communicator.all_gather(counts_L).wait()[None, :, columns]
+            counts_IC = ep.communicator.all_gather(counts_L).wait()[:, mine_C]
             done = mark(counts_L)
+    counts_JIC = counts_IC[None]
     if etp.size > 1:
         with etp.after(done):
-            counts_JIC = etp.communicator.all_gather(counts_JIC[0]).wait()
+            counts_JIC = etp.communicator.all_gather(counts_IC).wait()
             done = mark(counts_L)
     with etp.after(done):
         # To pinned memory, so that the host goes on.
         on_host = [x.to("cpu", non_blocking=True) for x in (counts_L, counts_JIC)]
         done = mark(counts_L)
+    kept = [counts_L, counts_IC]
 
     def wait() -> Plan:
         if done is not None:
             done.synchronize()
         sent, arriving = (x.tolist() for x in on_host)
+        kept.clear()
         return _make_plan(cut, sent, arriving, counts_JIC, etp.rank)
 
     return PendingPlan(wait)
 
 
-def _my_columns(cut: Cut, rank: int, device: torch.device) -> Tensor:
+@cache
+def _label_of(cut: Cut, device: torch.device) -> Tensor:
+    """The label of each expert within a part of the tokens; the last element is where an index of -1 leads."""
+    labels = {expert: label for label, expert in enumerate(cut.order)}
+    return torch.tensor([*(labels[expert] for expert in range(cut.num_experts)), -1], device=device)
+
+
+@cache
+def _my_labels(cut: Cut, rank: int, device: torch.device) -> Tensor:
     """The labels of this rank's experts, by part of the tokens and expert."""
     first, e = rank * cut.local_experts, cut.local_experts
     mine = [label for label, expert in enumerate(cut.order) if first <= expert < first + e]
-    return _on(device, [part * cut.num_experts + label for part in range(cut.token_parts) for label in mine])
+    return torch.tensor(
+        [part * cut.num_experts + label for part in range(cut.token_parts) for label in mine], device=device
+    )
 
 
 def _make_plan(cut: Cut, sent: list[int], arriving: list[list[list[int]]], counts_JIC: Tensor, j: int) -> Plan:
@@ -227,8 +241,3 @@ def _make_plan(cut: Cut, sent: list[int], arriving: list[list[list[int]]], count
         columns = slice(part * cut.local_experts, (part + 1) * cut.local_experts)
         token_parts.append((slice(part_start, here), columns))
     return Plan(groups, counts_JIC, here, token_parts)
-
-
-def _on(device: torch.device, values: Sequence[int]) -> Tensor:
-    x = torch.tensor(values)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

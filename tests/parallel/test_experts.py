@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from minimax_train.kernels.experts import expert_mlp_naive
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
+from minimax_train.parallel.experts.plan import Cut
 from support.compare import relative_error
 from support.distributed import run_ranks
 
@@ -95,3 +97,83 @@ def _on_gloo(grid, sizes, **how):
 def test_equals_one_rank_in_float64(sizes):
     for errors in run_ranks(_on_gloo, sizes[0] * sizes[1], sizes):
         assert max(errors.values()) < 1e-10, errors
+
+
+def test_one_rank_sends_nothing():
+    class Alone:
+        rank, size = 0, 1
+
+    case = _case(1, "drops", torch.float64)
+    layer = ExpertParallel(Alone(), Alone(), num_experts=EXPERTS, token_groups=2)
+    for actual, expected in zip(_run(layer, case, "cpu"), _reference(case), strict=True):
+        assert relative_error(actual, expected.view_as(actual)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("experts", "ep", "groups"), [(32, 2, 4), (6, 2, 2), (8, 8, 3), (8, 4, 4), (12, 4, 6), (5, 1, 4)]
+)
+def test_groups_hold_every_expert_of_every_part_once(experts, ep, groups):
+    cut = Cut(experts, ep, groups)
+    assert cut.token_parts * cut.expert_parts == groups
+    assert sorted(cut.order) == list(range(experts))
+    assert cut.token_parts == 1 or groups > cut.local_experts
+    labels, count = cut.labels(torch.arange(-1, experts).expand(groups, -1))
+    assert count == cut.token_parts * experts
+    assert (labels[:, 0] == -1).all()
+    assert labels[:, 1:].unique().numel() == count
+    # Tokens of one part come before those of the next, and a part's experts of all ranks before the next part's.
+    assert (labels[1:, 1:].amin(1) // experts >= labels[:-1, 1:].amax(1) // experts).all()
+    parts = [
+        {expert % cut.local_experts for expert in cut.order[ep * s.start : ep * s.stop]} for s in cut.expert_slices
+    ]
+    assert parts == [set(range(s.start, s.stop)) for s in cut.expert_slices]
+
+
+def test_refusals():
+    class Two:
+        rank, size = 0, 2
+
+    with pytest.raises(ValueError, match=r"parallel.ep=2: must divide the number of experts, 7"):
+        ExpertParallel(Two(), Two(), num_experts=7)
+    with pytest.raises(ValueError, match=r"parallel.token_groups=0: must be positive"):
+        ExpertParallel(Two(), Two(), num_experts=8, token_groups=0)
+    layer = ExpertParallel(Two(), Two(), num_experts=8)
+    with pytest.raises(ValueError, match=r"weights of 8 experts: this rank holds 4"):
+        layer(None, None, None, torch.empty(8, 4, 4), torch.empty(8, 4, 2))
+
+
+# ---------------------------------------------------------------------------------------------- on GPUs
+
+WIDE = {"tokens": 300, "D": 64, "F": 256}
+TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 2), (1, 4)], ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_four_processes_on_one_gpu(sizes, dtype, tolerance):
+    """Transfers go through gloo and the host; streams and kernels are those of a real run."""
+    for errors in run_ranks(_on_one_gpu, 4, sizes, dtype, start="spawn"):
+        assert max(errors.values()) < tolerance, errors
+
+
+def _on_one_gpu(grid, sizes, dtype):
+    return _on_gloo(grid, sizes, dtype=dtype, groups=(1, 2, 4), device="cuda", **WIDE)
+
+
+def _on_nccl(grid, axis, dtype):
+    rank = dist.get_rank()
+    torch.cuda.set_device(rank)
+    both = GroupCommunicator(dist.new_group(backend="nccl"))
+    alone = GroupCommunicator(dist.new_group([rank], backend="nccl", use_local_synchronization=True))
+    communicators = [both, alone] if axis == "ep" else [alone, both]
+    return _worst_errors(communicators, dtype, groups=(1, 2, 4), device="cuda", **WIDE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["ep", "etp"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_two_gpus(axis, dtype, tolerance):
+    for errors in run_ranks(_on_nccl, 2, axis, dtype, start="spawn"):
+        assert max(errors.values()) < tolerance, errors
