@@ -38,7 +38,10 @@ setup(
         "wandb>=0.19",
     ],
     extras_require={
-        "cuda": ["flash-attn-4[cu13]>=4.0.0b36; sys_platform == 'linux'"],
+        "cuda": [
+            "flash-attn-4[cu13]>=4.0.0b36; sys_platform == 'linux'",
+            "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
+        ],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"],
     },

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from link import RATES, EmulatedLink
-from timing import times_in_turn
+from link import RATES, EmulatedLink, FreeLink
+from timing import alternating_times
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
@@ -48,7 +48,7 @@ def median_ms(options: argparse.Namespace, *runs: Callable[[], object]) -> list[
     if options.link == "nccl":
         mark = torch.zeros(1, device=options.device)
         together = partial(dist.all_reduce, mark)  # a rank that comes early would wait for the others inside a run
-    return times_in_turn(runs, options.repeats, before=together)
+    return alternating_times(runs, options.repeats, before=together)
 
 
 def forward_backward(attend: Callable, inputs: list[torch.Tensor]) -> Callable[[], object]:
@@ -82,9 +82,9 @@ def communicators(options: argparse.Namespace, ranks: int, **emulated: int) -> l
 
 
 def free_links(options: argparse.Namespace, ranks: int) -> list[Communicator]:
-    """The same ranks, over links that take no time."""
+    """The same ranks, over links whose transfers take no more than a local copy."""
     mine = [dist.get_rank()] if options.link == "nccl" else range(ranks)
-    return [EmulatedLink(rank, ranks, 0.0, float("inf"), options.sms) for rank in mine]
+    return [FreeLink(rank, ranks) for rank in mine]
 
 
 def of_all_ranks(options: argparse.Namespace, mine: list[list[float]]) -> list[list[float]]:

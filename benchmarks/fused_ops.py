@@ -3,21 +3,24 @@
 Times are medians of plain calls, gradients included where it says so; at these sizes the device is what is waited for.
 A share of the copy rate is the bytes that the op must read and write once, over the time, over the rate of a copy in
 the same run. A share of the GEMM rate is 6 FLOP per token and active weight, over the time, over the rate of a dense
-product in the same run: 8192^3, and in brackets one of the experts' own size (all rows, one expert).
+product in the same run: 8192^3, and in brackets one of the experts' own size (all rows, one expert). The expert layer
+and those dense products take turns of a third of a second, the layer's products of a tenth, so that all run at the
+clock that the power limit allows for long; a product's first 15 ms are faster.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import extra_memory, gemm_rate, times
+from timing import extra_memory, gemm, gemm_rate, times, times_in_turns
 from torch import Tensor
 
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
-from minimax_train.kernels.experts import ExpertRows, expert_mlp, route, router_logits
+from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_products, has_quack, route, router_logits
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from minimax_train.kernels.rope import rotary_table, rotate_heads
 
@@ -25,6 +28,7 @@ from minimax_train.kernels.rope import rotary_table, rotate_heads
 EXPERTS = [(16_384, 6144, 9216, 32, 2), (65_536, 1024, 2816, 16, 2)]
 NORMS = [(32_768, 6144), (32_768, 8192), (131_072, 1024)]
 VOCABULARY = 200_064
+SHARES = "share_of_dense", "share_of_dense_of_its_size"
 
 
 def _randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -44,16 +48,15 @@ def _header(*cells: str) -> None:
 
 def experts(rate: float) -> list[dict]:
     dense = gemm_rate(8192, 8192, 8192)
-    print(f"dense 8192^3 GEMM {dense / 1e12:.0f} TFLOP/s")
+    print(f"dense 8192^3 GEMM {dense / 1e12:.0f} TFLOP/s in its first 15 ms")
     rows = []
     for configuration in EXPERTS:
-        rows += _expert_layer(*configuration, rate=rate, dense=dense)
+        rows += _expert_layer(*configuration, rate=rate)
         torch.cuda.empty_cache()
     return rows
 
 
-def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, dense: float) -> list[dict]:
-    same_size = gemm_rate(T * K, 2 * hidden, D)
+def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float) -> list[dict]:
     _header(f"experts {D} x {hidden}, E={E}, top-{K}, {T} tokens", "ms", "TFLOP/s, or share of copy rate", "of dense")
     x, router = _randn(T, D), _randn(E, D, scale=D**-0.5)
     gate_up, down = _randn(E, 2 * hidden, D, scale=D**-0.5), _randn(E, D, hidden, scale=hidden**-0.5)
@@ -66,16 +69,24 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float, d
         y = expert_mlp(h, weights, choices, gate_up, down, implementation=implementation)
         return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
 
+    flop = {"dense, 8192^3": 2 * 8192**3, "dense, own size": 4 * T * K * hidden * D}
+    runs = {"dense, 8192^3": gemm(8192, 8192, 8192), "dense, own size": gemm(T * K, 2 * hidden, D)}
+    for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "plain")]:
+        runs[f"{name}: forward + backward"] = partial(layer, name, router_name)
+    ms = times_in_turns(runs)
+    rates = {name: flop.get(name, 18 * T * K * D * hidden) / ms[name] * 1e3 for name in runs}
     rows = []
-    for name, router_name in (("triton", "triton"), ("grouped", "plain")):
-        ms = times(lambda a=name, b=router_name: layer(a, b), repeats=6)
-        achieved = 18 * T * K * D * hidden / ms * 1e3
-        share, own_share = achieved / dense, achieved / same_size
-        _print(f"{name}: forward + backward", ms, f"{achieved / 1e12:.0f}", f"{share:.3f} ({own_share:.3f})")
+    for name, achieved in rates.items():
+        shares = achieved / rates["dense, 8192^3"], achieved / rates["dense, own size"]
+        _print(name, ms[name], f"{achieved / 1e12:.0f}", "{:.3f} ({:.3f})".format(*shares))
         row = {"op": "experts", "name": name, "tokens": T, "hidden": D, "expert_hidden": hidden, "experts": E}
-        rows.append(row | {"both_ms": ms, "share_of_dense": share, "share_of_dense_of_its_size": own_share})
+        rows.append(row | {"both_ms": ms[name]} | dict(zip(SHARES, shares, strict=True)))
     weights = (tensor.detach() for tensor in (x, router, gate_up, down))
-    return rows + _expert_parts(*weights, pieces, K, rate, dense)
+    return rows + _expert_parts(*weights, pieces, K, rate, rates["dense, 8192^3"])
+
+
+def _names(x: Tensor) -> list[str]:
+    return ["quack", "triton"] if has_quack(x.device) else ["triton"]
 
 
 def _expert_parts(
@@ -83,19 +94,13 @@ def _expert_parts(
 ) -> list[dict]:
     """What the layer is made of, in the order it runs."""
     from minimax_train.kernels.experts import triton
-    from minimax_train.kernels.experts.grouped import TORCH
 
-    (T, D), (E, _, hidden) = x.shape, down.shape
-    R, rows = T * K, []
-    product = 2 * R * D * hidden
+    (T, D), E, rows = x.shape, len(down), []
 
-    def part(name: str, run: Callable[[], object], *, moved: int | None = None, flop: int | None = None) -> None:
+    def part(name: str, run: Callable[[], object], *, moved: int | None = None) -> None:
         ms = times(run, repeats=8)
         row = {"op": "experts", "name": name, "tokens": T, "hidden": D, "ms": ms}
-        if flop:
-            row |= {"share_of_dense": flop / ms * 1e3 / dense}
-            _print(name, ms, f"{flop / ms * 1e-9:.0f}", row["share_of_dense"])
-        elif moved:
+        if moved:
             row |= {"share_of_copy": moved / (ms * 1e-3) / rate}
             _print(name, ms, row["share_of_copy"], "")
         else:
@@ -114,23 +119,37 @@ def _expert_parts(
     x_RD = triton._permute(x, plan)
     part("permute, indexing", lambda: x[plan.choice_R // K], moved=(1 + K) * x.nbytes)
     part("combine", lambda: triton._combine(x_RD, plan), moved=(1 + K) * x.nbytes)
-    gate_up_R2F = TORCH.rows(x_RD, gate_up.mT, plan.offsets_E)
-    part("up product", lambda: TORCH.rows(x_RD, gate_up.mT, plan.offsets_E), flop=2 * product)
-    wide = gate_up_R2F.nbytes
-    part("SwiGLU", lambda: triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R), moved=wide * 3 // 2)
-    act = triton._swiglu(gate_up_R2F, plan.offsets_E, weights, plan.choice_R)
-    part("down product", lambda: TORCH.rows(act, down.mT, plan.offsets_E), flop=product)
-    part("product for d act", lambda: TORCH.rows(x_RD, down, plan.offsets_E), flop=product)
-    part("product for d down", lambda: TORCH.weights(x_RD, act, plan.offsets_E), flop=product)
-    part("product for d gate_up", lambda: TORCH.weights(gate_up_R2F, x_RD, plan.offsets_E), flop=2 * product)
-    part("product for dx", lambda: TORCH.rows(gate_up_R2F, gate_up, plan.offsets_E), flop=2 * product)
-    # Overwrites act with itself, as the layer does.
-    part(
-        "SwiGLU backward",
-        lambda: triton._swiglu_backward(gate_up_R2F, act, plan.offsets_E, weights, plan.choice_R),
-        moved=3 * wide,
-    )
+    products, flop = {}, {}
+    for name in _names(x):
+        for label, count, run in _products(name, x_RD, gate_up, down, plan, weights):
+            products[label], flop[label] = run, count * 2 * len(x_RD) * down[0].numel()
+    for label, ms in times_in_turns(products, turn_ms=100, rounds=3).items():
+        _print(label, ms, f"{flop[label] / ms * 1e-9:.0f}", flop[label] / ms * 1e3 / dense)
+        rows.append({"op": "experts", "name": label, "tokens": T, "hidden": D, "ms": ms})
     return rows
+
+
+def _products(
+    name: str, x_RD: Tensor, gate_up: Tensor, down: Tensor, plan: ExpertRows, weights: Tensor
+) -> list[tuple[str, int, Callable[[], object]]]:
+    """The six products, the first and the third with SwiGLU: label, how many products of R x D x F, and the call."""
+    products = expert_products(x_RD, down.shape[2], name)
+    offsets_E, choices = plan.offsets_E, (weights, plan.choice_R)
+    hidden, act = products.up(x_RD, gate_up, offsets_E, *choices)
+    # The gradient of y may be any tensor of its shape.
+    d_hidden, _, _ = products.d_hidden(x_RD, hidden, down, offsets_E, *choices)
+    return [
+        (f"{name}: gate, up and activation", 2, lambda: products.up(x_RD, gate_up, offsets_E, *choices)),
+        (f"{name}: down", 1, lambda: products.down(act, down, offsets_E)),
+        (
+            f"{name}: d gate, d up and activation",
+            1,
+            lambda: products.d_hidden(x_RD, hidden, down, offsets_E, *choices),
+        ),
+        (f"{name}: d down", 1, lambda: products.d_down(x_RD, act, offsets_E)),
+        (f"{name}: d gate_up", 2, lambda: products.d_gate_up(d_hidden, x_RD, offsets_E)),
+        (f"{name}: dx", 2, lambda: products.dx(d_hidden, gate_up, offsets_E)),
+    ]
 
 
 def _both_directions(

@@ -2,7 +2,7 @@
 
 :class:`EmulatedLink` is a Communicator (``minimax_train.parallel.communicator``). What other ranks would have sent is a
 local copy of tensors of the right shape, so results are wrong and times are right; correctness is the tests' business.
-Each transfer runs on the link's own stream, beside compute, on ``sms`` processors, and takes
+Each transfer runs on the link's own stream, beside compute, on ``sms`` processors, and takes, the copy included,
 
     latency + bytes through this rank's link in the busier direction / rate.
 
@@ -13,7 +13,7 @@ have passed them on: a receive that starts such a journey waits for the hops bef
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +51,7 @@ class EmulatedLink:
 
     def __post_init__(self) -> None:
         if torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(priority=-1)
 
     def all_gather(self, x: Tensor) -> Pending:
         out = x.new_empty(self.size, *x.shape)
@@ -60,6 +60,18 @@ class EmulatedLink:
     def reduce_scatter(self, x: Tensor) -> Pending:
         out = torch.empty_like(x[0])
         return self._transfer((self.size - 1) * out.nbytes, lambda: torch.sum(x, 0, out=out), out)
+
+    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
+        row_bytes = x[:1].nbytes
+        outgoing = (sum(sends) - sends[self.rank]) * row_bytes
+        incoming = (sum(receives) - receives[self.rank]) * row_bytes
+
+        def fill() -> None:
+            for start in range(0, sum(receives), max(1, len(x))):
+                target = out[start : min(start + len(x), sum(receives))]
+                target.copy_(x[: len(target)])
+
+        return self._transfer(max(outgoing, incoming), fill, out)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         outgoing = sum(x.nbytes for x in sends.values())
@@ -85,8 +97,11 @@ class EmulatedLink:
             return Pending(lambda: result)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
+            started = torch.empty(1, dtype=torch.int64, device="cuda")
+            _clock[(1,)](started)
             copy()
-            _hold(seconds, self.sms)
+            # Small programs would share a processor with others; 1024 threads leave a product no registers.
+            _hold[(self.sms,)](started, int(seconds * 1e9), num_warps=32)
 
         def wait() -> Tensor | None:
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -95,14 +110,37 @@ class EmulatedLink:
         return Pending(wait)
 
 
-def _hold(seconds: float, sms: int) -> None:
-    """Keep the current stream and some processors busy for a time."""
-    _spin[(sms,)](int(seconds * 1e9), num_warps=4)
+class FreeLink(EmulatedLink):
+    """Transfers that take nothing: once ``moving`` is off, buffers keep what was in them.
+
+    Turn it off after a few calls, when memory is full of numbers like those that would arrive: on zeros a GPU computes
+    faster. Integers are always moved: they are counts.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size, 0.0, float("inf"))
+        self.moving = True
+
+    def _transfer(self, size: int, copy: Callable[[], object], result: Tensor | None, extra_hops: int = 0) -> Pending:
+        if self.moving or (result is not None and not result.is_floating_point()):
+            copy()
+        return Pending(lambda: result)
 
 
 @triton.jit
-def _spin(nanoseconds):
-    start = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
-    now = start
-    while now - start < nanoseconds:
-        now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
+def _now():
+    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def _clock(out):
+    tl.store(out, _now())
+
+
+@triton.jit
+def _hold(started, nanoseconds):
+    """Keep the current stream and some processors busy until a time after ``started``."""
+    end = tl.load(started) + nanoseconds
+    now = _now()
+    while now < end:
+        now = _now()

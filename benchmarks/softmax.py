@@ -1,4 +1,4 @@
-"""Softmax attention on one GPU: the kernels side by side, one document and 64.
+"""Softmax attention on one GPU: the kernels, and FlashAttention-4's own entry point, side by side; one document and 64.
 
     python benchmarks/softmax.py [--json FILE] [--quick]
 
@@ -19,6 +19,7 @@ from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.softmax import flash4, softmax_attention
 
 H, G, K = 64, 8, 128
+PEER = "FA4 itself"
 
 
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
@@ -48,12 +49,23 @@ def _flops(scores: float, backward: bool) -> float:
     return scores * 4 * H * K * (3.5 if backward else 1)
 
 
+def _attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    if implementation != PEER:
+        return softmax_attention(q, k, v, documents, scale=K**-0.5, implementation=implementation)[0]
+    from flash_attn.cute import flash_attn_varlen_func
+
+    edges, longest = documents.cu_seqlens, documents.max_length
+    lengths = {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    out = flash_attn_varlen_func(q, k, v, **lengths, softmax_scale=K**-0.5, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def kernels(lengths: list[int], implementation: str, repeats: int) -> dict[str, float]:
     *inputs, grad = _inputs(sum(lengths))
     documents = Documents.from_lengths(lengths, "cuda")
 
     def forward() -> Tensor:
-        return softmax_attention(*inputs, documents, scale=K**-0.5, implementation=implementation)[0]
+        return _attend(implementation, *inputs, documents)
 
     with torch.no_grad():
         forward_ms = milliseconds(forward, repeats)
@@ -75,7 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat")
     options = parser.parse_args()
     repeats = 1 if options.quick else 5
-    implementations = ["flash4", "flash"] if flash4.is_installed() else ["flash"]
+    implementations = [PEER, "flash4", "flash"] if flash4.is_installed() else ["flash"]
     rows = []
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {H}:{G} heads of {K}; forward / both")
@@ -85,7 +97,7 @@ def main() -> None:
                 row = kernels([tokens // documents] * documents, implementation, repeats if tokens > 2**16 else 5)
                 rows.append({"implementation": implementation, **row})
                 print(
-                    f"{implementation:>8} {tokens:7d} tokens {documents:3d} documents  {row['forward_ms']:8.2f} /"
+                    f"{implementation:>10} {tokens:7d} tokens {documents:3d} documents  {row['forward_ms']:8.2f} /"
                     f" {row['both_ms']:8.2f} ms  {row['forward_tflops']:5.0f} / {row['both_tflops']:5.0f} TFLOP/s",
                     flush=True,
                 )

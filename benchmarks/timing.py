@@ -24,12 +24,12 @@ def times(run: Callable[[], object], repeats: int = REPEATS, warm_up: int = 2) -
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
 
 
-def times_in_turn(
+def alternating_times(
     runs: Sequence[Callable[[], object]], repeats: int = REPEATS, *, before: Callable[[], object] | None = None
 ) -> list[float]:
-    """Median milliseconds of each of several runs, made in turn, so that a GPU that slows down slows all of them.
+    """Median milliseconds of each of several runs, made one call at a time, so that a GPU that slows down slows all.
 
-    ``before`` runs before each of them and is not timed.
+    All ranks make the same number of calls. ``before`` runs before each of them and is not timed.
     """
     marks = [[tuple(torch.cuda.Event(enable_timing=True) for _ in "ab") for _ in runs] for _ in range(repeats + 1)]
     for of_repeat in marks:
@@ -42,6 +42,27 @@ def times_in_turn(
     torch.cuda.synchronize()
     by_run = zip(*marks[1:], strict=True)  # the first repeat warms up
     return [statistics.median(a.elapsed_time(b) for a, b in of_run) for of_run in by_run]
+
+
+def times_in_turns(runs: dict[str, Callable[[], object]], turn_ms: float = 300, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of each on the device, the median over turns that each takes among the others.
+
+    Products run fastest in their first tens of milliseconds, until the power limit lowers the clock: those that are
+    compared must run at the same one. The first round only warms up.
+    """
+    turns = {name: [] for name in runs}
+    counts = dict.fromkeys(runs, 1)
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(counts[name]):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            turns[name].append(begin.elapsed_time(end) / counts[name])
+            counts[name] = max(1, round(turn_ms / turns[name][-1]))
+    return {name: statistics.median(values[1:]) for name, values in turns.items()}
 
 
 def graph_times(run: Callable[[], object]) -> float:
@@ -65,10 +86,15 @@ def copy_rate() -> float:
     return 2 * source.nbytes / (times(lambda: target.copy_(source)) * 1e-3)
 
 
-def gemm_rate(M: int, N: int, K: int) -> float:
-    """FLOP per second of one dense bfloat16 product ``[M, K] x [K, N]`` of random numbers."""
+def gemm(M: int, N: int, K: int) -> Callable[[], torch.Tensor]:
+    """One dense bfloat16 product ``[M, K] x [K, N]`` of random numbers."""
     a, b = (torch.randn(rows, K, device="cuda", dtype=torch.bfloat16) for rows in (M, N))
-    return 2 * M * N * K / (times(lambda: a @ b.T, repeats=8) * 1e-3)
+    return lambda: a @ b.T
+
+
+def gemm_rate(M: int, N: int, K: int) -> float:
+    """FLOP per second of :func:`gemm`, of its first ten."""
+    return 2 * M * N * K / (times(gemm(M, N, K), repeats=8) * 1e-3)
 
 
 def extra_memory(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:

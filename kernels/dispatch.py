@@ -10,11 +10,7 @@ from torch import Tensor
 
 AUTO = "auto"
 # Implementations that a CPU cannot run (but for Triton's, in its interpreter, by tests).
-NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped"})
-# Whether `auto` takes the fused Triton kernels of router, rows, norms, rotation and loss on a GPU. They are tested
-# through Triton's interpreter and compile for Hopper, but none has been timed, or run on a GPU, yet: until then they
-# run where they are named, as in kernels.norm=triton.
-FUSED_BY_DEFAULT = False
+NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped", "quack"})
 Implementation = TypeVar("Implementation")
 
 
@@ -33,4 +29,4 @@ def choose(op: str, implementations: Mapping[str, Implementation], requested: st
 
 def triton_takes(x: Tensor) -> bool:
     """Whether ``auto`` takes a fused Triton kernel for this tensor: on a GPU, and not float64."""
-    return FUSED_BY_DEFAULT and x.is_cuda and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64

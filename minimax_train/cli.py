@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -56,7 +57,13 @@ def _environment() -> ProcessEnvironment:
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:
     if rank == 0 or not error.on_all_ranks:
         print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ConfigError) else 1
+    status = 2 if isinstance(error, ConfigError) else 1
+    if dist.is_initialized():
+        # Taking the process groups down could wait for ranks that are stuck in a collective, or abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def run(config: Config, environment: ProcessEnvironment) -> None:
@@ -73,8 +80,7 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
         device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    Trainer(config, ProcessGrid.create(device_type, cp=config.parallel.cp), device).train()
-    # Only after success: leaving a group whose other ranks may be stuck in a collective could wait for them.
+    Trainer(config, ProcessGrid.create(device_type, **config.parallel.sizes), device).train()
     dist.destroy_process_group()
 
 

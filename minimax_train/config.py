@@ -28,6 +28,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.parallel import linear, softmax
+from minimax_train.parallel.grid import check_sizes, nearest_divisors
 from minimax_train.parallel.layout import LAYOUTS, SequenceLayout
 from minimax_train.recipe import RecipeConfig
 
@@ -39,24 +40,39 @@ class ParallelConfig:
     """How ranks work together.
 
     Attributes:
+        tp: tensor-parallel size: how many ranks share the heads of an attention, and the vocabulary.
         cp: context-parallel size: how many ranks share each row.
+        ep: expert-parallel size: how many ranks share the experts of a layer.
+        etp: expert-tensor-parallel size: how many ranks share each expert's hidden size. What is left over of the
+            number of processes is data-parallel, for the dense part and for the experts each by itself.
+        token_groups: in how many groups a rank's tokens go through the experts, so that one group's communication
+            runs beside another's computation.
         layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
         linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
         softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
         timeout_s: seconds after which a collective that has not finished ends the run with an error.
     """
 
+    tp: int = 1
     cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    token_groups: int = 1
     layout: str = "zigzag"
     linear_cp: str = "auto"
     softmax_cp: str = "auto"
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        require_positive("parallel", self, "cp", "timeout_s")
+        require_positive("parallel", self, *self.sizes, "token_groups", "timeout_s")
         require_choice("parallel.layout", self.layout, LAYOUTS)
         require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *linear.METHODS))
         require_choice("parallel.softmax_cp", self.softmax_cp, (AUTO, *softmax.METHODS))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of the process grid."""
+        return {"tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
 
 
 @dataclass
@@ -91,10 +107,28 @@ class Config:
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
+        self._check_splits()
         if self.model.capacity_factor is not None:
             capacity = self.model.expert_capacity(self.data.sequence_length)
             accepted = f"must leave each expert at least 1 choice of a row; it leaves {capacity}"
             require(capacity >= 1, "model.capacity_factor", self.model.capacity_factor, accepted)
+
+    def _check_splits(self) -> None:
+        """Refuse a grid whose axes do not divide what they split."""
+        model, parallel = self.model, self.parallel
+        tokens = self.recipe.micro_batch_size * self.data.sequence_length // parallel.cp
+        micro_batch = f"the {tokens} tokens of a micro-batch on a context-parallel rank"
+        for axis, what, size in [
+            ("tp", f"model.num_heads={model.num_heads}", model.num_heads),
+            ("tp", f"model.num_kv_heads={model.num_kv_heads}", model.num_kv_heads),
+            ("tp", f"model.vocab_size={model.vocab_size}", model.vocab_size),
+            ("tp", micro_batch, tokens),
+            ("ep", f"model.num_experts={model.num_experts}", model.num_experts),
+            ("etp", f"model.expert_hidden_size={model.expert_hidden_size}", model.expert_hidden_size),
+        ]:
+            ranks = parallel.sizes[axis]
+            accepted = f"must divide {what}; the nearest that do are {nearest_divisors(size, ranks)}"
+            require(size % ranks == 0, f"parallel.{axis}", ranks, accepted)
 
     @property
     def layout(self) -> SequenceLayout:
@@ -107,9 +141,13 @@ class Config:
         Raises:
             ConfigError: naming the key to change and the values that would do.
         """
-        recipe, streams, cp = self.recipe, self.data.num_streams, self.parallel.cp
-        require(world_size % cp == 0, "parallel.cp", cp, f"must divide the number of processes, {world_size}")
-        dp = world_size // cp
+        recipe, streams, parallel = self.recipe, self.data.num_streams, self.parallel
+        try:
+            check_sizes(world_size, cp=parallel.cp, tp=parallel.tp)
+            check_sizes(world_size, ep=parallel.ep, etp=parallel.etp)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        dp = world_size // (parallel.cp * parallel.tp)
         rows = dp * recipe.micro_batch_size
         require(
             recipe.global_batch_size % rows == 0,

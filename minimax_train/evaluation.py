@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minimax_train.data import MicroBatch
 from minimax_train.kernels.cross_entropy import IGNORE_INDEX
 from minimax_train.model import ModelLoss
-from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.parallel.grid import WORLD, ProcessGrid
 
 
 def run_model(model: nn.Module, batch: MicroBatch) -> ModelLoss:
@@ -37,8 +37,8 @@ def evaluate(
         batch = batch.to(device)
         loss += run_model(model, batch).token_loss.double()
     counts_V = counts_V.to(device)
-    dist.all_reduce(loss, group=grid.dp_cp_group)
-    dist.all_reduce(counts_V, group=grid.dp_cp_group)
+    dist.all_reduce(loss, group=grid.group(WORLD))
+    dist.all_reduce(counts_V, group=grid.group("dp_cp"))
     return {"validation_loss": float(loss) / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
 
 

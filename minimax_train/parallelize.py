@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from minimax_train import engines
 from minimax_train.config import Config, ParallelConfig
+from minimax_train.kernels.cross_entropy import VocabularyShard
 from minimax_train.model import HybridModel, initialize
 from minimax_train.model.attention import LightningAttention
-from minimax_train.model.attention.context import TokenContext
-from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.model.attention.context import TokenContext, TokenShare
+from minimax_train.model.attention.tokens import TokenExchange
+from minimax_train.model.sharding import declared_shardings
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.experts import ExpertParallel
+from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.parallel.linear import lightning_attention_cp
 from minimax_train.parallel.softmax import softmax_attention_cp
+from minimax_train.parallel.tensor import gather_tokens, merge_log_sums, scatter_sum, sum_over
 
 
 def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> HybridModel:
@@ -24,8 +32,14 @@ def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> Hybr
     """
     with torch.device("meta"):
         model = HybridModel(config.model, config.kernels)
-    if grid.cp_size > 1:
+    split_parameters(model, grid)
+    share_counts(model, grid)
+    if grid.size("tp") > 1:
+        parallelize_tensors(model, grid)
+    if grid.size("cp") > 1:
         parallelize_context(model, grid, config.parallel)
+    if grid.size("ep") * grid.size("etp") > 1:
+        parallelize_experts(model, grid, config.parallel)
     for block in model.layers:
         block.recompute = config.recipe.activation_checkpointing
     engines.shard(model, config.engine, grid)
@@ -34,16 +48,58 @@ def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> Hybr
     return model
 
 
-def parallelize_context(model: HybridModel, grid: ProcessGrid, config: ParallelConfig) -> None:
-    """Let attention and expert statistics reach over the ranks that share a row."""
-    communicator, group = GroupCommunicator(grid.cp_group), grid.cp_group
+def split_parameters(model: HybridModel, grid: ProcessGrid) -> None:
+    """Every parameter that the model says some axis splits becomes a DTensor over those axes of the grid."""
+    for name, sharding in declared_shardings(model).items():
+        splits = {axis: dim for axis, dim in sharding.items() if grid.size(axis) > 1}
+        if not splits:
+            continue
+        module, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(module)
+        whole = getattr(owner, attribute)
+        shape = list(whole.shape)
+        for axis, dim in splits.items():
+            shape[dim] //= grid.size(axis)
+        part = DTensor.from_local(
+            whole.new_empty(shape),
+            grid.mesh(*splits),
+            [Shard(dim) for dim in splits.values()],
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.stride(),
+        )
+        setattr(owner, attribute, nn.Parameter(part))
 
-    def sum_over_ranks(load_JBE: Tensor) -> Tensor:
-        dist.all_reduce(load_JBE, group=group)
-        return load_JBE
 
+def share_counts(model: HybridModel, grid: ProcessGrid) -> None:
+    """Let the expert layers count choices over all ranks that hold tokens of a row, or of the micro-batch."""
+    model.share = TokenShare(grid.rank("tp"), grid.size("tp"), grid.rank("dp"), grid.size("dp"))
+    axes = {"row": "cp_tp", "global": WORLD}
+    sums = {scope: partial(_all_reduce, grid.group(axis)) for scope, axis in axes.items() if grid.size(axis) > 1}
     for block in model.layers:
-        block.experts.sum_over_ranks = sum_over_ranks
+        block.experts.sum_over_ranks = sums
+
+
+def parallelize_tensors(model: HybridModel, grid: ProcessGrid) -> None:
+    """Heads of both attentions, embedding, head and loss over the tensor-parallel ranks; tokens between them too."""
+    communicator = GroupCommunicator(grid.group("tp"))
+    rank, size = communicator.rank, communicator.size
+    model.tokens = exchange = _Exchange(communicator)
+    vocabulary = model.config.vocab_size // size
+    model.vocabulary = VocabularyShard(rank * vocabulary, size, partial(merge_log_sums, communicator=communicator))
+    heads = model.config.num_heads // size
+    for block in model.layers:
+        attention = block.attention
+        attention.tokens = exchange
+        if isinstance(attention, LightningAttention):
+            attention.heads = slice(rank * heads, (rank + 1) * heads)
+            attention.norm.sum_over_ranks = partial(sum_over, communicator=communicator)
+
+
+def parallelize_context(model: HybridModel, grid: ProcessGrid, config: ParallelConfig) -> None:
+    """Let attention reach over the ranks that share a row."""
+    communicator = GroupCommunicator(grid.group("cp"))
+    for block in model.layers:
         attention = block.attention
         if isinstance(attention, LightningAttention):
             attention.attend = _lightning(communicator, config.linear_cp, attention.implementation)
@@ -51,7 +107,38 @@ def parallelize_context(model: HybridModel, grid: ProcessGrid, config: ParallelC
             attention.attend = _softmax(communicator, config.softmax_cp, attention.scale, attention.implementation)
 
 
-def _lightning(communicator: GroupCommunicator, method: str, implementation: str):
+def parallelize_experts(model: HybridModel, grid: ProcessGrid, config: ParallelConfig) -> None:
+    """Let every token reach its experts, on whatever ranks they are."""
+    layer = ExpertParallel(
+        GroupCommunicator(grid.group("ep")),
+        GroupCommunicator(grid.group("etp")),
+        num_experts=model.config.num_experts,
+        token_groups=config.token_groups,
+    )
+    for block in model.layers:
+        mlp = block.experts.mlp
+        mlp.compute = partial(layer, implementation=mlp.implementation)
+
+
+class _Exchange(TokenExchange):
+    """Tokens between the ranks of a tensor-parallel group."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+
+    def gather(self, x_tD: Tensor) -> Tensor:
+        return gather_tokens(x_tD, self.communicator)
+
+    def scatter_sum(self, y_TD: Tensor) -> Tensor:
+        return scatter_sum(y_TD, self.communicator)
+
+
+def _all_reduce(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
+    dist.all_reduce(counts, group=group)
+    return counts
+
+
+def _lightning(communicator: Communicator, method: str, implementation: str):
     def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, context: TokenContext) -> Tensor:
         return lightning_attention_cp(
             q, k, v, slopes, context.shard, communicator, method=method, implementation=implementation
@@ -60,7 +147,7 @@ def _lightning(communicator: GroupCommunicator, method: str, implementation: str
     return attend
 
 
-def _softmax(communicator: GroupCommunicator, method: str, scale: float, implementation: str):
+def _softmax(communicator: Communicator, method: str, scale: float, implementation: str):
     def attend(q: Tensor, k: Tensor, v: Tensor, context: TokenContext) -> Tensor:
         return softmax_attention_cp(
             q, k, v, context.shard, communicator, scale=scale, method=method, implementation=implementation

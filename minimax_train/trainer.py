@@ -22,7 +22,8 @@ from minimax_train.engines import FSDPEngine
 from minimax_train.errors import TrainingError
 from minimax_train.evaluation import evaluate, run_model
 from minimax_train.metrics.log import MetricLog
-from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.metrics.router import router_metrics
+from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.parallelize import build_model
 from minimax_train.run_dir import prepare_run_dir
 
@@ -42,7 +43,7 @@ class Trainer:
         self.model = build_model(config, grid, device)
         self.engine = FSDPEngine(self.model, config.recipe, grid)
         self.loader = build_train_loader(
-            config.data, self.tokenizer, dp_rank=grid.dp_rank, dp_size=grid.dp_size, seed=config.seed
+            config.data, self.tokenizer, dp_rank=grid.rank("dp"), dp_size=grid.size("dp"), seed=config.seed
         )
         self.validation: list[MicroBatch] = []
         if config.data.has_validation and config.recipe.eval_interval:
@@ -50,11 +51,11 @@ class Trainer:
                 config.data,
                 self.tokenizer,
                 rows=config.recipe.eval_rows,
-                dp_rank=grid.dp_rank,
-                dp_size=grid.dp_size,
+                dp_rank=grid.rank("dp"),
+                dp_size=grid.size("dp"),
             )
             batches = held_out.micro_batches(config.recipe.micro_batch_size)
-            self.validation = [batch.split(config.layout, grid.cp_rank) for batch in batches]
+            self.validation = [batch.split(config.layout, grid.rank("cp")) for batch in batches]
         self.progress = self._restore()
         self.seconds: dict[str, float] = defaultdict(float)
         self.log = MetricLog(
@@ -125,9 +126,9 @@ class Trainer:
     def next_batches(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step."""
         recipe = self.config.recipe
-        per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.dp_size)
+        per_rank = recipe.global_batch_size // (recipe.micro_batch_size * self.grid.size("dp"))
         batches = self.loader.next_micro_batches(recipe.micro_batch_size, per_rank)
-        return [batch.split(self.config.layout, self.grid.cp_rank).to(self.device) for batch in batches]
+        return [batch.split(self.config.layout, self.grid.rank("cp")).to(self.device) for batch in batches]
 
     def accumulate_gradients(self, batches: list[MicroBatch]) -> dict[str, float]:
         """Forward and backward passes of a step. Returns sums over the global batch, the same on all ranks.
@@ -137,7 +138,7 @@ class Trainer:
         """
         config = self.config
         targets = torch.tensor(sum(batch.num_targets for batch in batches))
-        dist.all_reduce(targets, group=self.grid.dp_cp_group)
+        dist.all_reduce(targets, group=self.grid.group("dp_cp"))
         sums, load_LE = [], []
         for batch in batches:
             with self.phase("forward"):
@@ -146,19 +147,21 @@ class Trainer:
                 aux_loss = out.aux_loss / config.recipe.global_batch_size
             with self.phase("backward"):
                 self.engine.backward(loss + config.model.aux_loss_coefficient * aux_loss)
-            sums.append(torch.stack([loss.detach().double(), aux_loss.detach().double(), out.dropped.double()]))
+            sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.dropped, out.entropy)]))
             load_LE.append(out.load_LE)
         with self.phase("reduce"):
-            total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0).double()
-            dist.all_reduce(total, group=self.grid.dp_cp_group)
-            dist.all_reduce(load, group=self.grid.dp_cp_group)
-            loss, aux_loss, dropped = total.tolist()
-        return {
-            "loss": loss,
-            "aux_loss": aux_loss,
-            "expert_load_max": float((load.max(1).values / load.mean(1)).max()),
-            "dropped_fraction": dropped / float(load.sum()),
-        }
+            total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0)
+            dist.all_reduce(total, group=self.grid.group(WORLD))
+            dist.all_reduce(load, group=self.grid.group(WORLD))
+            loss, aux_loss, dropped, entropy = total.tolist()
+        router = router_metrics(
+            load,
+            entropy=entropy,
+            dropped=dropped,
+            experts_per_token=config.model.experts_per_token,
+            per_expert=config.logging.expert_load,
+        )
+        return {"loss": loss, "aux_loss": aux_loss, **router}
 
     def _memory(self) -> dict[str, float]:
         """Most GPU memory ever allocated on this rank, in GiB."""
@@ -167,8 +170,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of everything the run needs to go on."""
-        streams: list[Any] = [None] * self.grid.dp_size
-        dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.dp_group)
+        streams: list[Any] = [None] * self.grid.size("dp")
+        dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.group("dp"))
         self.progress.data = merge_states(streams)
         self.store.save(self.progress, self.model, self.engine.optimizer_state())
 

@@ -1,4 +1,4 @@
-"""What context-parallel algorithms say to each other with: all-gather, reduce-scatter, batches of sends and receives.
+"""What ranks say to each other with: all-gather, reduce-scatter, all-to-all, batches of sends and receives.
 
 The algorithms are given a :class:`Communicator` and know no process group, so the same code runs over NCCL, over gloo,
 and over an emulated link (``benchmarks/``).
@@ -6,7 +6,7 @@ and over an emulated link (``benchmarks/``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,7 @@ class Pending:
 
 
 class Communicator(Protocol):
-    """The ranks that share a packed row. Every method is called by all of them in the same order."""
+    """Some ranks, on one axis of a grid. Every method is called by all of them in the same order."""
 
     rank: int
     size: int
@@ -39,6 +39,12 @@ class Communicator(Protocol):
 
     def reduce_scatter(self, x: Tensor) -> Pending:
         """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum, ``[...]``."""
+
+    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
+        """Start sending ``sends[r]`` rows of x to each rank r, in order, and receiving ``receives[r]`` into ``out``.
+
+        Both may have more rows than are sent or received. ``wait()`` returns ``out``.
+        """
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
@@ -51,7 +57,7 @@ class GroupCommunicator:
     """A communicator over a process group: NCCL as it is, gloo with CUDA tensors staged through the host.
 
     Args:
-        group: the ranks, in the order of the sequence layout. Over NCCL it must have been made with a ``device_id``,
+        group: the ranks, in the order of the axis. Over NCCL it must have been made with a ``device_id``,
             which sets its connections up at once: a first exchange between some ranks only would wait for the others.
     """
 
@@ -77,6 +83,14 @@ class GroupCommunicator:
             return Pending(lambda: host.wait().to(x.device))
         out = torch.empty_like(x[0])
         work = _reduce_scatter(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        return Pending(lambda: (work.wait(), out)[1])
+
+    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
+        sent, received = x[: sum(sends)].contiguous(), out[: sum(receives)]
+        if not self._is_nccl and x.is_cuda:  # gloo
+            host = self.all_to_all(sent.cpu(), torch.empty_like(received, device="cpu"), sends, receives)
+            return Pending(lambda: (received.copy_(host.wait()), out)[1])
+        work = dist.all_to_all_single(received, sent, list(receives), list(sends), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:

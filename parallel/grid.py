@@ -1,70 +1,112 @@
-"""The grid of processes. Every process group of a run is made here and passed to whoever communicates."""
+"""The grid of processes. Every process group of a run is made here and passed to whoever communicates.
+
+The same ranks are laid out twice, each time with the last axis fastest:
+
+    dense    dp x cp x tp      attention, embedding, norms, head
+    expert   edp x ep x etp    the experts
+
+so that the sizes of one side do not bind those of the other. With 8 ranks, tp=2, cp=2, ep=4:
+
+    rank     0  1  2  3  4  5  6  7
+    dp       0  0  0  0  1  1  1  1       rows are split over dp, a row's tokens over cp, then over tp
+    cp       0  0  1  1  0  0  1  1
+    tp       0  1  0  1  0  1  0  1
+    edp      0  0  0  0  1  1  1  1       gradients of an expert's weights are summed over edp
+    ep       0  1  2  3  0  1  2  3       experts are split over ep, each expert's hidden size over etp
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
+WORLD = "world"
+# Axes taken together: what parameters split over tp are replicated over, the ranks that share rows, and all ranks.
+JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), WORLD: DENSE}
+
 
 @dataclass(frozen=True, eq=False)
 class ProcessGrid:
-    """Ranks on a data-parallel axis ``dp`` and a context-parallel axis ``cp``, the latter fastest.
+    """The ranks of a run on named axes: those of ``DENSE`` and ``EXPERT``, and ``JOINED`` ones.
 
-    Ranks with the same place on ``dp`` share their rows; ranks with different places train on different rows.
-    Parameters are sharded, and gradients summed, over both: ``dp_cp``.
+    Every rank holds tokens of its own: rows are split over dp, a row over cp and then tp. So the gradient of a
+    parameter that no axis splits is summed over ``world``, of one that tp splits over ``dp_cp``, and of experts over
+    ``edp``.
     """
 
-    mesh: DeviceMesh
-    dp_cp_mesh: DeviceMesh
+    dense: DeviceMesh
+    expert: DeviceMesh
+    joined: dict[str, DeviceMesh]
 
     @classmethod
-    def create(cls, device_type: str, *, cp: int = 1) -> ProcessGrid:
-        """Lay the default process group out as a grid.
+    def create(cls, device_type: str, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> ProcessGrid:
+        """Lay the default process group out as a grid; all ranks together.
 
         Raises:
-            ValueError: when ``cp`` does not divide the number of processes.
+            ValueError: when ``cp * tp`` or ``ep * etp`` does not divide the number of processes.
         """
         world_size = dist.get_world_size()
-        if world_size % cp:
-            raise ValueError(f"parallel.cp={cp}: must divide the number of processes, {world_size}")
-        mesh = init_device_mesh(device_type, (world_size // cp, cp), mesh_dim_names=("dp", "cp"))
-        return cls(mesh, mesh._flatten("dp_cp"))
+        check_sizes(world_size, cp=cp, tp=tp)
+        check_sizes(world_size, ep=ep, etp=etp)
+        dense = init_device_mesh(device_type, (world_size // (cp * tp), cp, tp), mesh_dim_names=DENSE)
+        expert = init_device_mesh(device_type, (world_size // (ep * etp), ep, etp), mesh_dim_names=EXPERT)
+        joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
+        return cls(dense, expert, joined)
 
     @property
     def device_type(self) -> str:
-        return self.mesh.device_type
+        return self.dense.device_type
 
-    @property
-    def dp_size(self) -> int:
-        return self.mesh["dp"].size()
+    def mesh(self, *axes: str) -> DeviceMesh:
+        """The ranks that differ from this one on the given axes: several of one side, or one that joins some."""
+        if axes[0] in self.joined:
+            return self.joined[axes[0]]
+        return (self.dense if axes[0] in DENSE else self.expert)[axes]
 
-    @property
-    def dp_rank(self) -> int:
-        return self.mesh.get_local_rank("dp")
+    def size(self, axis: str) -> int:
+        return self.mesh(axis).size()
 
-    @property
-    def dp_group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("dp")
+    def rank(self, axis: str) -> int:
+        """Place of this process on an axis."""
+        return self.mesh(axis).get_local_rank()
 
-    @property
-    def cp_size(self) -> int:
-        return self.mesh["cp"].size()
-
-    @property
-    def cp_rank(self) -> int:
-        return self.mesh.get_local_rank("cp")
-
-    @property
-    def cp_group(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("cp")
-
-    @property
-    def dp_cp_group(self) -> dist.ProcessGroup:
-        return self.dp_cp_mesh.get_group()
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.mesh(axis).get_group()
 
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks for the run: console, logs, files written once."""
         return dist.get_rank() == 0
+
+
+def check_sizes(world_size: int, **sizes: int) -> None:
+    """Refuse sizes of axes whose product does not divide the number of processes.
+
+    Raises:
+        ValueError: naming the sizes, and the nearest of each that would do beside the others.
+    """
+    product = prod(sizes.values())
+    if world_size % product == 0:
+        return
+    sizes = {axis: size for axis, size in sizes.items() if size > 1}
+    given = ", ".join(f"parallel.{axis}={size}" for axis, size in sizes.items())
+    together = f"together {product}, " if len(sizes) > 1 else ""
+    fixes = []
+    for axis, size in sizes.items():
+        others = product // size
+        if world_size % others == 0:
+            fixes.append(f"parallel.{axis} = {nearest_divisors(world_size // others, size)}")
+    remedy = f"; {' or '.join(fixes)} would do" if fixes else ""
+    raise ValueError(f"{given}: {together}must divide the number of processes, {world_size}{remedy}")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of a number next to one that is none: ``"2 or 4"``."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, below + above))

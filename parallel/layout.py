@@ -15,7 +15,7 @@ Shape legend: T tokens on this rank, S tokens on the whole axis.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -163,6 +163,10 @@ class SequenceShard:
                 lengths.append(end - start)
                 positions.append(start - starts[bisect_right(starts, start) - 1])
         return Documents.from_lengths(lengths, self.whole.device, first_positions=positions)
+
+    def to(self, device: torch.device | str) -> SequenceShard:
+        """The same shard, its documents' tensors on another device."""
+        return replace(self, whole=self.whole.to(device))
 
     def offset(self, chunk: Chunk) -> int:
         """Where a chunk of this rank begins on its token axis."""

@@ -41,8 +41,8 @@ from minimax_train.parallel.layout import SequenceShard
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
 
-# Seconds to start a transfer, and bytes per second into one GPU. Within a node: a line through all-gathers of 16 and 256
-# MB between two H200 over NVLink. Between nodes: a 400 Gb/s network card per GPU, not measured.
+# Seconds to start a transfer, and bytes per second into one GPU. Within a node: a line through all-gathers of 16 and
+# 256 MB between two H200 over NVLink. Between nodes: a 400 Gb/s network card per GPU, not measured.
 LATENCY_S = 40e-6
 NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 263e9, 50e9
 RANKS_PER_NODE = 8

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.cross_entropy.plain import IGNORE_INDEX, TEMPORARIES, softmax_gradient_plain
+from minimax_train.kernels.cross_entropy.plain import TEMPORARIES, softmax_gradient_plain
+from minimax_train.kernels.cross_entropy.vocabulary import IGNORE_INDEX, VocabularyShard
 from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 
-__all__ = ["BUDGET", "IGNORE_INDEX", "IMPLEMENTATIONS", "choose_chunks", "linear_cross_entropy"]
+__all__ = ["BUDGET", "IGNORE_INDEX", "IMPLEMENTATIONS", "VocabularyShard", "choose_chunks", "linear_cross_entropy"]
 
 BUDGET = 1792 * 2**20  # bytes
 # Tokens: a processor without kernels of its own is better off in its caches than near the budget.
@@ -101,7 +102,7 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, softmax_gradient, temporaries):
+    def forward(ctx, x_TD, weight_VD, labels_T, softmax_gradient, temporaries, shard):
         (T, D), V = x_TD.shape, len(weight_VD)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         chunk, wide_sum = choose_chunks(T, D, V, itemsize=x_TD.element_size(), temporaries=temporaries)
@@ -120,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CD = x_TD[rows]
             grad_CV = logits_CV[: len(x_CD)]
             torch.mm(x_CD, weight_VD.T, out=grad_CV)
-            losses.append(softmax_gradient(grad_CV, labels_T[rows], needs_x or needs_weight))
+            losses.append(softmax_gradient(grad_CV, labels_T[rows], needs_x or needs_weight, shard))
             if needs_x:
                 torch.mm(grad_CV, weight_VD, out=grad_x_TD[rows])
             if needs_weight:
@@ -137,23 +138,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else _scaled(gradient, grad_loss, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, implementation: str = AUTO) -> Tensor:
+def linear_cross_entropy(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    shard: VocabularyShard | None = None,
+    implementation: str = AUTO,
+) -> Tensor:
     """``sum over t of -log softmax(weight @ x_t)[label_t]``, tokens labelled -100 left out.
 
     Args:
         x_TD, weight_VD: any floating dtype, the same for both; logits are rounded to it.
         labels_T: int64, in ``[0, V)`` or ``IGNORE_INDEX``.
+        shard: which part of the vocabulary ``weight`` is, where several ranks hold parts; labels are of the whole.
         implementation: of the softmax: ``auto``, ``triton`` (not float64) or ``plain``.
 
     Returns:
-        The summed loss in nats, a float32 scalar (float64 for float64 inputs).
+        The summed loss in nats, a float32 scalar (float64 for float64 inputs). With a shard this rank's part of it:
+        the sum over ranks is the loss, and the gradient of x is this rank's part of the gradient of that sum.
     """
     name = implementation
     if name == AUTO:
         name = "triton" if triton_takes(x_TD) else "plain"
     softmax_gradient = choose("loss", IMPLEMENTATIONS, name, name)
     temporaries = TEMPORARIES * (2 if x_TD.dtype == torch.float64 else 1) if name == "plain" else 0
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, softmax_gradient, temporaries)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, softmax_gradient, temporaries, shard)

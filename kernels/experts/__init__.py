@@ -14,6 +14,7 @@ from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 from minimax_train.kernels.experts.grouped import grouped_linear_loop, grouped_linear_torch
 from minimax_train.kernels.experts.naive import expert_mlp_naive
 from minimax_train.kernels.experts.permutation import ExpertRows
+from minimax_train.kernels.experts.products import best_implementation, expert_products, has_quack
 from minimax_train.kernels.experts.routing import (
     count_choices,
     drop_over_capacity,
@@ -30,7 +31,9 @@ __all__ = [
     "drop_over_capacity",
     "expert_mlp",
     "expert_mlp_naive",
+    "expert_products",
     "grouped_swiglu",
+    "has_quack",
     "load_balancing_loss",
     "permute",
     "plan_rows",
@@ -50,11 +53,17 @@ def _with(linear):
     return grouped_swiglu
 
 
-def _triton(*args) -> Tensor:
-    # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.experts.triton import grouped_swiglu_triton
+def _by_products(name: str):
+    """The experts as one op."""
 
-    return grouped_swiglu_triton(*args)
+    def grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, offsets_E):
+        # CPU installs have no triton: imported only when asked for.
+        from minimax_train.kernels.experts.triton import grouped_swiglu_triton
+
+        products = expert_products(x_RD, down_EDF.shape[2], name)
+        return grouped_swiglu_triton(products, x_RD, gate_up_E2FD, down_EDF, offsets_E)
+
+    return grouped_swiglu
 
 
 def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,15 +72,13 @@ def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return route_triton(*args)
 
 
-IMPLEMENTATIONS = {"triton": _triton, "grouped": _with(grouped_linear_torch), "loop": _with(grouped_linear_loop)}
+IMPLEMENTATIONS = {
+    "quack": _by_products("quack"),
+    "triton": _by_products("triton"),
+    "grouped": _with(grouped_linear_torch),
+    "loop": _with(grouped_linear_loop),
+}
 ROUTER_IMPLEMENTATIONS = {"triton": _route_triton, "plain": route_plain}
-
-
-def _best(x_RD: Tensor, gate_up_E2FD: Tensor) -> str:
-    aligned = gate_up_E2FD.shape[1] % 16 == 0 and gate_up_E2FD.shape[2] % 8 == 0  # rows on 16 bytes, in both products
-    if not (x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned):
-        return "loop"
-    return "triton" if triton_takes(x_RD) else "grouped"
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -150,7 +157,7 @@ def _movement(x: Tensor, implementation: str) -> str:
     """Moving rows needs no grouped GEMM: Triton is the best choice for every dtype it takes."""
     best = "triton" if triton_takes(x) else "loop"
     choose("experts", IMPLEMENTATIONS, implementation, best)
-    return best if implementation == AUTO else implementation
+    return {AUTO: best, "quack": "triton"}.get(implementation, implementation)
 
 
 def grouped_swiglu(
@@ -162,10 +169,11 @@ def grouped_swiglu(
         x_RD: any floating dtype, the same as the weights'.
         gate_up_E2FD: gate over up, as in transformers' fused expert weights.
         offsets_E: end row of each expert, int32.
-        implementation: ``auto``; ``triton`` (SwiGLU fused between the products; not float64); ``grouped`` (CUDA,
+        implementation: ``auto``; ``quack`` (SwiGLU in the products' epilogues; bfloat16 on Hopper, F a multiple of 8,
+            extra ``cuda``); ``triton`` (SwiGLU a kernel between the products; not float64); ``grouped`` (CUDA,
             bfloat16) or ``loop``, as separate ops.
     """
-    run = choose("experts", IMPLEMENTATIONS, implementation, _best(x_RD, gate_up_E2FD))
+    run = choose("experts", IMPLEMENTATIONS, implementation, best_implementation(x_RD, down_EDF.shape[2]))
     return run(x_RD, gate_up_E2FD, down_EDF, offsets_E)
 
 
@@ -183,11 +191,12 @@ def expert_mlp(
     Returns:
         ``[T, D]`` in the dtype of x; weights may be of higher precision, and unless in Triton are rounded to it.
     """
-    name = _best(x_TD, gate_up_E2FD) if implementation == AUTO else implementation
-    if name == "triton":
+    name = best_implementation(x_TD, down_EDF.shape[2]) if implementation == AUTO else implementation
+    if name in ("quack", "triton"):
         from minimax_train.kernels.experts.triton import expert_mlp_triton
 
-        return expert_mlp_triton(x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
+        products = expert_products(x_TD, down_EDF.shape[2], name)
+        return expert_mlp_triton(products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
     rows = plan_rows(experts_TK, len(gate_up_E2FD), implementation=name)
     x_RD = permute(x_TD, rows, implementation=name)
     y_RD = grouped_swiglu(x_RD, gate_up_E2FD, down_EDF, rows.offsets_E, implementation=name)

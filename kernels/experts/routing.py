@@ -69,18 +69,17 @@ def drop_over_capacity(experts_TK: Tensor, piece_T: Tensor, load_PE: Tensor, tak
     return experts_TK.masked_fill(rank_TK > capacity, -1)
 
 
-def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, row_load_PE: Tensor, row_length: int) -> Tensor:
+def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, fraction_PE: Tensor, row_length: int) -> Tensor:
     """These tokens' part of ``sum over rows of 1 / E * sum_i f_i m_i``, a scalar in the dtype of the probabilities.
 
-    f_i is the number of choices of expert i per token of the row (they sum to k), m_i its mean router probability
-    (MiniMax-01, section 2.1, after GShard). Taken per row, so that it does not depend on how rows are dealt to ranks
-    and micro-batches. Transformers' ``load_balancing_loss_func`` is E^2 times this for one row and one layer.
+    f_i is the number of choices of expert i per token (they sum to k), m_i its mean router probability (MiniMax-01,
+    section 2.1, after GShard). With f taken per row it does not depend on how rows are dealt to ranks and
+    micro-batches, and transformers' ``load_balancing_loss_func`` is E^2 times this for one row and one layer.
 
     Args:
         probabilities_TE: the router's.
-        piece_T: the piece of a row each token lies in, int64.
-        row_load_PE: choices of each expert in the whole row of each piece.
+        piece_T: the piece each token lies in, int64.
+        fraction_PE: f, over the tokens that each piece is counted with, in the dtype of the probabilities.
         row_length: tokens of a row.
     """
-    fraction_PE = row_load_PE.to(probabilities_TE.dtype) / row_length
     return (probabilities_TE * fraction_PE[piece_T]).sum() / (row_length * probabilities_TE.shape[1])

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.experts import triton_kernels
-from minimax_train.kernels.experts.grouped import GroupedGemm, choose_gemm
 from minimax_train.kernels.experts.permutation import ExpertRows
 
 # Elements of a tile of the kernels that only move and scale, on four warps; tokens or choices of one that sorts them.
@@ -227,90 +226,95 @@ def combine_triton(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> Tensor
 # --- the experts ------------------------------------------------------------------------------------------------------
 
 
-def _swiglu(gate_up_R2F: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None) -> Tensor:
-    R, F = len(gate_up_R2F), gate_up_R2F.shape[1] // 2
-    act_RF = torch.empty(R, F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
+def swiglu_into(
+    gate_up_R2F: Tensor,
+    act_RF: Tensor,
+    offsets_E: Tensor,
+    weights: Tensor | None = None,
+    choice_R: Tensor | None = None,
+) -> None:
+    """``act = silu(gate) * up``, times the weight of the row's choice if there are weights."""
+    R, F = act_RF.shape
     BR, BF = _tile(F)
     triton_kernels.swiglu[(triton.cdiv(R, BR), triton.cdiv(F, BF))](
         gate_up_R2F, weights, choice_R, offsets_E, act_RF,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-    return act_RF
 
 
-def _swiglu_backward(
-    gate_up_R2F: Tensor, d_act_RF: Tensor, offsets_E: Tensor, weights: Tensor | None, choice_R: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of gate and up, the activation again (in the memory of ``d_act_RF``), gradient of the weights."""
+def swiglu_backward_into(
+    gate_up_R2F: Tensor,
+    d_act_RF: Tensor,
+    act_RF: Tensor,
+    d_gate_up_R2F: Tensor,
+    offsets_E: Tensor,
+    weights: Tensor | None = None,
+    choice_R: Tensor | None = None,
+    d_weights: Tensor | None = None,
+) -> None:
+    """Writes the activation, which may take the memory of its gradient, and the gradients of gate, up and weights."""
     R, F = d_act_RF.shape
-    d_gate_up_R2F = torch.empty(R, 2 * F, dtype=gate_up_R2F.dtype, device=gate_up_R2F.device)
-    # Choices of no expert have no row that would write theirs.
-    d_weights = None if weights is None else torch.zeros_like(weights)
     BR, BF = _tile(F, elements=2048)
     triton_kernels.swiglu_backward[(triton.cdiv(R, BR),)](
-        gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, d_act_RF, d_weights,
+        gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, act_RF, d_weights,
         E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
     )  # fmt: skip
-    return d_gate_up_R2F, d_act_RF, d_weights
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD, gate_up_E2FD, down_EDF, offsets_E):
-        gemm = choose_gemm(x_RD)
-        gate_up_R2F = gemm.rows(x_RD, gate_up_E2FD.mT, offsets_E)
-        ctx.save_for_backward(x_RD, gate_up_R2F, gate_up_E2FD, down_EDF, offsets_E)
-        return gemm.rows(_swiglu(gate_up_R2F, offsets_E, None, None), down_EDF.mT, offsets_E)
+    def forward(ctx, products, x_RD, gate_up_E2FD, down_EDF, offsets_E):
+        x_RD, gate_up_E2FD, down_EDF = x_RD.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
+        hidden_R2F, act_RF = products.up(x_RD, gate_up_E2FD, offsets_E)
+        ctx.save_for_backward(x_RD, hidden_R2F, gate_up_E2FD, down_EDF, offsets_E)
+        ctx.products = products
+        return products.down(act_RF, down_EDF, offsets_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD):
-        x_RD, gate_up_R2F, gate_up_E2FD, down_EDF, offsets_E = ctx.saved_tensors
-        dy_RD, gemm = dy_RD.contiguous(), choose_gemm(x_RD)
-        d_act_RF = gemm.rows(dy_RD, down_EDF, offsets_E)
-        d_gate_up_R2F, act_RF, _ = _swiglu_backward(gate_up_R2F, d_act_RF, offsets_E, None, None)
-        d_down_EDF = gemm.weights(dy_RD, act_RF, offsets_E)
-        d_gate_up_E2FD = gemm.weights(d_gate_up_R2F, x_RD, offsets_E)
-        return gemm.rows(d_gate_up_R2F, gate_up_E2FD, offsets_E), d_gate_up_E2FD, d_down_EDF, None
+        x_RD, hidden_R2F, gate_up_E2FD, down_EDF, offsets_E = ctx.saved_tensors
+        dy_RD, products = dy_RD.contiguous(), ctx.products
+        d_hidden_R2F, act_RF, _ = products.d_hidden(dy_RD, hidden_R2F, down_EDF, offsets_E)
+        d_down_EDF = products.d_down(dy_RD, act_RF, offsets_E)
+        d_gate_up_E2FD = products.d_gate_up(d_hidden_R2F, x_RD, offsets_E)
+        return None, products.dx(d_hidden_R2F, gate_up_E2FD, offsets_E), d_gate_up_E2FD, d_down_EDF, None
 
 
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF):
-        gemm: GroupedGemm = choose_gemm(x_TD)
+    def forward(ctx, products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF):
         rows = rank_rows(experts_TK, len(gate_up_E2FD))
-        weights_TK = weights_TK.contiguous()
-        gate_up_R2F = gemm.rows(_permute(x_TD, rows), gate_up_E2FD.mT, rows.offsets_E)
-        act_RF = _swiglu(gate_up_R2F, rows.offsets_E, weights_TK, rows.choice_R)
-        ctx.save_for_backward(x_TD, weights_TK, gate_up_E2FD, down_EDF, gate_up_R2F)
-        ctx.rows = rows
-        return _combine(gemm.rows(act_RF, down_EDF.mT, rows.offsets_E), rows)
+        weights_TK, gate_up_E2FD, down_EDF = weights_TK.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
+        hidden_R2F, act_RF = products.up(_permute(x_TD, rows), gate_up_E2FD, rows.offsets_E, weights_TK, rows.choice_R)
+        ctx.save_for_backward(x_TD, weights_TK, gate_up_E2FD, down_EDF, hidden_R2F)
+        ctx.products, ctx.rows = products, rows
+        return _combine(products.down(act_RF, down_EDF, rows.offsets_E), rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
-        x_TD, weights_TK, gate_up_E2FD, down_EDF, gate_up_R2F = ctx.saved_tensors
-        rows, gemm = ctx.rows, choose_gemm(x_TD)
+        x_TD, weights_TK, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
+        rows, products = ctx.rows, ctx.products
         offsets_E = rows.offsets_E
         dy_RD = _permute(dy_TD, rows)
-        d_act_RF = gemm.rows(dy_RD, down_EDF, offsets_E)
-        d_gate_up_R2F, act_RF, d_weights_TK = _swiglu_backward(
-            gate_up_R2F, d_act_RF, offsets_E, weights_TK, rows.choice_R
+        d_hidden_R2F, act_RF, d_weights_TK = products.d_hidden(
+            dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK, rows.choice_R
         )
-        d_down_EDF = gemm.weights(dy_RD, act_RF, offsets_E)
-        del dy_RD, d_act_RF, act_RF
-        d_gate_up_E2FD = gemm.weights(d_gate_up_R2F, _permute(x_TD, rows), offsets_E)
-        dx_TD = _combine(gemm.rows(d_gate_up_R2F, gate_up_E2FD, offsets_E), rows)
-        return dx_TD, d_weights_TK, None, d_gate_up_E2FD, d_down_EDF
+        d_down_EDF = products.d_down(dy_RD, act_RF, offsets_E)
+        del dy_RD, act_RF
+        d_gate_up_E2FD = products.d_gate_up(d_hidden_R2F, _permute(x_TD, rows), offsets_E)
+        dx_TD = _combine(products.dx(d_hidden_R2F, gate_up_E2FD, offsets_E), rows)
+        return None, dx_TD, d_weights_TK, None, d_gate_up_E2FD, d_down_EDF
 
 
-def grouped_swiglu_triton(x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """:func:`minimax_train.kernels.experts.grouped_swiglu` with SwiGLU in one kernel, forward and backward."""
-    return _GroupedSwiGLU.apply(x_RD, gate_up_E2FD, down_EDF, offsets_E)
+def grouped_swiglu_triton(products, x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    """:func:`minimax_train.kernels.experts.grouped_swiglu` by these products."""
+    return _GroupedSwiGLU.apply(products, x_RD, gate_up_E2FD, down_EDF, offsets_E)
 
 
 def expert_mlp_triton(
-    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    products, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """:func:`minimax_train.kernels.experts.expert_mlp` as one op; weights stay in their own precision."""
-    return _ExpertMLP.apply(x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
+    return _ExpertMLP.apply(products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)

@@ -10,13 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
-from minimax_train.kernels.norm.naive import add_rms_norm_naive, gated_rms_norm_naive, rms_norm_naive
-from minimax_train.kernels.norm.plain import add_rms_norm_plain, gated_rms_norm_plain, rms_norm_plain
+from minimax_train.kernels.norm.naive import (
+    add_rms_norm_naive,
+    gated_rms_norm_naive,
+    gated_scale_naive,
+    rms_norm_naive,
+)
+from minimax_train.kernels.norm.plain import (
+    add_rms_norm_plain,
+    gated_rms_norm_plain,
+    gated_scale_plain,
+    rms_norm_plain,
+)
 
-__all__ = ["IMPLEMENTATIONS", "add_rms_norm", "gated_rms_norm", "rms_norm"]
+__all__ = ["IMPLEMENTATIONS", "add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm", "sum_of_squares"]
 
 
 # CPU installs have no triton: imported only when asked for.
@@ -38,16 +50,23 @@ def _gated_rms_norm_triton(*args) -> Tensor:
     return gated_rms_norm_triton(*args)
 
 
+def _gated_scale_triton(*args) -> Tensor:
+    from minimax_train.kernels.norm.triton import gated_scale_triton
+
+    return gated_scale_triton(*args)
+
+
 class _Norms(NamedTuple):
     norm: Callable
     add: Callable
     gated: Callable
+    gated_scale: Callable
 
 
 IMPLEMENTATIONS = {
-    "triton": _Norms(_rms_norm_triton, _add_rms_norm_triton, _gated_rms_norm_triton),
-    "plain": _Norms(rms_norm_plain, add_rms_norm_plain, gated_rms_norm_plain),
-    "naive": _Norms(rms_norm_naive, add_rms_norm_naive, gated_rms_norm_naive),
+    "triton": _Norms(_rms_norm_triton, _add_rms_norm_triton, _gated_rms_norm_triton, _gated_scale_triton),
+    "plain": _Norms(rms_norm_plain, add_rms_norm_plain, gated_rms_norm_plain, gated_scale_plain),
+    "naive": _Norms(rms_norm_naive, add_rms_norm_naive, gated_rms_norm_naive, gated_scale_naive),
 }
 
 
@@ -76,3 +95,33 @@ def gated_rms_norm(
 ) -> Tensor:
     """``rms_norm(x) * sigmoid(gate)``: the end of lightning attention before its projection."""
     return _choose(x_TD, implementation).gated(x_TD, gate_TD, weight_D, eps)
+
+
+def gated_scale(
+    x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor, *, implementation: str = AUTO
+) -> Tensor:
+    """``x_t * scale_t * weight * sigmoid(gate)``: :func:`gated_rms_norm` of rows of which only a part is here.
+
+    Args:
+        scale_T: ``1 / sqrt(mean of squares of the whole row + eps)``, float32 (float64 for float64); differentiable,
+            as all inputs are.
+    """
+    return _choose(x_TD, implementation).gated_scale(x_TD, gate_TD, weight_D, scale_T)
+
+
+def sum_of_squares(x_TD: Tensor) -> Tensor:
+    """Of each row: ``[T]``, float32 (float64 for float64), differentiable."""
+    return _SumOfSquares.apply(x_TD)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD):
+        ctx.save_for_backward(x_TD)
+        return torch.linalg.vector_norm(x_TD, dim=1, dtype=torch.promote_types(x_TD.dtype, torch.float32)).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_T):
+        (x_TD,) = ctx.saved_tensors
+        return (x_TD * (2 * d_T)[:, None]).to(x_TD.dtype)

@@ -24,3 +24,10 @@ def add_rms_norm_naive(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: floa
 def gated_rms_norm_naive(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm of x, times ``1 / (1 + exp(-gate))``."""
     return rms_norm_naive(x_TD, weight_D, eps) / (1 + (-gate_TD).exp())
+
+
+def gated_scale_naive(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+    """``x * scale * weight``, times ``1 / (1 + exp(-gate))``."""
+    return torch.stack([x_D * scale * weight_D for x_D, scale in zip(x_TD, scale_T, strict=True)]) / (
+        1 + (-gate_TD).exp()
+    )

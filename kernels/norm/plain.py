@@ -17,3 +17,7 @@ def add_rms_norm_plain(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: floa
 
 def gated_rms_norm_plain(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return rms_norm_plain(x_TD, weight_D, eps) * torch.sigmoid(gate_TD)
+
+
+def gated_scale_plain(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+    return (x_TD * scale_T[:, None]).to(x_TD.dtype) * weight_D * torch.sigmoid(gate_TD)

@@ -37,19 +37,20 @@ def _tile(D: int, per_thread: int) -> dict:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, second_TD, weight_D, alpha, eps, kind):
+    def forward(ctx, x_TD, second_TD, weight_D, given_T, alpha, eps, kind):
         x_TD = x_TD.contiguous()
         second_TD = None if second_TD is None else second_TD.contiguous()
         (T, D), tile = x_TD.shape, _tile(x_TD.shape[1], 32)
         out_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
-        scale_T = torch.empty(T, dtype=torch.float32, device=x_TD.device)
+        scale_T = torch.empty(T, dtype=torch.float32, device=x_TD.device) if given_T is None else given_T.contiguous()
         if T:
             grid = (triton.cdiv(T, tile["BT"]),)
             triton_kernels.forward[grid](
-                x_TD, second_TD, weight_D, out_TD, scale_T, T, alpha, eps, D=D, KIND=kind, **tile
-            )
+                x_TD, second_TD, weight_D, out_TD, scale_T, T, alpha, eps,
+                D=D, KIND=kind, GIVEN=given_T is not None, **tile,
+            )  # fmt: skip
         ctx.save_for_backward(x_TD, second_TD, weight_D, scale_T)
-        ctx.alpha, ctx.kind = alpha, kind
+        ctx.alpha, ctx.kind, ctx.given = alpha, kind, given_T is not None
         return out_TD
 
     @staticmethod
@@ -65,13 +66,14 @@ class _Norm(torch.autograd.Function):
         d_second_TD = None
         if second_TD is not None:
             d_second_TD = torch.empty(T, D, dtype=second_TD.dtype, device=x_TD.device)
+        d_scale_T = torch.empty_like(scale_T) if ctx.given else None
         d_weights_PD = torch.empty(programs, D, dtype=torch.float32, device=x_TD.device)
         if T:
             triton_kernels.backward[(programs,)](
                 x_TD, second_TD, weight_D, scale_T, d_out_TD.contiguous(), d_x_TD, d_second_TD, d_weights_PD,
-                T, per, ctx.alpha, D=D, KIND=ctx.kind, **tile,
+                d_scale_T, T, per, ctx.alpha, D=D, KIND=ctx.kind, GIVEN=ctx.given, **tile,
             )  # fmt: skip
-        return d_x_TD, d_second_TD, d_weights_PD.sum(0).to(weight_D.dtype), None, None, None
+        return d_x_TD, d_second_TD, d_weights_PD.sum(0).to(weight_D.dtype), d_scale_T, None, None, None
 
 
 def _check(x_TD: Tensor) -> None:
@@ -83,14 +85,19 @@ def _check(x_TD: Tensor) -> None:
 
 def rms_norm_triton(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x_TD)
-    return _Norm.apply(x_TD, None, weight_D, 1.0, eps, triton_kernels.PLAIN.value)
+    return _Norm.apply(x_TD, None, weight_D, None, 1.0, eps, triton_kernels.PLAIN.value)
 
 
 def add_rms_norm_triton(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
     _check(h_TD)
-    return _Norm.apply(h_TD, f_TD, weight_D, alpha, eps, triton_kernels.RESIDUAL.value)
+    return _Norm.apply(h_TD, f_TD, weight_D, None, alpha, eps, triton_kernels.RESIDUAL.value)
 
 
 def gated_rms_norm_triton(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x_TD)
-    return _Norm.apply(x_TD, gate_TD, weight_D, 1.0, eps, triton_kernels.GATE.value)
+    return _Norm.apply(x_TD, gate_TD, weight_D, None, 1.0, eps, triton_kernels.GATE.value)
+
+
+def gated_scale_triton(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+    _check(x_TD)
+    return _Norm.apply(x_TD, gate_TD, weight_D, scale_T.float(), 1.0, 0.0, triton_kernels.GATE.value)

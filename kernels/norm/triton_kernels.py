@@ -1,6 +1,7 @@
 """The RMSNorm kernels: a row is read once and held in registers, forward and backward.
 
 KIND says what the second input is: nothing, what is added to ``alpha * x`` before the norm, or the gate after it.
+GIVEN says that ``scale`` is an input of its own, made from more of the row than is here; else it is made from the row.
 
 Shape legend: T tokens, D width, P programs of the backward pass. A block of X is BX.
 """
@@ -16,9 +17,9 @@ GATE = tl.constexpr(2)
 @triton.jit
 def forward(
     x, second, weight, out, scale, T, alpha, eps,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """``out`` and, for the backward pass, ``scale[t] = 1 / sqrt(mean(x^2) + eps)``."""
+    """``out`` and, for the backward pass, ``scale[t] = 1 / sqrt(mean(x^2) + eps)``, unless that is given."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.arange(0, BD)
     mask = (tokens < T)[:, None] & (columns < D)[None, :]
@@ -26,21 +27,27 @@ def forward(
     x_TD = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if KIND == RESIDUAL:
         x_TD = alpha * x_TD + tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
-    scale_T = 1.0 / tl.sqrt(tl.sum(x_TD * x_TD, 1) / D + eps)
+    if GIVEN:
+        scale_T = tl.load(scale + tokens, mask=tokens < T, other=0.0)
+    else:
+        scale_T = 1.0 / tl.sqrt(tl.sum(x_TD * x_TD, 1) / D + eps)
+        tl.store(scale + tokens, scale_T, mask=tokens < T)
     weight_D = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
     y_TD = x_TD * scale_T[:, None] * weight_D[None, :]
     if KIND == GATE:
         y_TD *= tl.sigmoid(tl.load(second + at, mask=mask, other=0.0).to(tl.float32))
     tl.store(out + at, y_TD.to(out.dtype.element_ty), mask=mask)
-    tl.store(scale + tokens, scale_T, mask=tokens < T)
 
 
 @triton.jit
 def backward(
-    x, second, weight, scale, d_out, d_x, d_second, d_weights, T, per, alpha,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr,
+    x, second, weight, scale, d_out, d_x, d_second, d_weights, d_scale, T, per, alpha,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of both inputs, and each program's part ``[P, D]`` of the weight's, summed over its tokens in order."""
+    """Gradients of both inputs, and each program's part ``[P, D]`` of the weight's, summed over its tokens in order.
+
+    A given scale has a gradient of its own, ``[T]``.
+    """
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
     d_weight_TD = tl.zeros([BT, BD], tl.float32)
@@ -55,6 +62,8 @@ def backward(
         weight_D = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)
         if KIND == RESIDUAL:
             x_TD = alpha * x_TD + tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
+        if GIVEN:
+            unscaled_TD = x_TD
         x_TD *= scale_T[:, None]
         if KIND == GATE:
             gate_TD = tl.sigmoid(tl.load(second + at, mask=mask, other=0.0).to(tl.float32))
@@ -63,8 +72,12 @@ def backward(
             d_TD *= gate_TD
         d_weight_TD += d_TD * x_TD
         d_TD *= weight_D[None, :]
-        along_T = tl.sum(d_TD * x_TD, 1) / D
-        d_TD = (d_TD - x_TD * along_T[:, None]) * scale_T[:, None]
+        if GIVEN:
+            tl.store(d_scale + tokens, tl.sum(d_TD * unscaled_TD, 1), mask=tokens < T)
+            d_TD *= scale_T[:, None]
+        else:
+            along_T = tl.sum(d_TD * x_TD, 1) / D
+            d_TD = (d_TD - x_TD * along_T[:, None]) * scale_T[:, None]
         if KIND == RESIDUAL:
             tl.store(d_second + at, d_TD.to(d_second.dtype.element_ty), mask=mask)
             d_TD *= alpha

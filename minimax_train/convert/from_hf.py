@@ -20,7 +20,7 @@ from minimax_train.convert.checkpoint import (
 from minimax_train.convert.config import from_hf_config
 from minimax_train.convert.decays import SLOPES, decay_name, decay_outputs, decays, lightning_layers
 from minimax_train.convert.draft import draft_of
-from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, put
+from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, fused_shape, put
 from minimax_train.convert.shards import TensorFolder
 from minimax_train.convert.tokenizer import copy_tokenizer
 from minimax_train.errors import ConfigError, require
@@ -119,7 +119,7 @@ class _Tensors:
                         raise ConfigError(f"{self.folder.folder}: {part.name} is missing")
                     found.add(place[0])
                     stored = self.folder.shape(place[0])
-                    wanted = tuple(parameter.shape if place[1] else empty[part.index].shape)
+                    wanted = tuple(fused_shape(parameter) if place[1] else empty[part.index].shape)
                     if stored != wanted:
                         raise ConfigError(
                             f"{self.folder.folder}: {place[0]} has shape {stored}, config.json wants {wanted}"

@@ -2,7 +2,7 @@
 
 The tables below are the whole correspondence of names. Theirs are the names on disk, as ``save_pretrained`` writes
 them: one tensor per expert and projection, under ``block_sparse_moe``. In memory transformers fuses them as
-``mlp.experts.gate_up_proj`` and ``down_proj``, which are our own; both spellings are read.
+``mlp.experts.gate_up_proj`` and ``down_proj``; both spellings are read.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ ATTENTION = {
         "attention.o_proj.weight": "self_attn.o_proj.weight",
     },
 }
-# Ours is [expert, rows, columns]; theirs are one tensor per expert, one above the other in our rows.
-EXPERTS = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+# Ours are [expert, gate or up, rows, columns] and [expert, rows, columns]; theirs are one tensor per expert.
+EXPERTS = {"experts.mlp.gate_up_proj": ("w1", "w3"), "experts.mlp.down_proj": ("w2",)}
 ROTATED = ("attention.q_proj.weight", "attention.k_proj.weight")
 
 
@@ -117,20 +117,25 @@ def _chunks(name: str, shape: torch.Size, config: ModelConfig, permute_rotary: b
 
 
 def _expert_chunks(inner: str, shape: torch.Size, prefix: str) -> tuple[Chunk, ...]:
-    num_experts, height = shape[0], shape[1] // len(EXPERTS[inner])
+    num_experts, height, parts = shape[0], shape[-2], len(EXPERTS[inner])
 
     def part(expert: int, place: int, projection: str) -> Part:
         rows = slice(place * height, (place + 1) * height)
         return Part(
             f"{prefix}block_sparse_moe.experts.{expert}.{projection}.weight",
-            index=(0, rows),
-            fused=(f"{prefix}block_sparse_moe.{inner}", (expert, rows)),
+            index=(0, place) if parts > 1 else (0,),
+            fused=(f"{prefix}block_sparse_moe.experts.{inner.rpartition('.')[2]}", (expert, rows)),
         )
 
     return tuple(
         Chunk(expert, 1, tuple(part(expert, *item) for item in enumerate(EXPERTS[inner])))
         for expert in range(num_experts)
     )
+
+
+def fused_shape(parameter: Parameter) -> tuple[int, ...]:
+    """The shape of all experts' weights in one of transformers' fused tensors: gate and up in one dimension."""
+    return (parameter.shape[0], parameter.shape[1:-1].numel(), parameter.shape[-1])
 
 
 def _rotary_rows(num_rows: int, config: ModelConfig) -> Tensor | None:

@@ -71,9 +71,11 @@ class MicroBatch:
         tokens_T, labels_T = self.tokens_T, self.labels_T
         if device.type == "cuda" and tokens_T.device.type == "cpu":
             tokens_T, labels_T = tokens_T.pin_memory(), labels_T.pin_memory()
+        shard = self.shard and self.shard.to(device)
         return replace(
             self,
             tokens_T=tokens_T.to(device, non_blocking=True),
             labels_T=labels_T.to(device, non_blocking=True),
-            documents=self.documents.to(device),
+            documents=shard.documents if shard else self.documents.to(device),
+            shard=shard,
         )

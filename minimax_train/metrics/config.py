@@ -13,11 +13,13 @@ class LoggingConfig:
 
     Attributes:
         interval: write metrics every so many steps.
+        expert_load: write every expert's share of its layer's choices too: layers x experts numbers a step.
         wandb: ``online``, ``offline`` or ``off``.
         wandb_project, wandb_name: where the run appears; the name is that of ``run_dir`` if null.
     """
 
     interval: int = 1
+    expert_load: bool = False
     wandb: str = "off"
     wandb_project: str = "minimax-train"
     wandb_name: str | None = None

@@ -10,6 +10,7 @@ from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope,
 from minimax_train.kernels.dispatch import NEEDS_CUDA
 
 LIGHTNING, SOFTMAX = "L", "S"
+SCOPES = ("row", "global", "rank")
 
 
 def deep_norm_alpha(num_layers: int) -> float:
@@ -32,9 +33,13 @@ class ModelConfig:
         rope_base: base of the rotary frequencies.
         num_experts, experts_per_token, expert_hidden_size: the SwiGLU experts of every block.
         capacity_factor: an expert takes at most ``capacity_factor * experts_per_token * tokens / num_experts``
-            choices of a row, the rest are dropped; none are if null.
+            choices of ``tokens``, the rest are dropped; none are if null.
+        capacity_scope: which tokens share that capacity: each ``row`` its own, which no grid and no batch size changes;
+            ``global``: all ranks' tokens of a micro-batch, counted together before they are sent (MiniMax-01's global
+            router); ``rank``: each rank's own, which drops most, kept to compare with.
         aux_loss_coefficient: factor of the load-balancing loss
             :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows.
+        aux_loss_scope: the tokens over which it counts choices, as for ``capacity_scope``.
         norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
         residual_scale: factor alpha of the residual stream around attention and experts; null for DeepNorm's
             ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
@@ -53,7 +58,9 @@ class ModelConfig:
     experts_per_token: int
     expert_hidden_size: int
     capacity_factor: float | None = None
+    capacity_scope: str = "row"
     aux_loss_coefficient: float = 0.01
+    aux_loss_scope: str = "row"
     norm_eps: float = 1e-5
     residual_scale: float | None = None
 
@@ -93,6 +100,8 @@ class ModelConfig:
             self.capacity_factor,
             "must be greater than 0, or null for no limit",
         )
+        require_choice("model.capacity_scope", self.capacity_scope, SCOPES)
+        require_choice("model.aux_loss_scope", self.aux_loss_scope, SCOPES)
         require(
             self.aux_loss_coefficient >= 0,
             "model.aux_loss_coefficient",
@@ -116,9 +125,9 @@ class ModelConfig:
         """``residual_scale``, or DeepNorm's for this depth."""
         return deep_norm_alpha(self.num_layers) if self.residual_scale is None else self.residual_scale
 
-    def expert_capacity(self, row_length: int) -> int:
-        """Choices an expert takes of a row of that many tokens; call it only with a capacity factor."""
-        share = self.capacity_factor * self.experts_per_token * row_length / self.num_experts
+    def expert_capacity(self, tokens: int) -> int:
+        """Choices an expert takes of that many tokens; call it only with a capacity factor."""
+        share = self.capacity_factor * self.experts_per_token * tokens / self.num_experts
         return int(share * (1 + 1e-9))  # 0.29 * 100 is 29
 
     @property

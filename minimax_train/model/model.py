@@ -8,18 +8,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.kernels.cross_entropy import VocabularyShard, linear_cross_entropy
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.rope import rotary_table
 from minimax_train.model.attention import ATTENTIONS
-from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.attention.context import TokenContext, TokenShare
+from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
+from minimax_train.model.sharding import Linear, Sharding, local
 from minimax_train.parallel.layout import SequenceShard
 
 
@@ -27,14 +30,16 @@ class ModelLoss(NamedTuple):
     """Sums over this rank's tokens of a micro-batch; whoever owns the whole batch divides.
 
     Attributes:
-        token_loss: cross-entropy in nats summed over tokens that have a label, scalar.
+        token_loss: cross-entropy in nats summed over tokens that have a label, scalar; this rank's part of it.
         aux_loss: load-balancing loss summed over layers and rows, before its coefficient, scalar.
+        entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
         load_LE: choices of each expert in each layer, int64.
         dropped: choices over capacity in all layers, int64 scalar.
     """
 
     token_loss: Tensor
     aux_loss: Tensor
+    entropy: Tensor
     load_LE: Tensor
     dropped: Tensor
 
@@ -77,7 +82,10 @@ class HybridModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.tokens = TokenExchange()
+        self.share = TokenShare()
+        self.vocabulary: VocabularyShard | None = None  # the part on this rank, if not all
 
     def forward(
         self,
@@ -88,7 +96,7 @@ class HybridModel(nn.Module):
         num_rows: int = 1,
         shard: SequenceShard | None = None,
     ) -> Tensor | ModelLoss:
-        """Logits ``[T, V]``, or the loss when there are labels.
+        """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels.
 
         Args:
             tokens_T: int64 token ids, the rows of the micro-batch one after the other.
@@ -98,21 +106,36 @@ class HybridModel(nn.Module):
             shard: which tokens of those rows these are, when several ranks share them.
         """
         cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, self.config.rope_base)
-        context = TokenContext(documents, num_rows, shard, cos_TR, sin_TR)
-        x_TD = self.embedding(tokens_T)
+        context = TokenContext(documents, num_rows, shard, self.share, cos_TR, sin_TR)
+        x_TD = self.tokens.scatter_sum(self._embed(tokens_T))
         reports: list[RouterReport] = []
         for block in self.layers:
             x_TD, report = block(x_TD, context)
             reports.append(report)
-        x_TD = self.norm(x_TD)
+        x_TD = self.tokens.gather(self.norm(x_TD))
         if labels_T is None:
             return self.head(x_TD)
         return ModelLoss(
-            token_loss=linear_cross_entropy(x_TD, self.head.weight, labels_T, implementation=self.kernels.loss),
+            token_loss=linear_cross_entropy(
+                x_TD, local(self.head.weight), labels_T, shard=self.vocabulary, implementation=self.kernels.loss
+            ),
             aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
+            entropy=torch.stack([report.entropy for report in reports]).sum(),
             load_LE=torch.stack([report.load_E for report in reports]),
             dropped=torch.stack([report.dropped for report in reports]).sum(),
         )
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        """Rows of this rank's part of the table; zero for a token of another's."""
+        weight_VD = local(self.embedding.weight)
+        if self.vocabulary is None:
+            return F.embedding(tokens_T, weight_VD)
+        place_T = tokens_T - self.vocabulary.start
+        is_here_T = (place_T >= 0) & (place_T < len(weight_VD))
+        return F.embedding(place_T.where(is_here_T, 0), weight_VD).where(is_here_T[:, None], 0)
+
+    def shardings(self) -> dict[str, Sharding]:
+        return {name: {"tp": 0} for name in ("embedding.weight", "head.weight")}
 
     def initializers(self) -> dict[str, Initializer]:
         D, V = self.config.hidden_size, self.config.vocab_size

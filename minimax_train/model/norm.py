@@ -5,11 +5,14 @@ Shape legend: T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
 from minimax_train.model.config import KernelConfig
+from minimax_train.model.sharding import local
 
 
 class RMSNorm(nn.Module):
@@ -34,5 +37,11 @@ class ResidualRMSNorm(RMSNorm):
 class GatedRMSNorm(RMSNorm):
     """``norm(x) * sigmoid(gate)``."""
 
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    """Where ranks hold parts of the rows: from this rank's sums of squares ``[T]`` to those of whole rows."""
+
     def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
-        return gated_rms_norm(x_TD, gate_TD, self.weight, eps=self.eps, implementation=self.implementation)
+        if self.sum_over_ranks is None:
+            return gated_rms_norm(x_TD, gate_TD, self.weight, eps=self.eps, implementation=self.implementation)
+        scale_T = (self.sum_over_ranks(sum_of_squares(x_TD)) / self.weight.numel() + self.eps).rsqrt()
+        return gated_scale(x_TD, gate_TD, local(self.weight), scale_T, implementation=self.implementation)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minimax_train.kernels import cross_entropy
-from minimax_train.kernels.cross_entropy import IGNORE_INDEX, choose_chunks, linear_cross_entropy
+from minimax_train.kernels.cross_entropy import IGNORE_INDEX, VocabularyShard, choose_chunks, linear_cross_entropy
 from support.compare import relative_error
 
 HAS_GPU = torch.cuda.is_available()
@@ -79,6 +79,32 @@ def test_a_million_tokens_stay_under_two_gib(D, wide):
     assert wide_sum == wide
     assert chunk * VOCABULARY * 2 + wide_sum * VOCABULARY * D * 4 <= cross_entropy.BUDGET < 2 * 2**30
     assert chunk >= 512
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [("plain", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_parts_of_the_vocabulary_add_up(implementation, dtype, tokens, budget):
+    pytest.importorskip("triton")
+    T, D, V, ranks = 11, 6, 51, 3
+    torch.manual_seed(tokens)
+    x, weight = torch.randn(T, D, device=DEVICE, dtype=dtype), torch.randn(V, D, device=DEVICE, dtype=dtype)
+    labels = torch.tensor([0, 16, 17, 33, 34, 50, IGNORE_INDEX, 20, 40, 1, IGNORE_INDEX], device=DEVICE)
+    leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    logits = leaves[0] @ leaves[1].T
+    right = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    right_dx, right_dw = torch.autograd.grad(right, leaves)
+    budget(tokens * V // ranks * dtype.itemsize * (4 if implementation == "plain" else 1))
+    losses, dx, dw = [], [], []
+    for rank in range(ranks):
+        given = iter(logits.detach().logsumexp(-1).to(dtype).split(1))
+        shard = VocabularyShard(rank * 17, ranks, lambda mine, given=given: torch.cat([next(given) for _ in mine]))
+        parts = [x.clone().requires_grad_(), weight[rank * 17 :][:17].clone().requires_grad_()]
+        losses.append(linear_cross_entropy(*parts, labels, shard=shard, implementation=implementation))
+        for kept, gradient in zip((dx, dw), torch.autograd.grad(losses[-1], parts), strict=True):
+            kept.append(gradient.double())
+    assert relative_error(sum(losses), right) < TOLERANCES[dtype][0]
+    assert relative_error(sum(dx), right_dx) < TOLERANCES[dtype][1]
+    assert relative_error(torch.cat(dw), right_dw) < TOLERANCES[dtype][1]
 
 
 def test_loss_without_gradient():

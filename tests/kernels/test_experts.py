@@ -95,7 +95,7 @@ def test_load_balancing_loss_is_transformers_over_experts_squared():
     logits = torch.randn(2 * 31, 6, dtype=torch.float64)
     probabilities, _, experts = top_k_routing(logits, 2)
     row = torch.arange(62) // 31
-    ours = load_balancing_loss(probabilities, row, count_choices(experts, 6, row, 2), 31)
+    ours = load_balancing_loss(probabilities, row, count_choices(experts, 6, row, 2) / 31, 31)
     theirs = sum(load_balancing_loss_func((part,), 6, 2) for part in logits.chunk(2))
     assert relative_error(ours, theirs / 6**2) < 1e-6  # theirs counts in float32
 

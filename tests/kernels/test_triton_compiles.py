@@ -20,7 +20,7 @@ bf16, f32, i64, i32 = "*bf16", "*fp32", "*i64", "*i32"
 E, D, F, K, BE = 32, 6144, 9216, 2, 64
 MOVED = dict.fromkeys(("x", "out", "y", "d_out", "d_y", "gate_up", "act", "d_act", "d_gate_up", "second"), bf16)
 MOVED |= dict.fromkeys(("d_x", "d_second", "weight", "logits"), bf16)
-MOVED |= dict.fromkeys(("weights", "d_weights", "scale", "cos", "sin", "losses"), f32)
+MOVED |= dict.fromkeys(("weights", "d_weights", "scale", "cos", "sin", "losses", "log_sum", "d_scale"), f32)
 MOVED |= dict.fromkeys(("experts", "row_of", "choice_of", "labels", "pieces", "counts"), i64)
 MOVED |= dict.fromkeys(("histogram", "starts", "offsets"), i32) | {"alpha": "fp32", "eps": "fp32"}
 ROUTER = MOVED | dict.fromkeys(("logits", "probabilities", "d_probabilities", "d_logits"), f32)
@@ -44,10 +44,14 @@ LAUNCHES = [
     (rope.rotate, MOVED, dict(H=64, K=128, R=32, BT=1, BH=64, BR=32, BREST=0, INVERSE=False), 4),
     (rope.rotate, MOVED, dict(H=8, K=128, R=32, BT=8, BH=8, BR=32, BREST=64, INVERSE=True), 4),
     (loss.softmax_gradient, MOVED, dict(V=200_064, W=4, B=8192, NEEDS_GRADIENT=True), 32),
+    (loss.log_sums, MOVED | {"out": f32}, dict(V=100_032, W=4, B=8192), 32),
+    (loss.gradients, MOVED, dict(V=100_032, W=4, B=8192), 32),
 ]
 for kind in range(3):
-    tile = {"D": 8192, "BT": 1, "BD": 8192, "KIND": kind}
+    tile = {"D": 8192, "BT": 1, "BD": 8192, "KIND": kind, "GIVEN": False}
     LAUNCHES += [(norm.forward, MOVED, tile, 8), (norm.backward, MOVED, tile, 16)]
+tile = {"D": 4096, "BT": 1, "BD": 4096, "KIND": norm.GATE.value, "GIVEN": True}
+LAUNCHES += [(norm.forward, MOVED, tile, 4), (norm.backward, MOVED, tile, 8)]
 
 for kernel, types, constants, warps in LAUNCHES:
     signature, values, aligned = {}, {}, {}
@@ -71,4 +75,4 @@ def test_kernels_compile(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 21 and max(shared) <= 100 * 1024  # two programs on a multiprocessor
+    assert len(shared) == 25 and max(shared) <= 100 * 1024  # two programs on a multiprocessor

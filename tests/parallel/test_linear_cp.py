@@ -23,7 +23,7 @@ def _inputs(tokens, seed, dtype):
 
 def _compare(grid, kind, method, seeds, dtype):
     """Largest error over many mixes of this rank's outputs and gradients."""
-    communicator = GroupCommunicator(grid.dp_group)
+    communicator = GroupCommunicator(grid.group("dp"))
     layout = SequenceLayout(kind, communicator.size)
     chunks = len(layout.chunk_ranks)
     worst = 0.0

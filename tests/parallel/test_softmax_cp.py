@@ -50,7 +50,7 @@ def _worst_error(actual, expected, shard):
 
 def _compare_many(grid, kind, size, seeds, dtype, heads, limit=1e-3):
     """The worst error of each method, over many mixes of documents."""
-    communicator = GroupCommunicator(grid.dp_group)
+    communicator = GroupCommunicator(grid.group("dp"))
     layout = SequenceLayout(kind, communicator.size)
     tokens = size * len(layout.chunk_ranks)
     worst = {}
@@ -248,7 +248,7 @@ def test_refusals():
 
 
 def _compare_on_gpu(grid, kind, dtype, implementation, lengths, heads):
-    communicator = GroupCommunicator(grid.dp_group)
+    communicator = GroupCommunicator(grid.group("dp"))
     whole = Documents.from_lengths(lengths)
     row = _row(whole.num_tokens, 1, dtype, heads)
     expected = _reference(row, lengths)

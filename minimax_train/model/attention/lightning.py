@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.norm import GatedRMSNorm
+from minimax_train.model.sharding import Linear, Sharding
 
 # Transformers and the original model leave this norm at its default epsilon, whatever the others use.
 NORM_EPS = 1e-6
@@ -36,17 +38,19 @@ class LightningAttention(nn.Module):
         super().__init__()
         self.config, self.layer, self.implementation = config, layer, kernels.lightning
         D, width = config.hidden_size, config.num_heads * config.head_dim
-        self.qkv_proj = nn.Linear(D, 3 * width, bias=False)
-        self.gate_proj = nn.Linear(D, width, bias=False)
+        self.qkv_proj = Linear(D, 3 * width)
+        self.gate_proj = Linear(D, width)
         self.norm = GatedRMSNorm(width, NORM_EPS, kernels)
-        self.o_proj = nn.Linear(width, D, bias=False)
+        self.o_proj = Linear(width, D)
+        self.tokens = TokenExchange()
+        self.heads = slice(None)  # of all, on this rank
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        config = self.config
-        qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (config.num_heads, 3, config.head_dim))
-        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)
+        config, x_TD = self.config, self.tokens.gather(x_TD)
+        qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (-1, 3, config.head_dim))
+        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)[self.heads]
         out_THK = self.attend(*qkv_TH3K.unbind(2), slopes_H, context)
-        return self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD)))
+        return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD))))
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""
@@ -69,3 +73,7 @@ class LightningAttention(nn.Module):
             "norm.weight": Constant(1.0),
             "o_proj.weight": xavier(width, D, beta),
         }
+
+    def shardings(self) -> dict[str, Sharding]:
+        columns = {name: {"tp": 0} for name in ("qkv_proj.weight", "gate_proj.weight", "norm.weight")}
+        return columns | {"o_proj.weight": {"tp": 1}}

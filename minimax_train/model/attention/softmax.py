@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
+from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.config import KernelConfig, ModelConfig
 from minimax_train.model.initialization import Initializer, xavier
+from minimax_train.model.sharding import Linear, Sharding
 
 
 class SoftmaxAttention(nn.Module):
@@ -22,16 +24,17 @@ class SoftmaxAttention(nn.Module):
         self.config, self.implementation, self.rope = config, kernels.softmax, kernels.rope
         D, K = config.hidden_size, config.head_dim
         self.scale = K**-0.5
-        self.q_proj = nn.Linear(D, config.num_heads * K, bias=False)
-        self.k_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
-        self.v_proj = nn.Linear(D, config.num_kv_heads * K, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * K, D, bias=False)
+        self.q_proj = Linear(D, config.num_heads * K)
+        self.k_proj = Linear(D, config.num_kv_heads * K)
+        self.v_proj = Linear(D, config.num_kv_heads * K)
+        self.o_proj = Linear(config.num_heads * K, D)
+        self.tokens = TokenExchange()
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        K = self.config.head_dim
+        K, x_TD = self.config.head_dim, self.tokens.gather(x_TD)
         q_TW, k_TW = (self._rotated(proj(x_TD), context) for proj in (self.q_proj, self.k_proj))
         out_THK = self.attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, self.v_proj(x_TD))), context)
-        return self.o_proj(out_THK.flatten(1))
+        return self.tokens.scatter_sum(self.o_proj(out_THK.flatten(1)))
 
     def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:
         K = self.config.head_dim
@@ -53,3 +56,7 @@ class SoftmaxAttention(nn.Module):
             "v_proj.weight": xavier(D, kv_width, beta),
             "o_proj.weight": xavier(width, D, beta),
         }
+
+    def shardings(self) -> dict[str, Sharding]:
+        columns = {name: {"tp": 0} for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
+        return columns | {"o_proj.weight": {"tp": 1}}

@@ -21,11 +21,11 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    cp: int = 1,
     timeout_s: float = 180,
     start: str = "fork",
+    **grid: int,
 ) -> list[Any]:
-    """``function(grid, *arguments)`` on gloo ranks; returns each rank's result.
+    """``function(grid, *arguments)`` on gloo ranks; returns each rank's result. ``grid``: sizes of its axes.
 
     The function must be defined at the top of a test module. A rank that raises fails the test with its traceback; one
     that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
@@ -37,7 +37,7 @@ def run_ranks(
         processes = [
             context.Process(
                 target=_rank,
-                args=(function if start == "fork" else name, rank, world_size, cp, folder, arguments),
+                args=(function if start == "fork" else name, rank, world_size, grid, folder, arguments),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -64,15 +64,20 @@ def _load(path: str, name: str) -> Callable[..., Any]:
 
 
 def _rank(
-    function: Callable[..., Any] | tuple[str, str], rank: int, world_size: int, cp: int, folder: str, arguments: tuple
+    function: Callable[..., Any] | tuple[str, str],
+    rank: int,
+    world_size: int,
+    grid: dict[str, int],
+    folder: str,
+    arguments: tuple,
 ) -> None:
     try:
         torch.set_num_threads(1)
         if isinstance(function, tuple):
             function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
-        environment.init_process_group("cpu", timedelta(seconds=60))
-        result = function(ProcessGrid.create("cpu", cp=cp), *arguments)
+        environment.init_process_group("cpu", timedelta(seconds=150))
+        result = function(ProcessGrid.create("cpu", **grid), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:

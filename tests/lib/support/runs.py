@@ -24,6 +24,9 @@ MODEL = {
     "experts_per_token": 2,
     "expert_hidden_size": 12,
 }
+# Heads, vocabulary and experts divide by 4 as well, for grids that split them.
+DIVISIBLE = ["model.num_heads=12", "model.num_kv_heads=4", "model.vocab_size=308", "model.num_experts=8"]
+DIVISIBLE += ["data.sequence_length=96"]
 WORDS = "attention state decay token expert router norm gate lightning softmax ring".split()  # noqa: SIM905
 
 

@@ -95,8 +95,8 @@ def test_each_expert_lies_by_itself_on_disk(lab, tmp_path):
     lab.save_theirs(tmp_path / "hf")
     from_hf(tmp_path / "hf", tmp_path / "ours")
     metadata = lab.dcp.FileSystemReader(tmp_path / "ours").read_metadata().state_dict_metadata
-    chunks = metadata["model.layers.0.experts.gate_up_proj"].chunks
-    assert [tuple(chunk.sizes) for chunk in chunks] == [(1, 48, 40)] * 4
+    chunks = metadata["model.layers.0.experts.mlp.gate_up_proj"].chunks
+    assert [tuple(chunk.sizes) for chunk in chunks] == [(1, 2, 24, 40)] * 4
 
 
 def test_tokenizer_comes_along(lab, tmp_path):

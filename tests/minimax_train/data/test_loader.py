@@ -12,6 +12,7 @@ import torch
 from minimax_train.data import DataConfig, build_train_loader, merge_states, sources
 from minimax_train.data.packing import RowPacker
 from minimax_train.data.streams import DocumentStream
+from minimax_train.parallel.layout import SequenceLayout
 from support.data import WordTokenizer, random_documents, rows_of, write_shards
 
 NUM_STREAMS = 4
@@ -186,6 +187,8 @@ def test_micro_batch_fields(json_config):
     assert batch.num_targets == sum(label != -100 for label in batch.labels_T.tolist())
     moved = batch.to("cpu")
     assert moved.num_targets == batch.num_targets and torch.equal(moved.tokens_T, batch.tokens_T)
+    shared = batch.split(SequenceLayout("zigzag", 2), 1).to("meta")
+    assert shared.documents.device.type == shared.shard.documents.device.type == "meta"
     assert batch.to("meta").tokens_T.device.type == batch.to("meta").documents.device.type == "meta"
 
 

@@ -131,7 +131,7 @@ def test_initial_weights_follow_xavier_and_deepnorm():
         return gain * math.sqrt(2 / (fan_in + fan_out))
 
     qkv = model.layers[0].attention.qkv_proj.weight.view(5, 3, 40, 150)
-    expert = model.layers[1].experts
+    expert = model.layers[1].experts.mlp
     softmax = model.layers[2].attention
     for weight, std in [
         (qkv[:, 0], xavier(150, 200)),

@@ -12,7 +12,7 @@ from support.runs import tiny_run
 def _poisoned(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
     trainer.train_step()
-    if grid.dp_rank == grid.dp_size - 1:  # in one rank's shard alone
+    if grid.rank("dp") == grid.size("dp") - 1:  # in one rank's shard alone
         with torch.no_grad():
             trainer.model.layers[1].attention.o_proj.weight.to_local()[0, 0] = float("nan")
     weights = [p.full_tensor().clone() for p in trainer.engine.parameters.values()]

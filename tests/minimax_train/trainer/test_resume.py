@@ -17,7 +17,7 @@ from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
-from support.runs import overrides, tiny_run
+from support.runs import DIVISIBLE, overrides, tiny_run
 
 LOSSES = ("loss", "aux_loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
 
@@ -73,6 +73,21 @@ def test_continuing_on_another_number_of_ranks(tmp_path):
     run_ranks(_train, 4, config, 2)
     run_ranks(_train, 1, config, 4)
     weights = run_ranks(_train, 2, config)[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
+
+
+def test_continuing_on_another_grid(tmp_path):
+    more = (*DIVISIBLE, "checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64")
+    right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
+    for world, grid, stop_after in [
+        (8, {"tp": 2, "cp": 2, "ep": 4}, 2),
+        (4, {"tp": 4, "etp": 2}, 3),
+        (1, {}, 4),
+        (4, {"cp": 2, "ep": 2, "etp": 2}, None),
+    ]:
+        sizes = (f"parallel.{axis}={size}" for axis, size in grid.items())
+        weights = run_ranks(_train, world, tiny_run(tmp_path / "parts", *more, *sizes), stop_after, **grid)[0]
     for name, weight in weights.items():
         torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
 

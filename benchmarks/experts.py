@@ -1,0 +1,267 @@
+"""The expert layer spread over ranks: what of its communication is exposed with 1, 2 and 4 token groups.
+
+    python benchmarks/experts.py --link emulated --ranks 2 4 8 [--rate nvlink network] [--json FILE] [--trace FILE]
+    torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
+
+Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
+``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
+calls over a link that takes no time (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two
+alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are
+of the products (18 D F per row), and their share is of dense 8192^3 products, which take turns with the layer, so that
+both run at the clock that the power limit allows for long. Before each call the device sleeps some milliseconds, as it
+would be busy with the attention before this layer, so that the host is ahead when the layer starts.
+
+Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from link import RATES, EmulatedLink, FreeLink
+from torch import Tensor
+
+from minimax_train.kernels.experts import expert_mlp
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.experts import ExpertParallel
+
+CHOICES = 2
+DENSE = 40
+DENSE_FLOP = DENSE * 2 * 8192**3
+
+
+def balanced(tokens: int, experts: int) -> Tensor:
+    """Two different experts per token, each expert as often as any other."""
+    first_T = torch.arange(tokens) % experts
+    second_T = (first_T + 1 + torch.arange(tokens) // experts % (experts - 1)) % experts
+    return torch.stack([first_T, second_T], 1)[torch.randperm(tokens)]
+
+
+def skewed(tokens: int, experts: int) -> Tensor:
+    popularity_E = (0.7 * torch.randn(experts)).exp()
+    return torch.multinomial(popularity_E.expand(tokens, -1), CHOICES)
+
+
+def make_inputs(routing: str, ep: int, etp: int, options: argparse.Namespace) -> tuple[int, float, list[Tensor]]:
+    """The rank on ``ep`` with most rows, its FLOPs, and x, weights, experts, gate_up and down of one rank."""
+    torch.manual_seed(0)
+    D, F, E, T = options.hidden, options.expert_hidden, options.experts, options.tokens
+    experts_TK = {"balanced": balanced, "skewed": skewed}[routing](T, E)
+    rows_I = torch.bincount(experts_TK.flatten(), minlength=E).view(ep, -1).sum(1)
+    shapes = [(T, D), (T, CHOICES), (E // ep, 2 * F // etp, D), (E // ep, D, F // etp)]
+    scales = [1.0, 1.0, D**-0.5, F**-0.5]
+    where = {"device": options.device, "dtype": options.dtype}
+    x, weights, gate_up, down = (s * torch.randn(shape, **where) for s, shape in zip(scales, shapes, strict=True))
+    leaves = [t.requires_grad_() for t in (x, weights.float(), gate_up, down)]
+    rank = int(rows_I.argmax())
+    # Every rank routes alike, so an expert's rows come from all of them.
+    flops = 18.0 * float(rows_I[rank]) * ep * etp * D * F / etp
+    return rank, flops, [*leaves[:2], experts_TK.to(options.device), *leaves[2:]]
+
+
+def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) -> dict[str, list[Communicator]]:
+    """Both axes' communicators: of the link that is measured, and of one that takes no time."""
+    sizes = {"ep": (ep, rank), "etp": (etp, 0)}
+    if options.link == "nccl":
+        high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        high.config.max_ctas = options.sms
+        group = GroupCommunicator(dist.new_group(pg_options=high))
+        sizes["ep" if ep > 1 else "etp"] = (group.size, group.rank)
+        linked = [group if size > 1 else FreeLink(0, 1) for size, _ in sizes.values()]
+    else:
+        linked = [EmulatedLink(rank, size, *RATES[rate], sms=options.sms) for size, rank in sizes.values()]
+    return {"linked": linked, "free": [FreeLink(rank, size) for size, rank in sizes.values()]}
+
+
+def one_call(layer: Callable, inputs: list[Tensor], dy_TD: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        return torch.autograd.grad(layer(*inputs), [t for t in inputs if t.requires_grad], dy_TD)
+
+    return run
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """One call on the device, once all ranks are there."""
+    if not torch.cuda.is_available():
+        run()
+        return float("nan")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if dist.is_initialized():
+        dist.barrier()
+    torch.cuda._sleep(6_000_000)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namespace) -> list[dict]:
+    rank, flops, inputs = make_inputs(routing, ep, etp, options)
+    if options.link == "nccl" and ep > 1:
+        rank = dist.get_rank()
+    dy_TD = torch.randn_like(inputs[0])
+    both = links(ep, etp, rank, options, rate)
+    runs = {
+        (groups, kind): one_call(ExpertParallel(*axes, num_experts=options.experts, token_groups=groups), inputs, dy_TD)
+        for groups in options.groups
+        for kind, axes in both.items()
+    }
+    runs["dense"] = dense_products(options)
+    for run in runs.values():
+        milliseconds(run)
+    for link in both["free"]:
+        link.moving = not torch.cuda.is_available()
+    samples = {key: [] for key in runs}
+    for _ in range(options.repeats):
+        for key, run in runs.items():
+            samples[key].append(milliseconds(run))
+    dense = DENSE_FLOP / statistics.median(samples["dense"]) * 1e3
+    del runs["dense"]
+    if not all(torch.isfinite(t).all() for run in runs.values() for t in run()):
+        print("what a free link left was not finite: its times may be too short")
+    rows, first = [], None
+    for groups in options.groups:
+        linked, free = (slowest(samples[groups, kind]) for kind in ("linked", "free"))
+        exposed = statistics.median(a - b for a, b in zip(linked, free, strict=True))
+        ms = statistics.median(linked)
+        first = exposed if first is None else first
+        place = {"ranks": ep * etp, "axis": axes_name(ep, etp), "routing": routing, "rate": rate}
+        times = {"groups": groups, "ms": ms, "free": statistics.median(free), "exposed": exposed}
+        rates = {"of_1": exposed / first, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
+        rows.append({**place, **times, **rates})
+    if options.trace and routing == "balanced":
+        name = f"{options.trace.name.split('.')[0]}-{rate}-{axes_name(ep, etp)}-{ep * etp}.json.gz"
+        write_trace(options.trace.with_name(name), runs[options.groups[-1], "linked"])
+    return rows
+
+
+def axes_name(ep: int, etp: int) -> str:
+    return "both" if ep > 1 and etp > 1 else "ep" if ep > 1 else "etp"
+
+
+def slowest(milliseconds: list[float]) -> list[float]:
+    """Of all ranks, call by call."""
+    if not dist.is_initialized():
+        return milliseconds
+    times = torch.tensor(milliseconds, device="cuda")
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.tolist()
+
+
+def dense_products(options: argparse.Namespace) -> Callable[[], None]:
+    """``DENSE`` products of two matrices of 8192^2, about as long as the layer."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    a, b, out = (torch.randn(8192, 8192, device=options.device, dtype=options.dtype) for _ in range(3))
+
+    def run() -> None:
+        for _ in range(DENSE):
+            torch.mm(a, b.T, out=out)
+
+    return run
+
+
+def one_rank(options: argparse.Namespace) -> dict:
+    """All experts on one rank."""
+    _, flops, inputs = make_inputs("balanced", 1, 1, options)
+    layer, dense = one_call(expert_mlp, inputs, torch.randn_like(inputs[0])), dense_products(options)
+    samples = [(milliseconds(layer), milliseconds(dense)) for _ in range(options.repeats + 1)][1:]
+    ms, dense_ms = (statistics.median(times) for times in zip(*samples, strict=True))
+    return {"ranks": 1, "ms": ms, "tflops": flops / ms / 1e9, "of_dense": flops / ms / (DENSE_FLOP / dense_ms)}
+
+
+def write_trace(path: Path, run: Callable[[], object]) -> None:
+    """A Chrome trace of one call, of what ran on the device, gzipped."""
+    once = torch.profiler.schedule(wait=0, warmup=1, active=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=once) as profile:
+        for _ in range(2):
+            milliseconds(run)
+            profile.step()
+    if dist.is_initialized() and dist.get_rank():
+        return
+    whole = path.with_suffix(".tmp")
+    profile.export_chrome_trace(str(whole))
+    events = json.loads(whole.read_text())["traceEvents"]
+    whole.unlink()
+    kept = [
+        {key: event[key] for key in ("name", "ph", "ts", "dur", "pid", "tid")} | {"name": event["name"][:60]}
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy")
+    ]
+    sending = {event["tid"] for event in kept if "nccl" in event["name"] or event["name"] == "_hold"}
+    kept += [
+        {"name": "thread_name", "ph": "M", "pid": event["pid"], "tid": event["tid"], "args": {"name": lane}}
+        for event in {event["tid"]: event for event in kept}.values()
+        for lane in ["transfers" if event["tid"] in sending else "products"]
+    ]
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": kept}, file)
+
+
+def show(row: dict) -> None:
+    text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
+    parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
+    parser.add_argument("--sms", type=int, default=16, help="processors a transfer occupies; over NCCL, at most")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])
+    parser.add_argument("--routing", choices=["balanced", "skewed"], nargs="+", default=["balanced", "skewed"])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--tokens", type=int, default=16384, help="per GPU")
+    parser.add_argument("--hidden", type=int, default=6144)
+    parser.add_argument("--expert-hidden", type=int, default=9216)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path, help="Chrome traces of balanced routing and most groups, FILE-*.json.gz")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    options.device = "cuda" if on_gpu else "cpu"
+    options.dtype = torch.bfloat16 if on_gpu else torch.float32
+    if options.link == "nccl":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        options.ranks, options.rate = [dist.get_world_size()], ["nccl"]
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    machine = torch.cuda.get_device_name() if on_gpu else "cpu"
+    rates = ", ".join(
+        f"{r} {RATES[r][0] * 1e6:.0f} us {RATES[r][1] / 1e9:.0f} GB/s" for r in options.rate if r in RATES
+    )
+    how = f"{options.link} {rates}, {options.sms} SMs"
+    if speaks:
+        print(f"{machine}, torch {torch.__version__}, {how}", flush=True)
+    rows = [one_rank(options)] if options.link == "emulated" else []
+    if rows:
+        show(rows[0])
+    for ranks in options.ranks:
+        for axis in options.axes:
+            sizes = {"ep": (ranks, 1), "etp": (1, ranks), "both": (ranks // 2, 2)}[axis]
+            for routing in options.routing:
+                for rate in options.rate:
+                    for row in measure(*sizes, routing, rate, options):
+                        rows.append(row)
+                        if speaks:
+                            show(row)
+    if options.json and speaks:
+        options.json.write_text(json.dumps({"machine": machine, "link": how, "rows": rows}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The experts' products on Hopper by quack-kernels (CuTe DSL), with SwiGLU in their epilogues.
+
+The product that makes gate and up also stores the activation; the product for the gradient of the activation reads gate
+and up and stores their gradients, the activation again and its part of the gradient of the weights. A pair of gate and
+up must lie in one tile for that, so ``hidden`` holds them as neighbouring columns, gate first. Weights and their
+gradients keep gate over up: quack lets the copy engine read and write their rows interleaved ("concat layout").
+
+Tiles were chosen by measurement on one H200, see ``docs/kernels.md``. Each is compiled once, in two to six seconds.
+
+Shape legend: R rows sorted by expert, E experts, D hidden, F expert hidden, M, N columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import cutlass.cute as cute
+import torch
+from quack.epilogue.frontend import EpiMod, gemm_epilogue
+from quack.epilogue.math import pack, unpack
+from quack.epilogue.ops import ColVecLoad, ColVecReduce
+from quack.gemm import gemm, run_gemm_plan
+from quack.gemm_runtime.host import run_gemm_epi_plan
+from torch import Tensor
+
+# --- epilogues --------------------------------------------------------------------------------------------------------
+# Written with cutlass and quack.epilogue alone: quack fingerprints whatever an epilogue refers to, and cannot do that
+# for the functions of quack.activation where quack is installed outside a site-packages directory.
+
+
+def _sigmoid(x):
+    return cute.arch.rcp_approx(1.0 + cute.math.exp2(x * -math.log2(math.e), fastmath=True))
+
+
+def _swiglu_gradients(gate, up, d_act):
+    """Gradients of gate and up, and the activation."""
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    return d_act * up * (sigmoid + silu * (1.0 - sigmoid)), d_act * silu, silu * up
+
+
+@gemm_epilogue()
+def _product(acc):
+    return {"D": acc}
+
+
+@gemm_epilogue(outputs=("act",), mode="acc_pair")
+def _swiglu(acc):
+    gate, up = unpack(acc)
+    return {"act": gate * _sigmoid(gate) * up}
+
+
+@gemm_epilogue(outputs=("act",), ops={"weight": ColVecLoad("weight")}, mode="acc_pair")
+def _weighted_swiglu(acc, weight):
+    gate, up = unpack(acc)
+    return {"act": gate * _sigmoid(gate) * up * weight}
+
+
+@gemm_epilogue(outputs=("act",), mode="packed_cd_b16x2")
+def _swiglu_backward(acc, c):
+    gate, up = unpack(c)
+    d_gate, d_up, act = _swiglu_gradients(gate, up, acc)
+    return {"D": pack(d_gate, d_up), "act": act}
+
+
+@gemm_epilogue(
+    outputs=("act",),
+    ops={"weight": ColVecLoad("weight")},
+    reduces={"d_weight": ColVecReduce("d_weight", scaled=True)},
+    mode="packed_cd_b16x2",
+)
+def _weighted_swiglu_backward(acc, c, weight):
+    gate, up = unpack(c)
+    d_gate, d_up, act = _swiglu_gradients(gate, up, acc * weight)
+    return {"D": pack(d_gate, d_up), "act": act * weight, "d_weight": (act, acc)}
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile, and of a cluster in tiles.
+
+    With ``pingpong`` two warp groups work on a tile each, and one's epilogue runs under the other's product; without,
+    they share one tile, which may then be twice as large.
+    """
+
+    m: int
+    n: int
+    pingpong: bool = False
+    cluster_m: int = 2
+    cluster_n: int = 1
+
+    @property
+    def arguments(self) -> dict:
+        return {
+            "tile_M": self.m,
+            "tile_N": self.n,
+            "cluster_M": self.cluster_m,
+            "cluster_N": self.cluster_n,
+            "pingpong": self.pingpong,
+        }
+
+
+WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
+LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
+
+# What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
+# differ in every call; only columns matter.
+_plans: dict[tuple, NamedTuple] = {}
+
+
+def _starts(offsets_E: Tensor) -> Tensor:
+    return torch.nn.functional.pad(offsets_E, (1, 0))
+
+
+def _rows(
+    epilogue: EpiMod,
+    tile: Tile,
+    a_RM: Tensor,
+    weight_ENM: Tensor,
+    out_RN: Tensor,
+    offsets_E: Tensor,
+    *,
+    hidden_R2N: Tensor | None = None,
+    interleave: bool = False,
+    **values: Tensor,
+) -> Tensor:
+    """Each expert's rows times its weight, through the epilogue."""
+    key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
+    starts = _starts(offsets_E)
+    if key in _plans:
+        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, cu_seqlens_m=starts)
+    else:
+        _plans[key] = epilogue.gemm(
+            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, cu_seqlens_m=starts, **tile.arguments,
+            concat_layout=("B",) if interleave else None,
+        )  # fmt: skip
+    return out_RN
+
+
+def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, interleave: bool = False) -> Tensor:
+    """``[E, M, N]``, the sum over each expert's rows of ``a^T b``; rows of the result un-interleaved if asked."""
+    out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
+    key = (tile, out_EMN.shape, interleave)
+    starts = _starts(offsets_E)
+    if key in _plans:
+        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, cu_seqlens_k=starts)
+    else:
+        _plans[key] = gemm(
+            a_RM.T, b_RN.T, out_EMN, None, None, cu_seqlens_k=starts, **tile.arguments,
+            concat_layout=("out",) if interleave else None,
+        )  # fmt: skip
+    return out_EMN
+
+
+class FusedProducts:
+    """As :class:`minimax_train.kernels.experts.products.SeparateProducts`; ``hidden`` is interleaved."""
+
+    def __init__(self, x: Tensor) -> None:
+        if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9):
+            raise ValueError(
+                f"kernels.experts='quack' takes bfloat16 on compute capability 9.0, not {x.dtype} on {x.device}"
+            )
+
+    def up(self, x_RD, gate_up_E2FD, offsets_E, weights_TK=None, choice_R=None):
+        R, (_, F2, D) = len(x_RD), gate_up_E2FD.shape
+        hidden_R2F, act_RF = x_RD.new_empty(R, F2), x_RD.new_empty(R, F2 // 2)
+        values = {"act": act_RF}
+        if weights_TK is not None:
+            values["weight"] = _by_row(weights_TK, choice_R)
+        _rows(
+            _swiglu if weights_TK is None else _weighted_swiglu, WIDE if D >= LONG else PINGPONG,
+            x_RD, gate_up_E2FD, hidden_R2F, offsets_E, interleave=True, **values,
+        )  # fmt: skip
+        return hidden_R2F, act_RF
+
+    def down(self, act_RF, down_EDF, offsets_E):
+        return _rows(_product, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
+
+    def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK=None, choice_R=None, out=None):
+        R, F = len(dy_RD), down_EDF.shape[2]
+        d_hidden_R2F, act_RF = out or (torch.empty_like(hidden_R2F), dy_RD.new_empty(R, F))
+        values, d_weights_TK = {"act": act_RF}, None
+        if weights_TK is not None:
+            # One sum per tile of columns; zero for rows of no expert, which no tile writes.
+            sums_RB = torch.zeros(R, -(-F // PINGPONG.n), dtype=torch.float32, device=dy_RD.device)
+            values |= {"weight": _by_row(weights_TK, choice_R), "d_weight": sums_RB}
+        _rows(
+            _swiglu_backward if weights_TK is None else _weighted_swiglu_backward, PINGPONG,
+            dy_RD, down_EDF.mT, d_hidden_R2F, offsets_E, hidden_R2N=hidden_R2F, **values,
+        )  # fmt: skip
+        if weights_TK is not None:
+            d_weights_TK = torch.empty_like(weights_TK)
+            d_weights_TK.view(-1).scatter_(0, choice_R, sums_RB.sum(1).to(weights_TK.dtype))
+        return d_hidden_R2F, act_RF, d_weights_TK
+
+    def dx(self, d_hidden_R2F, gate_up_E2FD, offsets_E):
+        out_RD = d_hidden_R2F.new_empty(len(d_hidden_R2F), gate_up_E2FD.shape[2])
+        return _rows(_product, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
+
+    def d_gate_up(self, d_hidden_R2F, x_RD, offsets_E):
+        return _weights(WIDE, d_hidden_R2F, x_RD, offsets_E, interleave=True)
+
+    def d_down(self, dy_RD, act_RF, offsets_E):
+        return _weights(WIDE, dy_RD, act_RF, offsets_E)
+
+
+def _by_row(weights_TK: Tensor, choice_R: Tensor) -> Tensor:
+    return weights_TK.flatten()[choice_R].float()

@@ -1,0 +1,140 @@
+"""The phases of an expert layer that compute, and the order of all phases, forward and backward.
+
+Both directions send rows to their experts and back, and differ in what is computed there. Backward makes the gradients
+of all groups' rows first and those of the weights last, once for all groups: beside them the last rows go home.
+
+Shape legend: R rows at home, N rows as they arrive, M rows arranged by expert, m those of a group, D hidden, e experts
+and f expert hidden of this rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
+from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, dispatch, mark, send_back, wait
+from minimax_train.parallel.experts.plan import Group, Order, Plan
+
+# Groups under way beside the one that is computed: one arrives, one is gathered.
+AHEAD = 2
+
+
+def expert_rows(
+    x_RD: Tensor, gate_up_e2fD: Tensor, down_eDf: Tensor, plan: Plan, ep: Lane, etp: Lane, implementation: str
+) -> Tensor:
+    """Each row through its expert, wherever that is: ``[R, D] -> [R, D]``, both in the order of the plan's labels."""
+    return _ExpertRows.apply(x_RD, gate_up_e2fD, down_eDf, plan, ep, etp, implementation)
+
+
+@dataclass
+class Returning:
+    """Rows on their way home."""
+
+    home_RD: Tensor
+    done: list[Mark]
+    kept: list[tuple[Tensor, ...]]
+
+    def wait(self) -> Tensor:
+        for each in self.done:
+            wait(each)
+        self.kept.clear()
+        return self.home_RD
+
+
+def start_round_trip(
+    x_RD: Tensor, arranged_MD: Tensor, plan: Plan, ep: Lane, etp: Lane, compute: Callable[[int, Tensor], Tensor]
+) -> Returning:
+    """Send all groups' rows to their experts, compute there, and start sending the results home.
+
+    Args:
+        arranged_MD: filled with the rows of all groups, by expert.
+        compute: index of a group and its arranged rows to the rows that go home.
+    """
+    home_RD = torch.empty_like(x_RD)
+    start = mark(x_RD)
+    under_way: deque[Arriving] = deque()
+    returning = Returning(home_RD, [], [(x_RD,)])
+
+    def dispatch_up_to(last: int) -> None:
+        for group in plan.groups[len(returning.done) + len(under_way) : last + 1]:
+            under_way.append(dispatch(group, x_RD, arranged_MD, start, ep, etp))
+
+    dispatch_up_to(AHEAD - 1)
+    for index, (group, order) in enumerate(zip(plan.groups, plan.orders, strict=True)):
+        # Started before this group's products take the processors.
+        dispatch_up_to(index + AHEAD)
+        arriving = under_way.popleft()
+        wait(arriving.done)
+        y_mD = compute(index, arrange(arriving.rows_ND, arranged_MD[group.here], order))
+        y_ND = disarrange(y_mD, arriving.rows_ND, order)
+        done, kept = send_back(group, y_ND, home_RD, mark(x_RD), ep, etp)
+        returning.done.append(done)
+        returning.kept.append(kept)
+    return returning
+
+
+def arrange(arrived_ND: Tensor, arranged_mD: Tensor, order: Order | None) -> Tensor:
+    """Rows as they arrived -> by expert, without the padding."""
+    return arranged_mD if order is None else torch.index_select(arrived_ND, 0, order.source_m, out=arranged_mD)
+
+
+def disarrange(y_mD: Tensor, arrived_ND: Tensor, order: Order | None) -> Tensor:
+    """Rows by expert -> as they arrived; what is in the padding does not matter."""
+    if order is None:
+        return y_mD
+    return y_mD.index_select(0, order.place_N) if len(y_mD) else torch.empty_like(arrived_ND)
+
+
+class _ExpertRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, gate_up_e2fD, down_eDf, plan, ep, etp, implementation):
+        arranged_MD = x_RD.new_empty(plan.rows_here, x_RD.shape[1])
+        gate_up_m2f = []
+
+        def compute(index: int, x_mD: Tensor) -> Tensor:
+            group: Group = plan.groups[index]
+            weights = gate_up_e2fD[group.experts], down_eDf[group.experts]
+            offsets_c = plan.offsets(group.here, group.columns)
+            y_mD, kept_m2f = experts_forward(x_mD, *weights, offsets_c, implementation=implementation)
+            gate_up_m2f.append(kept_m2f)
+            return y_mD
+
+        returning = start_round_trip(x_RD, arranged_MD, plan, ep, etp, compute)
+        ctx.save_for_backward(gate_up_e2fD, down_eDf, arranged_MD, *gate_up_m2f)
+        ctx.plan, ctx.ep, ctx.etp, ctx.implementation = plan, ep, etp, implementation
+        return returning.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_RD):
+        gate_up_e2fD, down_eDf, x_MD, *gate_up_m2f = ctx.saved_tensors
+        plan, how = ctx.plan, {"implementation": ctx.implementation}
+        f = down_eDf.shape[2]
+        dy_MD, act_Mf, d_gate_up_M2f = (
+            torch.empty_like(x_MD),
+            x_MD.new_empty(len(x_MD), f),
+            x_MD.new_empty(len(x_MD), 2 * f),
+        )
+
+        def compute(index: int, dy_mD: Tensor) -> Tensor:
+            group: Group = plan.groups[index]
+            weights = gate_up_e2fD[group.experts], down_eDf[group.experts]
+            offsets_c = plan.offsets(group.here, group.columns)
+            outputs = act_Mf[group.here], d_gate_up_M2f[group.here]
+            return experts_backward_rows(dy_mD, gate_up_m2f[index], *weights, offsets_c, *outputs, **how)
+
+        returning = start_round_trip(dy_RD.contiguous(), dy_MD, plan, ctx.ep, ctx.etp, compute)
+        parts = [
+            experts_backward_weights(
+                x_MD[rows], dy_MD[rows], act_Mf[rows], d_gate_up_M2f[rows], plan.offsets(rows, columns), **how
+            )
+            for rows, columns in plan.token_parts
+        ]
+        d_weights = [x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in zip(*parts, strict=True)]
+        return returning.wait(), *d_weights, None, None, None, None

@@ -1,0 +1,72 @@
+"""The experts' phases against autograd in float64, one expert at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimax_train.kernels.experts import has_quack
+from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
+from support.compare import relative_error
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+HAS_QUACK = HAS_GPU and has_quack(torch.device("cuda"))
+QUACK = [pytest.mark.gpu, pytest.mark.skipif(not HAS_QUACK, reason="needs quack-kernels and a Hopper GPU")]
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def _reference(x, dy, gate_up, down, ends):
+    leaves = [value.double().requires_grad_() for value in (x, gate_up, down)]
+    x, gate_up, down = leaves
+    parts = []
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        gate, up = (x[start:end] @ gate_up[e].T).chunk(2, dim=-1)
+        parts.append((F.silu(gate) * up) @ down[e].T)
+    y = torch.cat(parts)
+    return [y, *torch.autograd.grad(y, leaves, dy.double())]
+
+
+@pytest.mark.parametrize("ends", [[11, 11, 40], [0, 37, 37], [1, 2, 3]])
+@pytest.mark.parametrize(
+    "implementation, dtype",
+    [
+        ("loop", torch.float64),
+        ("loop", torch.bfloat16),
+        ("triton", torch.float32),
+        pytest.param("quack", torch.bfloat16, marks=QUACK),
+    ],
+)
+def test_phases_equal_autograd(implementation, dtype, ends):
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(sum(ends))
+    R, E, D, hidden = ends[-1], len(ends), 16, 24
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
+
+    x, dy, gate_up, down = randn(R, D), randn(R, D), randn(E, 2 * hidden, D, scale=0.25), randn(E, D, hidden, scale=0.2)
+    offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    how = {"implementation": implementation}
+    y, kept = experts_forward(x, gate_up, down, offsets, **how)
+    # A caller keeps several groups' in one tensor.
+    act, d_kept = (x.new_full((R + 3, width), float("nan"))[3:] for width in (hidden, 2 * hidden))
+    dx = experts_backward_rows(dy, kept, gate_up, down, offsets, act, d_kept, **how)
+    d_gate_up, d_down = experts_backward_weights(x, dy, act, d_kept, offsets, **how)
+    right = _reference(x, dy, gate_up, down, ends)
+    for name, ours, reference in zip(("y", "x", "gate_up", "down"), (y, dx, d_gate_up, d_down), right, strict=True):
+        assert ours.dtype == dtype and relative_error(ours, reference) < TOLERANCES[dtype], name
+
+
+@pytest.mark.parametrize("implementation", ["loop", pytest.param("quack", marks=QUACK)])
+def test_no_rows_at_all(implementation):
+    x = torch.empty(0, 16, dtype=torch.bfloat16, device=DEVICE)
+    gate_up, down = x.new_ones(2, 48, 16), x.new_ones(2, 16, 24)
+    offsets = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    how = {"implementation": implementation}
+    y, kept = experts_forward(x, gate_up, down, offsets, **how)
+    act, d_kept = x.new_empty(0, 24), x.new_empty(0, 48)
+    dx = experts_backward_rows(y, kept, gate_up, down, offsets, act, d_kept, **how)
+    d_gate_up, d_down = experts_backward_weights(x, y, act, d_kept, offsets, **how)
+    assert y.shape == dx.shape == (0, 16) and not d_gate_up.any() and not d_down.any()
+    assert d_gate_up.shape == gate_up.shape and d_down.shape == down.shape

@@ -1,0 +1,179 @@
+"""Experts spread over ranks against all experts on one rank, one token and one choice at a time."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from minimax_train.kernels.experts import expert_mlp_naive
+from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.experts import ExpertParallel
+from minimax_train.parallel.experts.plan import Cut
+from support.compare import relative_error
+from support.distributed import run_ranks
+
+GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (4, 2), (2, 4), (8, 1)]
+EXPERTS = 8
+ROUTINGS = ["uneven", "drops", "one expert", "nothing", "one rank idle"]
+
+
+def _routing(kind, ranks, tokens, generator):
+    """Choices of all ranks, ``[ranks, tokens, 2]``."""
+    first = torch.multinomial(torch.arange(1.0, EXPERTS + 1) ** 2, ranks * tokens, True, generator=generator)
+    second = (first + torch.randint(1, EXPERTS, first.shape, generator=generator)) % EXPERTS
+    experts = torch.stack([first, second], -1).view(ranks, tokens, 2)
+    if kind == "drops":
+        experts[torch.rand(experts.shape, generator=generator) < 0.4] = -1
+    elif kind == "one expert":
+        experts[..., 0], experts[..., 1] = 5, -1
+    elif kind == "nothing":
+        experts[:] = -1
+    elif kind == "one rank idle":
+        experts[0], experts[experts == 2] = -1, -1
+    return experts
+
+
+def _case(ranks, kind, dtype, tokens=7, D=8, F=12):
+    """Everything of all ranks, the same wherever it is made."""
+    g = torch.Generator().manual_seed(ROUTINGS.index(kind))
+    shapes = [(ranks, tokens, D), (ranks, tokens, 2), (EXPERTS, 2 * F, D), (EXPERTS, D, F), (ranks, tokens, D)]
+    x, weights, gate_up, down, dy = (torch.randn(s, dtype=torch.float64, generator=g).to(dtype) for s in shapes)
+    return x, weights, _routing(kind, ranks, tokens, g), gate_up, down, dy
+
+
+def _reference(case):
+    """Output and gradients of x, weights and both experts' weights by autograd, in float64."""
+    x, weights, experts, gate_up, down, dy = (t.double() if t.is_floating_point() else t for t in case)
+    leaves = [t.requires_grad_() for t in (x, weights, gate_up, down)]
+    y = expert_mlp_naive(*(t.flatten(0, 1) for t in (x, weights, experts)), gate_up, down)
+    y = y + 0 * x.flatten(0, 1)  # depends on x even where no token has an expert
+    gradients = torch.autograd.grad(y, leaves, dy.flatten(0, 1), allow_unused=True, materialize_grads=True)
+    return [y.detach().view_as(x), *gradients]
+
+
+def _slices(gate_up, down, ep, etp):
+    """What rank (i, j) holds of the experts."""
+    e, f = EXPERTS // ep.size, down.shape[2] // etp.size
+    mine, columns = slice(ep.rank * e, (ep.rank + 1) * e), slice(etp.rank * f, (etp.rank + 1) * f)
+    gate_up = gate_up[mine].unflatten(1, (2, -1))[:, :, columns].flatten(1, 2)
+    return gate_up.contiguous(), down[mine, :, columns].contiguous()
+
+
+def _run(layer, case, device, **how):
+    """This rank's output, dx, d weights, d gate_up, d down."""
+    ep, etp = layer.ep.communicator, layer.etp.communicator
+    rank = ep.rank * etp.size + etp.rank
+    x, weights, experts, gate_up, down, dy = case
+    leaves = [x[rank], weights[rank], *_slices(gate_up, down, ep, etp)]
+    leaves = [t.to(device, copy=True).requires_grad_() for t in leaves]
+    y = layer(leaves[0], leaves[1], experts[rank].to(device), *leaves[2:], **how)
+    return [y, *torch.autograd.grad(y, leaves, dy[rank].to(device))]
+
+
+def _worst_errors(communicators, dtype=torch.float64, groups=(1, 2, 3, 4), device="cpu", **sizes):
+    """The worst relative error of all results, or of their size where there should be none, per case."""
+    ep, etp = communicators
+    ranks, rank = ep.size * etp.size, ep.rank * etp.size + etp.rank
+    errors = {}
+    for kind in ROUTINGS:
+        case = _case(ranks, kind, dtype, **sizes)
+        y, dx, d_weights, d_gate_up, d_down = _reference(case)
+        expected = [y[rank], dx[rank], d_weights[rank], *_slices(d_gate_up, d_down, ep, etp)]
+        for token_groups in groups:
+            layer = ExpertParallel(ep, etp, num_experts=EXPERTS, token_groups=token_groups)
+            pairs = zip(_run(layer, case, device), expected, strict=True)
+            errors[kind, token_groups] = max(
+                relative_error(a.cpu(), e) if e.norm() else float(a.detach().norm()) for a, e in pairs
+            )
+    return errors
+
+
+def _on_gloo(grid, sizes, **how):
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("ep", "etp"))
+    return _worst_errors([GroupCommunicator(mesh.get_group(axis)) for axis in ("ep", "etp")], **how)
+
+
+@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+def test_equals_one_rank_in_float64(sizes):
+    for errors in run_ranks(_on_gloo, sizes[0] * sizes[1], sizes):
+        assert max(errors.values()) < 1e-10, errors
+
+
+def test_one_rank_sends_nothing():
+    class Alone:
+        rank, size = 0, 1
+
+    case = _case(1, "drops", torch.float64)
+    layer = ExpertParallel(Alone(), Alone(), num_experts=EXPERTS, token_groups=2)
+    for actual, expected in zip(_run(layer, case, "cpu"), _reference(case), strict=True):
+        assert relative_error(actual, expected.view_as(actual)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("experts", "ep", "groups"), [(32, 2, 4), (6, 2, 2), (8, 8, 3), (8, 4, 4), (12, 4, 6), (5, 1, 4)]
+)
+def test_groups_hold_every_expert_of_every_part_once(experts, ep, groups):
+    cut = Cut(experts, ep, groups)
+    assert cut.token_parts * cut.expert_parts == groups
+    assert sorted(cut.order) == list(range(experts))
+    assert cut.token_parts == 1 or groups > cut.local_experts
+    labels, count = cut.labels(torch.arange(-1, experts).expand(groups, -1))
+    assert count == cut.token_parts * experts
+    assert (labels[:, 0] == -1).all()
+    assert labels[:, 1:].unique().numel() == count
+    # Tokens of one part come before those of the next, and a part's experts of all ranks before the next part's.
+    assert (labels[1:, 1:].amin(1) // experts >= labels[:-1, 1:].amax(1) // experts).all()
+    parts = [
+        {expert % cut.local_experts for expert in cut.order[ep * s.start : ep * s.stop]} for s in cut.expert_slices
+    ]
+    assert parts == [set(range(s.start, s.stop)) for s in cut.expert_slices]
+
+
+def test_refusals():
+    class Two:
+        rank, size = 0, 2
+
+    with pytest.raises(ValueError, match=r"parallel.ep=2: must divide the number of experts, 7"):
+        ExpertParallel(Two(), Two(), num_experts=7)
+    with pytest.raises(ValueError, match=r"parallel.token_groups=0: must be positive"):
+        ExpertParallel(Two(), Two(), num_experts=8, token_groups=0)
+    layer = ExpertParallel(Two(), Two(), num_experts=8)
+    with pytest.raises(ValueError, match=r"weights of 8 experts: this rank holds 4"):
+        layer(None, None, None, torch.empty(8, 4, 4), torch.empty(8, 4, 2))
+
+
+# ---------------------------------------------------------------------------------------------- on GPUs
+
+WIDE = {"tokens": 300, "D": 64, "F": 256}
+TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4, 1), (2, 2), (1, 4)], ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_four_processes_on_one_gpu(sizes, dtype, tolerance):
+    """Transfers go through gloo and the host; streams and kernels are those of a real run."""
+    for errors in run_ranks(_on_one_gpu, 4, sizes, dtype, start="spawn"):
+        assert max(errors.values()) < tolerance, errors
+
+
+def _on_one_gpu(grid, sizes, dtype):
+    return _on_gloo(grid, sizes, dtype=dtype, groups=(1, 2, 4), device="cuda", **WIDE)
+
+
+def _on_nccl(grid, axis, dtype):
+    rank = dist.get_rank()
+    torch.cuda.set_device(rank)
+    both = GroupCommunicator(dist.new_group(backend="nccl"))
+    alone = GroupCommunicator(dist.new_group([rank], backend="nccl", use_local_synchronization=True))
+    communicators = [both, alone] if axis == "ep" else [alone, both]
+    return _worst_errors(communicators, dtype, groups=(1, 2, 4), device="cuda", **WIDE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["ep", "etp"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_two_gpus(axis, dtype, tolerance):
+    for errors in run_ranks(_on_nccl, 2, axis, dtype, start="spawn"):
+        assert max(errors.values()) < tolerance, errors
