@@ -17,17 +17,17 @@ from minimax_train.parallel.communicator import Communicator
 
 def gather_tokens(x_tD: Tensor, communicator: Communicator) -> Tensor:
     """``[t, D] -> [T, D]``: all ranks' tokens in rank order. Backward: :func:`scatter_sum`."""
-    return _Gather.apply(x_tD, communicator)
+    return _Move.apply(x_tD, communicator, _gathered, _scattered)
 
 
 def scatter_sum(y_TD: Tensor, communicator: Communicator) -> Tensor:
     """``[T, D] -> [t, D]``: the sum over ranks, of this rank's tokens. Backward: :func:`gather_tokens`."""
-    return _ScatterSum.apply(y_TD, communicator)
+    return _Move.apply(y_TD, communicator, _scattered, _gathered)
 
 
 def sum_over(x: Tensor, communicator: Communicator) -> Tensor:
     """The sum over ranks, on every rank. Backward: the same sum, of the gradients."""
-    return _Sum.apply(x, communicator)
+    return _Move.apply(x, communicator, _summed, _summed)
 
 
 def merge_log_sums(log_sum_C: Tensor, communicator: Communicator) -> Tensor:
@@ -43,37 +43,19 @@ def _scattered(y_TD: Tensor, communicator: Communicator) -> Tensor:
     return communicator.reduce_scatter(y_TD.unflatten(0, (communicator.size, -1))).wait()
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_tD, communicator):
-        ctx.communicator = communicator
-        return _gathered(x_tD, communicator)
+def _summed(x: Tensor, communicator: Communicator) -> Tensor:
+    return communicator.all_gather(x).wait().sum(0)
+
+
+class _Move(torch.autograd.Function):
+    """``move`` forward and its mirror image backward."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, d_TD):
-        return _scattered(d_TD, ctx.communicator), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_TD, communicator):
-        ctx.communicator = communicator
-        return _scattered(y_TD, communicator)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_tD):
-        return _gathered(d_tD, ctx.communicator), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, communicator):
-        ctx.communicator = communicator
-        return communicator.all_gather(x).wait().sum(0)
+    def forward(ctx, x, communicator, move, mirror):
+        ctx.communicator, ctx.mirror = communicator, mirror
+        return move(x, communicator)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        return ctx.communicator.all_gather(d).wait().sum(0), None
+        return ctx.mirror(d, ctx.communicator), None, None, None
