@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minimax_train.data import MicroBatch
 from minimax_train.evaluation import run_model
+from minimax_train.model.sharding import local
 
 _SHOWN = 5
 
@@ -36,8 +36,7 @@ def describe_non_finite(model: nn.Module, parameters: Mapping[str, Tensor], batc
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return bool(local.isfinite().all())
+    return bool(local(tensor).isfinite().all())
 
 
 def _outputs(model: nn.Module, batches: Iterable[MicroBatch]) -> list[str]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from minimax_train.errors import require_choice
 from minimax_train.model import HybridModel
+from minimax_train.model.sharding import local
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import RecipeConfig
 
@@ -86,13 +87,9 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     """Dimension 0, unless another one divides evenly and that does not, or is split by another axis already."""
     taken = {p.dim for p in parameter.placements} if isinstance(parameter, DTensor) else set()
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    free = [dim for dim in range(parameter.dim()) if dim not in taken and local.shape[dim] % ranks == 0]
+    shape = local(parameter).shape
+    free = [dim for dim in range(parameter.dim()) if dim not in taken and shape[dim] % ranks == 0]
     return Shard(free[0] if free else 0)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class FSDPEngine:
@@ -137,7 +134,7 @@ class FSDPEngine:
 
     def _gradients(self) -> list[Tensor]:
         """This rank's shards."""
-        return [_local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state by parameter name: the live tensors, so that loading a checkpoint into them is enough."""

@@ -18,7 +18,7 @@ Sharding = Mapping[str, int]
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this rank computes with: all of it, unless an axis of the grid splits it."""
+    """The part of a parameter or its gradient that is on this rank: all of it, unless an axis of the grid splits it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
