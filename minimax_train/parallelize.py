@@ -92,7 +92,7 @@ def parallelize_tensors(model: HybridModel, grid: ProcessGrid) -> None:
         attention = block.attention
         attention.tokens = exchange
         if isinstance(attention, LightningAttention):
-            attention.heads = slice(rank * heads, (rank + 1) * heads)
+            attention.heads = (rank * heads, (rank + 1) * heads)
             attention.norm.sum_over_ranks = partial(sum_over, communicator=communicator)
 
 

@@ -24,8 +24,9 @@ NORM_EPS = 1e-6
 
 
 @cache
-def _slopes_on(device: torch.device, num_heads: int, layer: int, num_layers: int) -> Tensor:
-    return lightning_slopes(num_heads, layer, num_layers).to(device)
+def _slopes_on(device: torch.device, num_heads: int, layer: int, num_layers: int, start: int, stop: int) -> Tensor:
+    """The same tensor in every call, by which others keep what they derive from it."""
+    return lightning_slopes(num_heads, layer, num_layers)[start:stop].to(device)
 
 
 class LightningAttention(nn.Module):
@@ -43,12 +44,12 @@ class LightningAttention(nn.Module):
         self.norm = GatedRMSNorm(width, NORM_EPS, kernels)
         self.o_proj = Linear(width, D)
         self.tokens = TokenExchange()
-        self.heads = slice(None)  # of all, on this rank
+        self.heads = (0, config.num_heads)  # first and after the last of all, on this rank
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         config, x_TD = self.config, self.tokens.gather(x_TD)
         qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (-1, 3, config.head_dim))
-        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers)[self.heads]
+        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers, *self.heads)
         out_THK = self.attend(*qkv_TH3K.unbind(2), slopes_H, context)
         return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD))))
 

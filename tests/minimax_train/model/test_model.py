@@ -8,7 +8,9 @@ import torch
 from minimax_train.config import load_config
 from minimax_train.engines import FSDPConfig, shard
 from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.model import HybridModel, KernelConfig, count_parameters, initialize
+from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.initialization import standard_normal
 from support.compare import relative_error
 from support.distributed import run_ranks
@@ -86,6 +88,22 @@ def test_triton_kernels_give_the_same_model(capacity):
     assert torch.equal(out.load_LE, expected.load_LE) and torch.equal(out.dropped, expected.dropped)
     for name, gradient in gradients.items():
         assert relative_error(gradient, right[name]) < 2e-5, name
+
+
+def test_slopes_of_a_rank_are_one_tensor_in_every_pass():
+    """Context parallelism keeps by that tensor what it would otherwise wait for the device to tell."""
+    attention = _model(model_config()).layers[1].attention
+    attention.heads, seen, attend = (2, 6), [], attention.attend
+    attention.qkv_proj.weight = torch.nn.Parameter(attention.qkv_proj.weight[: 4 * 3 * 6])
+    attention.gate_proj.weight = torch.nn.Parameter(attention.gate_proj.weight[: 4 * 6])
+    attention.norm.weight = torch.nn.Parameter(attention.norm.weight[: 4 * 6])
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, : 4 * 6])
+    attention.attend = lambda *inputs: (seen.append(inputs[3]), attend(*inputs))[1]
+    context = TokenContext(Documents.from_lengths([9]), 1, None, TokenShare(), *torch.ones(2, 9, 2))
+    for _ in range(2):
+        attention(torch.randn(9, 20, dtype=torch.float64), context)
+    assert seen[0] is seen[1]
+    assert torch.equal(seen[0], lightning_slopes(6, 1, 4)[2:])
 
 
 def test_recomputed_activations_give_the_same_gradients():
