@@ -143,8 +143,7 @@ class Config:
         """
         recipe, streams, parallel = self.recipe, self.data.num_streams, self.parallel
         try:
-            check_sizes(world_size, cp=parallel.cp, tp=parallel.tp)
-            check_sizes(world_size, ep=parallel.ep, etp=parallel.etp)
+            check_sizes(world_size, **parallel.sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         dp = world_size // (parallel.cp * parallel.tp)

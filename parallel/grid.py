@@ -50,8 +50,7 @@ class ProcessGrid:
             ValueError: when ``cp * tp`` or ``ep * etp`` does not divide the number of processes.
         """
         world_size = dist.get_world_size()
-        check_sizes(world_size, cp=cp, tp=tp)
-        check_sizes(world_size, ep=ep, etp=etp)
+        check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
         dense = init_device_mesh(device_type, (world_size // (cp * tp), cp, tp), mesh_dim_names=DENSE)
         expert = init_device_mesh(device_type, (world_size // (ep * etp), ep, etp), mesh_dim_names=EXPERT)
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
@@ -83,12 +82,17 @@ class ProcessGrid:
         return dist.get_rank() == 0
 
 
-def check_sizes(world_size: int, **sizes: int) -> None:
-    """Refuse sizes of axes whose product does not divide the number of processes.
+def check_sizes(world_size: int, *, cp: int, tp: int, ep: int, etp: int) -> None:
+    """Refuse sizes of axes whose product, on either side, does not divide the number of processes.
 
     Raises:
         ValueError: naming the sizes, and the nearest of each that would do beside the others.
     """
+    _check_side(world_size, cp=cp, tp=tp)
+    _check_side(world_size, ep=ep, etp=etp)
+
+
+def _check_side(world_size: int, **sizes: int) -> None:
     product = prod(sizes.values())
     if world_size % product == 0:
         return
