@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimax_train.parallel.communicator import Communicator
-from minimax_train.parallel.experts.plan import Group
+
+if TYPE_CHECKING:
+    from minimax_train.parallel.experts.plan import Group
 
 Mark = torch.cuda.Event | None  # None on a CPU, where all is done in order
 

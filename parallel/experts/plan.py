@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minimax_train.parallel.experts.lanes import Lane
+from minimax_train.parallel.experts.lanes import Lane, mark
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,6 @@ def start_plan(cut: Cut, offsets_L: Tensor, ep: Lane, etp: Lane) -> PendingPlan:
     Args:
         offsets_L: end row of each label at home.
     """
-    from minimax_train.parallel.experts.lanes import mark
-
     counts_L = offsets_L.diff(prepend=offsets_L.new_zeros(1)).long()
     mine_C = _my_labels(cut, ep.rank, counts_L.device)
     counts_IC, done = counts_L[None, mine_C], mark(counts_L)
