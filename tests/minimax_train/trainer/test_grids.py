@@ -20,7 +20,8 @@ def _results(grid, config):
     held_out = evaluate(trainer.model, trainer.validation, grid, trainer.device)
     sums = trainer.accumulate_gradients(trainer.next_batches())
     norm = trainer.engine.gradient_norm()
-    gradients = {name: p.grad.full_tensor() for name, p in trainer.engine.parameters.items()}
+    # On one rank that is the gradient itself, which a step may clip.
+    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.engine.parameters.items()}
     trainer.engine.step(1e-3, norm)
     weights = {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}
     return sums, norm, held_out, gradients, weights
