@@ -1,18 +1,19 @@
 """Softmax attention on one GPU: the kernels, and FlashAttention-4's own entry point, side by side; one document and 64.
 
-    python benchmarks/softmax.py [--json FILE] [--quick]
+    python benchmarks/softmax.py [--tokens 8192 32768 131072] [--documents 1 64] [--json FILE]
 
-Measured; what sharing a row costs is in ``context_parallel.py``.
+The implementations take turns of a fifth of a second or one call. What sharing a row costs is in
+``context_parallel.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
+from functools import partial
 
 import torch
+from timing import times_in_turns
 from torch import Tensor
 
 from minimax_train.kernels.documents import Documents
@@ -20,23 +21,7 @@ from minimax_train.kernels.softmax import flash4, softmax_attention
 
 H, G, K = 64, 8, 128
 PEER = "FA4 itself"
-
-
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    """Median time of a step, after one that warms up. Short steps are queued in numbers, so that launching hides."""
-
-    def once(steps: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(steps):
-            step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / steps
-
-    step()
-    steps = max(1, min(50, int(50 / once(1))))
-    return statistics.median(once(steps) for _ in range(repeats))
+TURN_MS, ROUNDS = 200, 3
 
 
 def _inputs(tokens: int) -> list[Tensor]:
@@ -60,50 +45,58 @@ def _attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, documents: Doc
     return out[0] if isinstance(out, tuple) else out
 
 
-def kernels(lengths: list[int], implementation: str, repeats: int) -> dict[str, float]:
+def rows(lengths: list[int], implementations: list[str]) -> list[dict]:
+    """All implementations on the same documents, forward in turn, then with backward."""
     *inputs, grad = _inputs(sum(lengths))
     documents = Documents.from_lengths(lengths, "cuda")
+    scores = sum(length * (length + 1) / 2 for length in lengths)
 
-    def forward() -> Tensor:
-        return _attend(implementation, *inputs, documents)
+    def forward(name: str) -> Tensor:
+        return _attend(name, *inputs, documents)
+
+    def both(name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(name), inputs, grad)
 
     with torch.no_grad():
-        forward_ms = milliseconds(forward, repeats)
-    both_ms = milliseconds(lambda: torch.autograd.grad(forward(), inputs, grad), repeats)
-    scores = sum(length * (length + 1) / 2 for length in lengths)
-    return {
-        "tokens": sum(lengths),
-        "documents": len(lengths),
-        "forward_ms": forward_ms,
-        "both_ms": both_ms,
-        "forward_tflops": _flops(scores, False) / forward_ms / 1e9,
-        "both_tflops": _flops(scores, True) / both_ms / 1e9,
-    }
+        forward_ms = times_in_turns({name: partial(forward, name) for name in implementations}, TURN_MS, ROUNDS)
+    both_ms = times_in_turns({name: partial(both, name) for name in implementations}, TURN_MS, ROUNDS)
+    return [
+        {
+            "implementation": name,
+            "tokens": sum(lengths),
+            "documents": len(lengths),
+            "forward_ms": forward_ms[name],
+            "both_ms": both_ms[name],
+            "forward_tflops": _flops(scores, False) / forward_ms[name] / 1e9,
+            "both_tflops": _flops(scores, True) / both_ms[name] / 1e9,
+        }
+        for name in implementations
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--documents", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--json", help="file to write all figures to")
-    parser.add_argument("--quick", action="store_true", help="one repeat")
     options = parser.parse_args()
-    repeats = 1 if options.quick else 5
     implementations = [PEER, "flash4", "flash"] if flash4.is_installed() else ["flash"]
-    rows = []
+    found = []
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {H}:{G} heads of {K}; forward / both")
-    for tokens in (8192, 32768, 131072):
-        for documents in (1, 64):
-            for implementation in implementations:
-                row = kernels([tokens // documents] * documents, implementation, repeats if tokens > 2**16 else 5)
-                rows.append({"implementation": implementation, **row})
+    for tokens in options.tokens:
+        for documents in options.documents:
+            for row in rows([tokens // documents] * documents, implementations):
+                found.append(row)
                 print(
-                    f"{implementation:>10} {tokens:7d} tokens {documents:3d} documents  {row['forward_ms']:8.2f} /"
-                    f" {row['both_ms']:8.2f} ms  {row['forward_tflops']:5.0f} / {row['both_tflops']:5.0f} TFLOP/s",
+                    f"{row['implementation']:>10} {tokens:7d} tokens {documents:3d} documents "
+                    f"{row['forward_ms']:9.3f} / {row['both_ms']:9.3f} ms  "
+                    f"{row['forward_tflops']:5.0f} / {row['both_tflops']:5.0f} TFLOP/s",
                     flush=True,
                 )
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_equals_one_rank_in_float32():
 
 def _compare_on_gpu(grid, kind, dtype, method, lengths, heads):
     """Relative error of the output and of each gradient, with the kernels a real run would choose."""
-    communicator = GroupCommunicator(grid.dp_group)
+    communicator = GroupCommunicator(grid.group("dp"))
     whole = Documents.from_lengths(lengths)
     slopes = torch.tensor([0.917, 0.05, 0.004, 1e-5], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import tempfile
 import traceback
@@ -47,11 +48,13 @@ def run_ranks(
         for process in processes:
             process.join(timeout_s)
         hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
         assert not errors, "\n".join(errors)
         assert not hanging, f"ranks {hanging} did not finish in {timeout_s} s"
+        assert not any(codes), f"ranks ended with exit codes {codes}; a signal's is negative"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -72,6 +75,7 @@ def _rank(
     arguments: tuple,
 ) -> None:
     try:
+        faulthandler.enable()
         torch.set_num_threads(1)
         if isinstance(function, tuple):
             function = _load(*function)
