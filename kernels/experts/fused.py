@@ -104,6 +104,7 @@ class Tile(NamedTuple):
 
 
 WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
+DYNAMIC = True
 LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
 
 # What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
@@ -111,8 +112,10 @@ LONG = 2048  # terms of a sum from which the products of a tile outlast the epil
 _plans: dict[tuple, NamedTuple] = {}
 
 
-def _starts(offsets_E: Tensor) -> Tensor:
-    return torch.nn.functional.pad(offsets_E, (1, 0))
+def _starts_and_counter(offsets_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each expert's rows start, and where the last end; and a zero, from which programs count the tiles taken."""
+    padded = torch.nn.functional.pad(offsets_E, (1, 1))
+    return padded[:-1], padded[-1:]
 
 
 def _rows(
@@ -129,13 +132,14 @@ def _rows(
 ) -> Tensor:
     """Each expert's rows times its weight, through the epilogue."""
     key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
-    starts = _starts(offsets_E)
+    starts, counter = _starts_and_counter(offsets_E)
+    dynamic = {"cu_seqlens_m": starts, "tile_count_semaphore": counter if DYNAMIC else None}
     if key in _plans:
-        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, cu_seqlens_m=starts)
+        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, **dynamic)
     else:
         _plans[key] = epilogue.gemm(
-            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, cu_seqlens_m=starts, **tile.arguments,
-            concat_layout=("B",) if interleave else None,
+            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, **dynamic, **tile.arguments,
+            is_dynamic_persistent=DYNAMIC, concat_layout=("B",) if interleave else None,
         )  # fmt: skip
     return out_RN
 
@@ -144,13 +148,14 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
     """``[E, M, N]``, the sum over each expert's rows of ``a^T b``; rows of the result un-interleaved if asked."""
     out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
     key = (tile, out_EMN.shape, interleave)
-    starts = _starts(offsets_E)
+    starts, counter = _starts_and_counter(offsets_E)
+    dynamic = {"cu_seqlens_k": starts, "tile_count_semaphore": counter if DYNAMIC else None}
     if key in _plans:
-        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, cu_seqlens_k=starts)
+        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, **dynamic)
     else:
         _plans[key] = gemm(
-            a_RM.T, b_RN.T, out_EMN, None, None, cu_seqlens_k=starts, **tile.arguments,
-            concat_layout=("out",) if interleave else None,
+            a_RM.T, b_RN.T, out_EMN, None, **({"tile_count_semaphore": None} | dynamic), **tile.arguments,
+            is_dynamic_persistent=DYNAMIC, concat_layout=("out",) if interleave else None,
         )  # fmt: skip
     return out_EMN
 

@@ -239,31 +239,35 @@ def partials(
 
 @gluon.jit
 def states(
-    y_desc, z_desc, out, slopes, edges,
+    y_desc, z_desc, out, places, slopes, edges, N,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    PIECES: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     groups: gl.constexpr = gl.num_warps() // 4
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
-    h = gl.program_id(0)
-    row = gl.program_id(1)
-    slope = gl.load(slopes + h).to(gl.float32)
-    begin = gl.load(edges + 2 * (row // PIECES))
-    end = gl.load(edges + 2 * (row // PIECES) + 1)
-    if REVERSE:
-        end = gl.minimum(end, begin + _reach(slope))
-    else:
-        begin = gl.maximum(begin, end - _reach(slope))
-    size = gl.maximum((end - begin + C * PIECES - 1) // (C * PIECES), SHORTEST) * C
-    low = begin + (row % PIECES) * size
-    high = gl.minimum(low + size, end)
-    if low < high:
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    p = gl.program_id(0)
+    if p < gl.load(places + N):
+        size = gl.load(places + N + 1)
+        columns = gl.arange(0, COLUMNS, layout=line)
+        begun = gl.load(places + columns, mask=columns < N, other=p + 1) <= p
+        column = gl.sum(begun.to(gl.int32), 0) - 1
+        h = column % H
+        slope = gl.load(slopes + h).to(gl.float32)
+        begin = gl.load(edges + 2 * (column // H))
+        end = gl.load(edges + 2 * (column // H) + 1)
+        if REVERSE:
+            end = gl.minimum(end, begin + _reach(slope))
+        else:
+            begin = gl.maximum(begin, end - _reach(slope))
+        low = begin + (p - gl.load(places + column)) * size
+        high = gl.minimum(low + size, end)
         away = low - begin if REVERSE else end - high
         state = gl.zeros([BK, BV], gl.float32, mma)
         state = _accumulate(y_desc, z_desc, h, low, high, slope, state, mma, REVERSE, STAGES)
         rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma))
         columns_v = gl.arange(0, BV, layout=gl.SliceLayout(0, mma))
-        to = out + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        to = out + p.to(gl.int64) * K * V + rows_k[:, None] * V + columns_v[None, :]
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
         gl.store(to, state * gl.exp(-slope * away.to(gl.float32)), mask=inside)
 

@@ -74,8 +74,8 @@ def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tupl
     return segments, max(1, min(16 // segments, num_chunks // segments // 16))
 
 
-# In how many pieces at most ``states`` sums the tokens of a document.
-PIECES = 16
+# In about how many pieces ``states`` sums tokens, of all heads together: two for each processor of an H100.
+PIECES = 264
 
 
 def choose_hopper(x_THK: Tensor) -> bool:
@@ -314,26 +314,28 @@ class _Run(NamedTuple):
     def states(self, y_THK: Tensor, z_THV: Tensor, edges_M2: Tensor, *, reverse: bool) -> Tensor:
         """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``."""
         _, H, K = y_THK.shape
-        V, rows = z_THV.shape[-1], len(edges_M2) * PIECES
-        pieces_MPHKV = torch.empty(len(edges_M2), PIECES, H, K, V, dtype=torch.float32, device=y_THK.device)
-        flags = {"H": H, "PIECES": PIECES, "REVERSE": reverse}
+        V, columns, C = z_THV.shape[-1], len(edges_M2) * H, self.tiles.chunk
+        places = torch.empty(columns + 2, dtype=torch.int32, device=y_THK.device)
+        padded = _power_of_two(columns)
+        triton_kernels.share_pieces[(1,)](
+            places, self.slopes_H, edges_M2, columns, H=H, C=C, COLUMNS=padded, PIECES=PIECES
+        )
+        pieces_PKV = torch.empty(PIECES + columns, K, V, dtype=torch.float32, device=y_THK.device)
+        where = (pieces_PKV, places, self.slopes_H, edges_M2, columns)
+        flags = {"H": H, "COLUMNS": padded, "REVERSE": reverse}
         if self._copy_engine_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
-            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
-            hopper.states[H, rows](
-                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), pieces_MPHKV, self.slopes_H, edges_M2,
-                STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
-            )  # fmt: skip
+            blocks = ((y_THK, C, shape["BK"]), (z_THV, C, shape["BV"]))
+            hopper.states[(len(pieces_PKV),)](
+                *hopper.descriptors(*blocks), *where, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags
+            )
         else:
             shared = self._shared(K, V, y_THK.dtype)
-            triton_kernels.states[_ceil_div(V, shared["BV"]), H, rows](
-                y_THK, z_THV, pieces_MPHKV, self.slopes_H, edges_M2, *y_THK.stride()[:2], *z_THV.stride()[:2],
-                K=K, V=V, **shared, **flags,
-            )  # fmt: skip
+            triton_kernels.states[_ceil_div(V, shared["BV"]), len(pieces_PKV)](
+                y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], K=K, V=V, **shared, **flags
+            )
         out_MHKV = torch.empty(len(edges_M2), H, K, V, dtype=torch.float32, device=y_THK.device)
-        triton_kernels.add_pieces[_ceil_div(K * V, 1024), H, len(edges_M2)](
-            pieces_MPHKV, out_MHKV, self.slopes_H, edges_M2, KV=K * V, C=self.tiles.chunk, B=1024, **flags
-        )
+        triton_kernels.add_pieces[_ceil_div(K * V, 1024), columns](pieces_PKV, out_MHKV, places, KV=K * V, B=1024)
         return out_MHKV
 
 

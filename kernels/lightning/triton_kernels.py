@@ -131,35 +131,55 @@ def partials(
 
 
 @triton.jit
-def _pieces(begin, end, slope, C: tl.constexpr, PIECES: tl.constexpr, REVERSE: tl.constexpr):
-    """The tokens of a range that reach its end (REVERSE: its start), and how many of them make a piece."""
-    if REVERSE:
-        end = tl.minimum(end, begin + _reach(slope))
-    else:
-        begin = tl.maximum(begin, end - _reach(slope))
-    return begin, end, tl.maximum((end - begin + C * PIECES - 1) // (C * PIECES), SHORTEST) * C
+def share_pieces(
+    places, slopes, edges, N,
+    H: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Cut the tokens that ``states`` sums in pieces of one size, about PIECES of them.
+
+    A column is a token range and a head. ``places [N + 2]``: the first piece of each of the N columns, how many pieces
+    there are, and the tokens of one.
+    """
+    column = tl.arange(0, COLUMNS)
+    inside = column < N
+    begin = tl.load(edges + 2 * (column // H), mask=inside, other=0)
+    end = tl.load(edges + 2 * (column // H) + 1, mask=inside, other=0)
+    slope = tl.load(slopes + column % H, mask=inside, other=1.0).to(tl.float32)
+    tokens = tl.where(inside, tl.minimum(end - begin, _reach(slope)), 0)
+    size = tl.maximum((tl.sum(tokens, 0) + C * PIECES - 1) // (C * PIECES), SHORTEST) * C
+    count = (tokens + size - 1) // size
+    tl.store(places + column, tl.cumsum(count, 0) - count, mask=inside)
+    tl.store(places + N, tl.sum(count, 0))
+    tl.store(places + N + 1, size)
 
 
 @triton.jit
 def states(
-    y, z, out, slopes, edges, y_t, y_h, z_t, z_h,
+    y, z, out, places, slopes, edges, N, y_t, y_h, z_t, z_h,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PIECES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out[r, p, h]``: what piece p of token range r adds to the state that leaves it at its end (REVERSE: its start).
+    """``out[p]``: what piece p adds to the state that leaves its range at the end (REVERSE: at the start).
 
-    Each head has as many pieces as it needs; the others are not written. ``out [R, PIECES, H, K, V]``.
+    ``out [.., K, V]``; pieces past the last are not written.
     """
     slice_v = tl.program_id(0)
-    h = tl.program_id(1)
-    row = tl.program_id(2)
-    slope = tl.load(slopes + h).to(tl.float32)
-    begin = tl.load(edges + 2 * (row // PIECES))
-    end = tl.load(edges + 2 * (row // PIECES) + 1)
-    begin, end, size = _pieces(begin, end, slope, C, PIECES, REVERSE)
-    low = begin + (row % PIECES) * size
-    high = tl.minimum(low + size, end)
-    if low < high:
+    p = tl.program_id(1)
+    if p < tl.load(places + N):
+        size = tl.load(places + N + 1)
+        columns = tl.arange(0, COLUMNS)
+        begun = tl.load(places + columns, mask=columns < N, other=p + 1) <= p
+        column = tl.sum(begun.to(tl.int32), 0) - 1
+        h = column % H
+        slope = tl.load(slopes + h).to(tl.float32)
+        begin = tl.load(edges + 2 * (column // H))
+        end = tl.load(edges + 2 * (column // H) + 1)
+        if REVERSE:
+            end = tl.minimum(end, begin + _reach(slope))
+        else:
+            begin = tl.maximum(begin, end - _reach(slope))
+        low = begin + (p - tl.load(places + column)) * size
+        high = tl.minimum(low + size, end)
         away = low - begin if REVERSE else end - high
         columns_k = tl.arange(0, BK)
         columns_v = slice_v * BV + tl.arange(0, BV)
@@ -168,25 +188,22 @@ def states(
             y + h * y_h, z + h * z_h, y_t, z_t, low, high, slope, state, columns_k, columns_v,
             K, V, C, BK, BV, REVERSE, PRECISION,
         )  # fmt: skip
-        to = out + (row.to(tl.int64) * H + h) * K * V + columns_k[:, None] * V + columns_v[None, :]
+        to = out + p.to(tl.int64) * K * V + columns_k[:, None] * V + columns_v[None, :]
         tl.store(to, state * tl.exp(-slope * away), mask=(columns_k < K)[:, None] & (columns_v < V)[None, :])
 
 
 @triton.jit
-def add_pieces(
-    pieces, out, slopes, edges,
-    H: tl.constexpr, KV: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PIECES: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """``out[r, h]``: the sum of the pieces of ``states``, in order. ``out [R, H, KV]``."""
-    h = tl.program_id(1)
-    r = tl.program_id(2)
-    slope = tl.load(slopes + h).to(tl.float32)
-    begin, end, size = _pieces(tl.load(edges + 2 * r), tl.load(edges + 2 * r + 1), slope, C, PIECES, REVERSE)
+def add_pieces(pieces, out, places, KV: tl.constexpr, B: tl.constexpr):
+    """``out[column]``: the sum of a column's pieces, in order. ``out [N, KV]``."""
+    column = tl.program_id(1)
     cells = tl.program_id(0) * B + tl.arange(0, B)
     total = tl.zeros([B], tl.float32)
-    for p in range(0, (end - begin + size - 1) // size):
-        total += tl.load(pieces + ((r * PIECES + p).to(tl.int64) * H + h) * KV + cells, mask=cells < KV, other=0.0)
-    tl.store(out + (r.to(tl.int64) * H + h) * KV + cells, total, mask=cells < KV)
+    first = tl.load(places + column)
+    at = pieces + first.to(tl.int64) * KV + cells
+    for _ in range(0, tl.load(places + column + 1) - first):
+        total += tl.load(at, mask=cells < KV, other=0.0)
+        at += KV
+    tl.store(out + column.to(tl.int64) * KV + cells, total, mask=cells < KV)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ TILES = {"K": BK, "V": BV, "C": C, "BK": BK, "BV": BV}
 KERNELS = {
     "partials": (8, TILES | {"H": 8, "REVERSE": True, "HAS_INITIAL": True, "INITIAL_MAPPED": MAPPED,
                              "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
-    "states": (8, TILES | {"H": 8, "PIECES": 8, "REVERSE": MAPPED, "STAGES": hopper.STAGES_PARTIALS},
+    "states": (8, TILES | {"H": 8, "COLUMNS": 16, "REVERSE": MAPPED, "STAGES": hopper.STAGES_PARTIALS},
                {"y": BK, "z": BV}),
     "attend": (4, TILES | STATES | {"REVERSE": True, "FINAL_MAPPED": MAPPED, "STAGES": hopper.STAGES},
                {"x": BK, "y": BK, "z": BV // 2, "out": BV // 2}),
@@ -33,7 +33,7 @@ KERNELS = {
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
 POINTERS |= dict.fromkeys(("initial", "final", "partial", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "runs", "cu_seqlens", "edges"), "*i32")
+POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "runs", "cu_seqlens", "edges", "places"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)

@@ -96,8 +96,10 @@ def test_plain_parts(implementation, lengths, of):
 @interpreted
 @pytest.mark.parametrize("segments", [(1, 1), (3, 2)], ids=["one-segment", "three-segments"])
 @pytest.mark.parametrize(("lengths", "of"), [*CASES, ([290], [0])])
-def test_triton_parts(monkeypatch, poisoned_empty, lengths, of, segments):
+@pytest.mark.parametrize("pieces", [1, 264])
+def test_triton_parts(monkeypatch, poisoned_empty, lengths, of, segments, pieces):
     implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
+    monkeypatch.setattr(implementation, "PIECES", pieces)
     monkeypatch.setattr(implementation, "choose_tiles", lambda *_: implementation.Tiles(16, 32, 4, 2))
     monkeypatch.setattr(implementation, "choose_segments", lambda *_: segments)
     slopes = torch.tensor(SLOPES, dtype=torch.float32).double()
