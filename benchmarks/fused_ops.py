@@ -1,4 +1,4 @@
-"""Experts, norms, rotary embedding and loss on one GPU, each beside plain PyTorch: rows for ``kernels.py --op``.
+"""Experts, norms, rotary embedding, SiLU and loss on one GPU, each beside plain PyTorch: rows for ``kernels.py --op``.
 
 Times are medians of plain calls, gradients included where it says so; at these sizes the device is what is waited for.
 A share of the copy rate is the bytes that the op must read and write once, over the time, over the rate of a copy in
@@ -23,10 +23,12 @@ from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_products, has_quack, route, router_logits
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from minimax_train.kernels.rope import rotary_table, rotate_heads
+from minimax_train.kernels.silu import silu_qkv
 
 # Tokens, hidden, expert hidden, experts, choices.
 EXPERTS = [(16_384, 6144, 9216, 32, 2), (65_536, 1024, 2816, 16, 2)]
 NORMS = [(32_768, 6144), (32_768, 8192), (131_072, 1024)]
+SILUS = [(32_768, 64), (131_072, 8)]  # tokens, heads
 VOCABULARY = 200_064
 SHARES = "share_of_dense", "share_of_dense_of_its_size"
 
@@ -153,18 +155,24 @@ def _products(
 
 
 def _both_directions(
-    label: str, runs: dict[str, Callable[[], Tensor]], leaves: list[Tensor], moved: tuple[int, int], rate: float
+    op: str,
+    label: str,
+    runs: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]],
+    leaves: list[Tensor],
+    moved: tuple[int, int],
+    rate: float,
 ) -> list[dict]:
     rows = []
     for name, run in runs.items():
-        out = run()
-        d_out = torch.randn_like(out)
+        outs = run()
+        outs = (outs,) if torch.is_tensor(outs) else outs
+        d_outs = [torch.randn(out.shape, device=out.device, dtype=out.dtype) for out in outs]
         forward = times(run, repeats=10)
-        backward = times(lambda out=out, d=d_out: torch.autograd.grad(out, leaves, d, retain_graph=True), repeats=10)
+        backward = times(lambda o=outs, d=d_outs: torch.autograd.grad(o, leaves, d, retain_graph=True), repeats=10)
         shares = [size / (ms * 1e-3) / rate for size, ms in zip(moved, (forward, backward), strict=True)]
         _print(label, name, f"{forward:.3f} ({shares[0]:.2f})", f"{backward:.3f} ({shares[1]:.2f})")
         rows.append(
-            {"op": "norm", "name": f"{label}, {name}", "forward_ms": forward, "backward_ms": backward}
+            {"op": op, "name": f"{label}, {name}", "forward_ms": forward, "backward_ms": backward}
             | {"forward_share_of_copy": shares[0], "backward_share_of_copy": shares[1]}
         )
     return rows
@@ -192,7 +200,7 @@ def norm(rate: float) -> list[dict]:
         for kind, (leaves, tensors, run) in kinds.items():
             runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "plain")}
             moved = tuple(count * x.nbytes for count in tensors)
-            rows += _both_directions(f"{kind}, {T} x {D}", runs, leaves, moved, rate)
+            rows += _both_directions("norm", f"{kind}, {T} x {D}", runs, leaves, moved, rate)
     return rows
 
 
@@ -222,6 +230,17 @@ def rope(rate: float) -> list[dict]:
                 {"op": "rope", "name": f"{H} heads, {name}", "forward_ms": forward, "backward_ms": backward}
                 | {"forward_share_of_copy": shares[0], "backward_share_of_copy": shares[1]}
             )
+    return rows
+
+
+def silu(rate: float) -> list[dict]:
+    rows = []
+    _header("SiLU of q, k, v", "implementation", "forward ms (share of the copy rate)", "backward")
+    for T, H in SILUS:
+        x = _randn(T, H * 3 * 128)
+        runs = {name: lambda x=x, n=name: silu_qkv(x, head_dim=128, implementation=n) for name in ("triton", "plain")}
+        # x has the three tensors of T x H x K; their gradients are three tensors, as attention's backward makes them.
+        rows += _both_directions("silu", f"{T} tokens, {H} heads", runs, [x], (2 * x.nbytes, 3 * x.nbytes), rate)
     return rows
 
 
@@ -268,4 +287,4 @@ def loss(rate: float) -> list[dict]:
     return rows
 
 
-OPS = {"experts": experts, "norm": norm, "rope": rope, "loss": loss}
+OPS = {"experts": experts, "norm": norm, "rope": rope, "silu": silu, "loss": loss}

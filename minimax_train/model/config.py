@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minimax_train.errors import require, require_choice, require_positive
-from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, softmax
+from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, silu, softmax
 from minimax_train.kernels.dispatch import NEEDS_CUDA
 
 LIGHTNING, SOFTMAX = "L", "S"
@@ -146,6 +146,7 @@ class KernelConfig:
         router: the router's projection, softmax, choice and counts.
         norm: every RMSNorm, with the residual before it or the gate after it.
         rope: rotary embedding.
+        silu: SiLU of lightning attention's q, k and v.
         loss: softmax and gradient of the cross-entropy.
     """
 
@@ -155,6 +156,7 @@ class KernelConfig:
     router: str = "auto"
     norm: str = "auto"
     rope: str = "auto"
+    silu: str = "auto"
     loss: str = "auto"
 
     def __post_init__(self) -> None:
@@ -181,6 +183,7 @@ class KernelConfig:
             "router": experts.ROUTER_IMPLEMENTATIONS,
             "norm": norm.IMPLEMENTATIONS,
             "rope": rope.IMPLEMENTATIONS,
+            "silu": silu.IMPLEMENTATIONS,
             "loss": cross_entropy.IMPLEMENTATIONS,
         }
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.kernels.silu import silu_qkv
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.config import KernelConfig, ModelConfig
@@ -38,6 +38,7 @@ class LightningAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
         super().__init__()
         self.config, self.layer, self.implementation = config, layer, kernels.lightning
+        self.silu = kernels.silu
         D, width = config.hidden_size, config.num_heads * config.head_dim
         self.qkv_proj = Linear(D, 3 * width)
         self.gate_proj = Linear(D, width)
@@ -48,9 +49,9 @@ class LightningAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         config, x_TD = self.config, self.tokens.gather(x_TD)
-        qkv_TH3K = F.silu(self.qkv_proj(x_TD)).unflatten(-1, (-1, 3, config.head_dim))
+        qkv_THK = silu_qkv(self.qkv_proj(x_TD), head_dim=config.head_dim, implementation=self.silu)
         slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers, *self.heads)
-        out_THK = self.attend(*qkv_TH3K.unbind(2), slopes_H, context)
+        out_THK = self.attend(*qkv_THK, slopes_H, context)
         return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD))))
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:

@@ -51,7 +51,7 @@ def test_loss_and_gradients_equal_the_naive_kernels(capacity):
     labels[[5, 125]] = -100
     documents = Documents.from_lengths([63, 5, 58])
     results = []
-    for kernels in (KernelConfig(), KernelConfig(lightning="naive", softmax="naive")):
+    for kernels in (KernelConfig(), KernelConfig(lightning="naive", softmax="naive", silu="naive")):
         model = _model(config, kernels)
         out = model(tokens, documents, labels, num_rows=2)
         logits = model(tokens, documents, num_rows=2)
@@ -75,7 +75,7 @@ def test_triton_kernels_give_the_same_model(capacity):
     tokens, labels = torch.randint(300, (2, 66), device=DEVICE)
     labels[[5, 65]] = -100
     documents = Documents.from_lengths([33, 5, 28], DEVICE)
-    names = ("experts", "router", "norm", "rope", "loss")
+    names = ("experts", "router", "norm", "rope", "silu", "loss")
     results = []
     for kernels, dtype in ((dict.fromkeys(names, "triton"), torch.float32), ({}, torch.float64)):
         model = _model(config, KernelConfig(lightning="chunked", softmax="naive", **kernels)).to(DEVICE, dtype)
