@@ -76,6 +76,18 @@ def _fetch(desc, h, start, column, bar, tile, wanted):
 
 
 @gluon.jit
+def _uniform(x):
+    """The same number, in a way that shows the assembler that all threads have it.
+
+    What a warp group is handed comes through shared memory. Of a loop with such bounds the assembler takes every index
+    to differ between threads, and moves the operands of each matrix product to uniform registers anew.
+    """
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _cut(num_chunks, fine, num_fine):
     """The chunk that fine segment ``fine`` begins with."""
     return (num_chunks.to(gl.int64) * fine // num_fine).to(gl.int32)
@@ -304,6 +316,8 @@ def _consume(
     INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: half of the value columns, with its own half of the state."""
+    low = _uniform(low)
+    high = _uniform(high)
     dtype: gl.constexpr = out_desc.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     mma_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
@@ -502,6 +516,8 @@ def _consume_backward(
     INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: dv (side 0) or dk (side 1), and half of the state that both read."""
+    low = _uniform(low)
+    high = _uniform(high)
     dtype: gl.constexpr = out_desc.dtype
     HALF: gl.constexpr = BV // 2
     WIDTH: gl.constexpr = K if side == 1 else V
