@@ -197,7 +197,7 @@ def write_trace(path: Path, run: Callable[[], object]) -> None:
         for event in events
         if event.get("cat") in ("kernel", "gpu_memcpy")
     ]
-    sending = {event["tid"] for event in kept if "nccl" in event["name"] or event["name"] == "_hold"}
+    sending = {event["tid"] for event in kept if "nccl" in event["name"] or event["name"] == "_carry"}
     kept += [
         {"name": "thread_name", "ph": "M", "pid": event["pid"], "tid": event["tid"], "args": {"name": lane}}
         for event in {event["tid"]: event for event in kept}.values()

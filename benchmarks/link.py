@@ -2,7 +2,8 @@
 
 :class:`EmulatedLink` is a Communicator (``minimax_train.parallel.communicator``). What other ranks would have sent is a
 local copy of tensors of the right shape, so results are wrong and times are right; correctness is the tests' business.
-Each transfer runs on the link's own stream, beside compute, on ``sms`` processors, and takes, the copy included,
+Each transfer is one kernel on the link's own stream, beside compute: ``sms`` programs, each on a processor of its own,
+which copy and then hold on. It takes, the copy included,
 
     latency + bytes through this rank's link in the busier direction / rate.
 
@@ -13,7 +14,7 @@ have passed them on: a receive that starts such a journey waits for the hops bef
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,23 +56,17 @@ class EmulatedLink:
 
     def all_gather(self, x: Tensor) -> Pending:
         out = x.new_empty(self.size, *x.shape)
-        return self._transfer((self.size - 1) * x.nbytes, lambda: out.copy_(x.expand_as(out)), out)
+        return self._transfer((self.size - 1) * x.nbytes, x.contiguous(), out)
 
     def reduce_scatter(self, x: Tensor) -> Pending:
         out = torch.empty_like(x[0])
-        return self._transfer((self.size - 1) * out.nbytes, lambda: torch.sum(x, 0, out=out), out)
+        return self._transfer((self.size - 1) * out.nbytes, x.contiguous(), out)
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
         row_bytes = x[:1].nbytes
         outgoing = (sum(sends) - sends[self.rank]) * row_bytes
         incoming = (sum(receives) - receives[self.rank]) * row_bytes
-
-        def fill() -> None:
-            for start in range(0, sum(receives), max(1, len(x))):
-                target = out[start : min(start + len(x), sum(receives))]
-                target.copy_(x[: len(target)])
-
-        return self._transfer(max(outgoing, incoming), fill, out)
+        return self._transfer(max(outgoing, incoming), x.contiguous(), out[: sum(receives)], result=out)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         outgoing = sum(x.nbytes for x in sends.values())
@@ -82,26 +77,35 @@ class EmulatedLink:
             hops = giver if giver < self.rank else self.size - 1 - giver
             extra_hops = hops if self._received % self.pieces == 0 else 0
             self._received += 1
+        size = max(outgoing, incoming)
+        if not receives:
+            return self._transfer(size, None, None)
+        # One of them carries the time of all.
+        *others, last = receives.values()
+        for x in others:
+            self._transfer(0, _noise(x), x)
+        return self._transfer(size, _noise(last), last, extra_hops=extra_hops)
 
-        def fill() -> None:
-            for x in receives.values():
-                x.normal_(std=0.02)
-
-        return self._transfer(max(outgoing, incoming), fill, None, extra_hops)
-
-    def _transfer(self, size: int, copy, result: Tensor | None, extra_hops: int = 0) -> Pending:
-        seconds = (self.latency_s + size / self.bytes_per_s) * (1 + extra_hops)
+    def _transfer(
+        self, size: int, source: Tensor | None, target: Tensor | None, *, result: Tensor | None = None, extra_hops=0
+    ) -> Pending:
+        """Fill ``target`` from ``source``, again from its start if that is shorter, in the time of a size."""
+        result = target if result is None else result
+        seconds = (self.latency_s + size / self.bytes_per_s) * (1 + extra_hops if size else 0)
         if self._stream is None:
             time.sleep(seconds)
-            copy()
+            _fill(source, target)
             return Pending(lambda: result)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             started = torch.empty(1, dtype=torch.int64, device="cuda")
             _clock[(1,)](started)
-            copy()
-            # Small programs would share a processor with others; 1024 threads leave a product no registers.
-            _hold[(self.sms,)](started, int(seconds * 1e9), num_warps=32)
+            words = [started[:0], started[:0]] if target is None else _words(source, target)
+            sizes = [x.numel() for x in words]
+            # 1024 threads leave a product no registers: smaller programs would share a processor with it.
+            _carry[(self.sms,)](
+                *words, *sizes, started, int(seconds * 1e9), B=4096, EXACT=max(sizes) < 2**20, num_warps=32
+            )
 
         def wait() -> Tensor | None:
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -121,10 +125,36 @@ class FreeLink(EmulatedLink):
         super().__init__(rank, size, 0.0, float("inf"))
         self.moving = True
 
-    def _transfer(self, size: int, copy: Callable[[], object], result: Tensor | None, extra_hops: int = 0) -> Pending:
-        if self.moving or (result is not None and not result.is_floating_point()):
-            copy()
+    def _transfer(
+        self, size: int, source: Tensor | None, target: Tensor | None, *, result: Tensor | None = None, extra_hops=0
+    ) -> Pending:
+        result = target if result is None else result
+        if self.moving or (target is not None and not target.is_floating_point()):
+            _fill(source, target)
         return Pending(lambda: result)
+
+
+def _fill(source: Tensor | None, target: Tensor | None) -> None:
+    if target is not None and target.numel():
+        times = -(-target.numel() // source.numel())
+        target.view(-1).copy_(source.view(-1).repeat(times)[: target.numel()])
+
+
+_noises: dict[torch.dtype, Tensor] = {}
+
+
+def _noise(like: Tensor) -> Tensor:
+    """A million small random numbers: what arrives must not be zero, on which a GPU computes faster."""
+    if like.dtype not in _noises:
+        _noises[like.dtype] = (0.02 * torch.randn(2**20, device=like.device)).to(like.dtype)
+    return _noises[like.dtype]
+
+
+def _words(*tensors: Tensor) -> list[Tensor]:
+    """Their memory in units that copy fastest."""
+    flat = [x.view(-1).view(torch.uint8) for x in tensors]
+    aligned = all(x.data_ptr() % 8 == 0 and x.numel() % 8 == 0 for x in flat)
+    return [x.view(torch.int64) for x in flat] if aligned else flat
 
 
 @triton.jit
@@ -138,9 +168,24 @@ def _clock(out):
 
 
 @triton.jit
-def _hold(started, nanoseconds):
-    """Keep the current stream and some processors busy until a time after ``started``."""
+def _carry(source, target, source_size, target_size, started, nanoseconds, B: tl.constexpr, EXACT: tl.constexpr):
+    """Fill the target from the source, round and round; then keep stream and processors until a time is over.
+
+    All of a source that is longer is read: a sum over ranks reads all of theirs. Unless EXACT, whole blocks wrap
+    around, which costs no division per word.
+    """
     end = tl.load(started) + nanoseconds
+    inside = tl.arange(0, B)
+    sources, targets = tl.maximum(source_size // B, 1), (target_size + B - 1) // B
+    block = tl.program_id(0)
+    while block < tl.where(targets > 0, tl.maximum(sources, targets), 0):
+        from_source = (block % sources).to(tl.int64) * B + inside
+        to_target = (block % targets).to(tl.int64) * B + inside
+        if EXACT:
+            from_source = to_target % source_size
+        words = tl.load(source + from_source, mask=from_source < source_size, other=0)
+        tl.store(target + to_target, words, mask=to_target < target_size)
+        block += tl.num_programs(0)
     now = _now()
     while now < end:
         now = _now()
