@@ -42,9 +42,8 @@ class ExpertParallel:
         etp: the ranks with the same i. The two must not share a process group: its transfers would take turns.
         num_experts: E, of the whole layer.
         token_groups: in how many groups the rows of the tokens are cut, so that one group's transfers run beside
-            another's products. Every group has the rows bound for an equal part of each rank's experts: no product gets
-            fewer rows per expert than without groups. Only where a rank has fewer experts than there are groups are
-            the tokens cut as well.
+            another's products. A group has the rows bound for some of each rank's experts; where a rank has too few of
+            them for that, a group's first and last expert share their rows with the groups before and after.
 
     Raises:
         ValueError: when the experts do not divide, or ``token_groups`` is not positive.

@@ -100,8 +100,7 @@ class _ExpertRows(torch.autograd.Function):
         def compute(index: int, x_mD: Tensor) -> Tensor:
             group: Group = plan.groups[index]
             weights = gate_up_e2fD[group.experts], down_eDf[group.experts]
-            offsets_c = plan.offsets(group.here, group.columns)
-            y_mD, kept_m2f = experts_forward(x_mD, *weights, offsets_c, implementation=implementation)
+            y_mD, kept_m2f = experts_forward(x_mD, *weights, plan.offsets(group), implementation=implementation)
             gate_up_m2f.append(kept_m2f)
             return y_mD
 
@@ -125,16 +124,9 @@ class _ExpertRows(torch.autograd.Function):
         def compute(index: int, dy_mD: Tensor) -> Tensor:
             group: Group = plan.groups[index]
             weights = gate_up_e2fD[group.experts], down_eDf[group.experts]
-            offsets_c = plan.offsets(group.here, group.columns)
             outputs = act_Mf[group.here], d_gate_up_M2f[group.here]
-            return experts_backward_rows(dy_mD, gate_up_m2f[index], *weights, offsets_c, *outputs, **how)
+            return experts_backward_rows(dy_mD, gate_up_m2f[index], *weights, plan.offsets(group), *outputs, **how)
 
         returning = start_round_trip(dy_RD.contiguous(), dy_MD, plan, ctx.ep, ctx.etp, compute)
-        parts = [
-            experts_backward_weights(
-                x_MD[rows], dy_MD[rows], act_Mf[rows], d_gate_up_M2f[rows], plan.offsets(rows, columns), **how
-            )
-            for rows, columns in plan.token_parts
-        ]
-        d_weights = [x[0] if len(x) == 1 else torch.stack(x).sum(0) for x in zip(*parts, strict=True)]
+        d_weights = experts_backward_weights(x_MD, dy_MD, act_Mf, d_gate_up_M2f, plan.offsets_e, **how)
         return returning.wait(), *d_weights, None, None, None, None

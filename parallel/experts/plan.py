@@ -1,10 +1,12 @@
 """Which row goes where: groups, counts, and the order rows arrive in.
 
-A *label* is a place in the order of rows at home: part of the tokens, part of each rank's experts, rank, expert. A
-group is a part of the tokens and of the experts; its rows are contiguous at home, and in the buffer of arranged rows.
+A *column* is one of a rank's experts with one part of the tokens; by expert, then by part. A *group* is some columns
+in a row, the same of every rank, so that its rows are contiguous both at home and in the buffer of arranged rows. A
+*label* is a place in the order of rows at home: group, rank, column.
 
-Shape legend: T tokens, K choices per token, L labels, J etp ranks, I ep ranks, C columns: parts of the tokens times
-this rank's experts, c those of a group, R rows at home, N rows of a group as they arrive, m its arranged rows.
+Shape legend: T tokens, K choices per token, L labels, E experts, J etp ranks, I ep ranks, P parts of the tokens,
+C columns, c those of a group, e experts of this rank, R rows at home, N rows of a group as they arrive, m its arranged
+rows.
 """
 
 from __future__ import annotations
@@ -33,40 +35,47 @@ class Cut:
     def local_experts(self) -> int:
         return self.num_experts // self.ep
 
-    @property
-    def expert_parts(self) -> int:
-        """As many as there may be: only then do the products of two groups share no weights."""
-        return max(n for n in range(1, self.groups + 1) if self.groups % n == 0 and n <= self.local_experts)
+    @cached_property
+    def shares(self) -> list[int]:
+        """How much of a rank's rows each group has: nothing runs beside the first transfer and the last, so little."""
+        return [1, *[2] * (self.groups - 2), 1][: self.groups]
 
     @property
     def token_parts(self) -> int:
-        return self.groups // self.expert_parts
+        """Only as many as it takes for a column to be no more than the smallest share."""
+        return -(-sum(self.shares) // self.local_experts)
+
+    @property
+    def num_columns(self) -> int:
+        return self.local_experts * self.token_parts
 
     @cached_property
-    def expert_slices(self) -> list[slice]:
-        """This rank's experts in each part: nothing runs beside the first transfer and the last, so those are small."""
-        parts, experts = self.expert_parts, self.local_experts
-        shares = [1, *[2] * (parts - 2), 1][:parts]
-        ends = [0]
-        for part, share in enumerate(accumulate(shares), 1):
-            even = round(experts * share / sum(shares))
-            ends.append(min(max(even, ends[-1] + 1), experts - (parts - part)))
-        return [slice(*ends) for ends in pairwise(ends)]
+    def columns(self) -> list[slice]:
+        """Of each group, at least one."""
+        total, C = sum(self.shares), self.num_columns
+        ends = [(2 * C * done + total) // (2 * total) for done in accumulate(self.shares)]
+        return [slice(*edges) for edges in pairwise([0, *ends])]
+
+    def experts(self, columns: slice) -> slice:
+        """This rank's experts that some columns belong to."""
+        return slice(columns.start // self.token_parts, -(-columns.stop // self.token_parts))
 
     @cached_property
-    def order(self) -> list[int]:
-        """Experts in the order of their labels within a part of the tokens."""
-        e = self.local_experts
-        return [i * e + local for s in self.expert_slices for i in range(self.ep) for local in range(s.start, s.stop)]
+    def order(self) -> list[tuple[int, int]]:
+        """Expert and part of the tokens of each label."""
+        e, P = self.local_experts, self.token_parts
+        return [
+            (rank * e + column // P, column % P)
+            for columns in self.columns
+            for rank in range(self.ep)
+            for column in range(columns.start, columns.stop)
+        ]
 
     def labels(self, experts_TK: Tensor) -> tuple[Tensor, int]:
         """The label of each choice, -1 for none, and how many labels there are."""
-        labels_TK = _label_of(self, experts_TK.device)[experts_TK]
-        if self.token_parts > 1:
-            T = len(experts_TK)
-            part_T = torch.arange(T, device=experts_TK.device) * self.token_parts // max(T, 1)
-            labels_TK = torch.where(labels_TK < 0, -1, labels_TK + part_T[:, None] * self.num_experts)
-        return labels_TK, self.token_parts * self.num_experts
+        T = len(experts_TK)
+        part_T = torch.arange(T, device=experts_TK.device) * self.token_parts // max(T, 1)
+        return _label_of(self, experts_TK.device)[experts_TK, part_T[:, None]], len(self.order)
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,8 @@ class Group:
         sends, receives: rows to and from each ep rank.
         padded: rows that every etp rank gives: the most that any of them received.
         here: its arranged rows.
-        experts: whose rows they are, of this rank's.
-        columns: the same with the part of the tokens.
+        columns: whose rows they are.
+        experts: the same, of this rank's experts.
         arrives_arranged: whether rows arrive sorted by expert and without gaps.
     """
 
@@ -88,8 +97,8 @@ class Group:
     receives: list[int]
     padded: int
     here: slice
-    experts: slice
     columns: slice
+    experts: slice
     arrives_arranged: bool
 
     @property
@@ -115,22 +124,23 @@ class Plan:
 
     Attributes:
         counts_JIC: rows from each rank of the expert grid in each column, on the device.
+        token_parts: P.
         rows_here: arranged rows of all groups, M.
-        token_parts: one slice of arranged rows, and of columns, per part of the tokens.
     """
 
     groups: list[Group]
     counts_JIC: Tensor
+    token_parts: int
     rows_here: int
-    token_parts: list[tuple[slice, slice]]
 
     @cached_property
-    def offsets_C(self) -> Tensor:
-        """End of each column among the arranged rows, int32."""
-        return self.counts_JIC.sum((0, 1)).cumsum(0).int()
+    def offsets_e(self) -> Tensor:
+        """End of each expert's rows among the arranged rows, int32."""
+        return self.counts_JIC.sum((0, 1)).view(-1, self.token_parts).sum(1).cumsum(0).int()
 
-    def offsets(self, rows: slice, columns: slice) -> Tensor:
-        return self.offsets_C[columns] - rows.start
+    def offsets(self, group: Group) -> Tensor:
+        """End of each expert's rows among those of a group, which may have a part of the first and the last."""
+        return self.offsets_e[group.experts].clamp(max=group.here.stop) - group.here.start
 
     @cached_property
     def orders(self) -> list[Order | None]:
@@ -194,47 +204,40 @@ def start_plan(cut: Cut, offsets_L: Tensor, ep: Lane, etp: Lane) -> PendingPlan:
 
 @cache
 def _label_of(cut: Cut, device: torch.device) -> Tensor:
-    """The label of each expert within a part of the tokens; the last element is where an index of -1 leads."""
-    labels = {expert: label for label, expert in enumerate(cut.order)}
-    return torch.tensor([*(labels[expert] for expert in range(cut.num_experts)), -1], device=device)
+    """The label of each expert and part of the tokens, ``[E + 1, P]``; the last row is where an index of -1 leads."""
+    labels_EP = torch.full((cut.num_experts + 1, cut.token_parts), -1)
+    experts_L, parts_L = torch.tensor(cut.order).unbind(1)
+    labels_EP[experts_L, parts_L] = torch.arange(len(cut.order))
+    return labels_EP.to(device)
 
 
 @cache
 def _my_labels(cut: Cut, rank: int, device: torch.device) -> Tensor:
-    """The labels of this rank's experts, by part of the tokens and expert."""
-    first, e = rank * cut.local_experts, cut.local_experts
-    mine = [label for label, expert in enumerate(cut.order) if first <= expert < first + e]
-    return torch.tensor(
-        [part * cut.num_experts + label for part in range(cut.token_parts) for label in mine], device=device
-    )
+    """The labels of a rank's columns."""
+    mine = [label for label, (expert, _) in enumerate(cut.order) if expert // cut.local_experts == rank]
+    return torch.tensor(mine, device=device)
 
 
 def _make_plan(cut: Cut, sent: list[int], arriving: list[list[list[int]]], counts_JIC: Tensor, j: int) -> Plan:
     """The groups, from the rows of each label this rank sends and those that each rank sends to each of its columns."""
-    groups, token_parts = [], []
+    groups: list[Group] = []
     home = here = label = 0
-    for part in range(cut.token_parts):
-        part_start = here
-        for experts in cut.expert_slices:
-            c = experts.stop - experts.start
-            sends = [sum(sent[label + i * c : label + (i + 1) * c]) for i in range(cut.ep)]
-            first = part * cut.local_experts
-            columns = slice(first + experts.start, first + experts.stop)
-            received = [[sum(counts[columns]) for counts in ranks] for ranks in arriving]
-            sizes = [sum(ranks) for ranks in received]
-            groups.append(
-                Group(
-                    home=slice(home, home + sum(sends)),
-                    sends=sends,
-                    receives=received[j],
-                    padded=max(sizes),
-                    here=slice(here, here + sum(sizes)),
-                    experts=experts,
-                    columns=columns,
-                    arrives_arranged=len(arriving) == 1 and c == 1,
-                )
+    for columns in cut.columns:
+        c, experts = columns.stop - columns.start, cut.experts(columns)
+        sends = [sum(sent[label + i * c : label + (i + 1) * c]) for i in range(cut.ep)]
+        received = [[sum(counts[columns]) for counts in ranks] for ranks in arriving]
+        sizes = [sum(ranks) for ranks in received]
+        groups.append(
+            Group(
+                home=slice(home, home + sum(sends)),
+                sends=sends,
+                receives=received[j],
+                padded=max(sizes),
+                here=slice(here, here + sum(sizes)),
+                columns=columns,
+                experts=experts,
+                arrives_arranged=len(arriving) == 1 and experts.stop - experts.start == 1,
             )
-            home, here, label = home + sum(sends), here + sum(sizes), label + cut.ep * c
-        columns = slice(part * cut.local_experts, (part + 1) * cut.local_experts)
-        token_parts.append((slice(part_start, here), columns))
-    return Plan(groups, counts_JIC, here, token_parts)
+        )
+        home, here, label = home + sum(sends), here + sum(sizes), label + cut.ep * c
+    return Plan(groups, counts_JIC, cut.token_parts, here)

@@ -70,7 +70,7 @@ def _run(layer, case, device, **how):
     return [y, *torch.autograd.grad(y, leaves, dy[rank].to(device))]
 
 
-def _worst_errors(communicators, dtype=torch.float64, groups=(1, 2, 3, 4), device="cpu", **sizes):
+def _worst_errors(communicators, dtype=torch.float64, groups=(1, 2, 3, 7), device="cpu", **sizes):
     """The worst relative error of all results, or of their size where there should be none, per case."""
     ep, etp = communicators
     ranks, rank = ep.size * etp.size, ep.rank * etp.size + etp.rank
@@ -110,23 +110,24 @@ def test_one_rank_sends_nothing():
 
 
 @pytest.mark.parametrize(
-    ("experts", "ep", "groups"), [(32, 2, 4), (6, 2, 2), (8, 8, 3), (8, 4, 4), (12, 4, 6), (5, 1, 4)]
+    ("experts", "ep", "groups"), [(32, 2, 4), (6, 2, 2), (8, 8, 3), (8, 4, 4), (12, 4, 6), (5, 1, 4), (7, 1, 1)]
 )
-def test_groups_hold_every_expert_of_every_part_once(experts, ep, groups):
-    cut = Cut(experts, ep, groups)
-    assert cut.token_parts * cut.expert_parts == groups
-    assert sorted(cut.order) == list(range(experts))
-    assert cut.token_parts == 1 or groups > cut.local_experts
-    labels, count = cut.labels(torch.arange(-1, experts).expand(groups, -1))
-    assert count == cut.token_parts * experts
+def test_groups_share_the_rows_of_every_rank(experts, ep, groups):
+    cut, tokens = Cut(experts, ep, groups), 420
+    labels, count = cut.labels(torch.arange(-1, experts).expand(tokens, -1))
     assert (labels[:, 0] == -1).all()
-    assert labels[:, 1:].unique().numel() == count
-    # Tokens of one part come before those of the next, and a part's experts of all ranks before the next part's.
-    assert (labels[1:, 1:].amin(1) // experts >= labels[:-1, 1:].amax(1) // experts).all()
-    parts = [
-        {expert % cut.local_experts for expert in cut.order[ep * s.start : ep * s.stop]} for s in cut.expert_slices
-    ]
-    assert parts == [set(range(s.start, s.stop)) for s in cut.expert_slices]
+    assert labels[:, 1:].unique().tolist() == list(range(count))
+    # Group of each choice, counted through the labels: group by group, in each the same number of every rank.
+    of_label = [g for g, columns in enumerate(cut.columns) for _ in range(ep * (columns.stop - columns.start))]
+    group = torch.tensor(of_label)[labels[:, 1:]].view(tokens, ep, -1)
+    rows = torch.stack([(group == g).sum((0, 2)) for g in range(groups)], 1)
+    assert (rows == rows[0]).all() and rows.sum() == tokens * experts
+    # As near to a small first and last group as whole columns allow, and never empty.
+    ideal = torch.tensor(cut.shares) * rows[0].sum() / sum(cut.shares)
+    column = -(-tokens // cut.token_parts)
+    assert (rows[0] > 0).all() and ((rows[0] - ideal).abs() <= column).all()
+    # On a rank no expert comes after one of a higher number, in a higher group.
+    assert (group[..., 1:] >= group[..., :-1]).all()
 
 
 def test_refusals():
