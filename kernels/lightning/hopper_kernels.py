@@ -80,7 +80,8 @@ def _uniform(x):
     """The same number, in a way that shows the assembler that all threads have it.
 
     What a warp group is handed comes through shared memory. Of a loop with such bounds the assembler takes every index
-    to differ between threads, and moves the operands of each matrix product to uniform registers anew.
+    to differ between threads, and moves the operands of each matrix product to uniform registers anew; so it does for
+    whatever follows a branch on a number that was loaded.
     """
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
@@ -348,8 +349,8 @@ def _consume(
     for step in range(0, high - low):
         stage = step % STAGES
         m = high - 1 - step if REVERSE else low + step
-        start = gl.load(starts + m)
-        info = gl.load(infos + m)
+        start = _uniform(gl.load(starts + m))
+        info = _uniform(gl.load(infos + m))
         length = info >> LENGTH_SHIFT
         enters = (info & (ENDS if REVERSE else BEGINS)) != 0
 
@@ -399,15 +400,14 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(stage), count=1)
 
-        # A chunk that fills its tile leaves by the copy engine, another one row by row: whichever does not apply is
-        # sent out of range rather than branched around, so that the loop stays free of branches.
+        # A chunk that fills its tile leaves by the copy engine, another one row by row, its copy sent out of range.
         out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
         fence_async_shared()
         thread_barrier()
-        whole = length == C
-        tma.async_copy_shared_to_global(out_desc, [h, gl.where(whole, start, num_tokens), half * HALF], out_s)
-        cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
-        gl.store(cells, acc.to(dtype), mask=(valid & (length < C))[:, None] & (columns_v < V)[None, :])
+        tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), half * HALF], out_s)
+        if length < C:
+            cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
+            gl.store(cells, acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
                 n = gl.load(owners + m)
@@ -568,8 +568,8 @@ def _consume_backward(
         for step in range(begin, end):
             stage = step % STAGES
             m = high - 1 - step
-            start = gl.load(starts + m)
-            info = gl.load(infos + m)
+            start = _uniform(gl.load(starts + m))
+            info = _uniform(gl.load(infos + m))
             length = info >> LENGTH_SHIFT
             resets = ((info & ENDS) != 0) & ((step != begin) | (took == 0))
             from_state = gl.exp(-slope * gl.maximum(length - 1 - slots, 0).to(gl.float32))
@@ -622,9 +622,9 @@ def _consume_backward(
             fence_async_shared()
             thread_barrier()
             tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), 0], out_s)
-            cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
-            partly = (slots < length) & (length < C)
-            gl.store(cells, acc.to(dtype), mask=partly[:, None] & (columns < WIDTH)[None, :])
+            if length < C:
+                cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
+                gl.store(cells, acc.to(dtype), mask=(slots < length)[:, None] & (columns < WIDTH)[None, :])
             if HAS_FINAL:
                 if (info & BEGINS) != 0:
                     at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
