@@ -100,11 +100,13 @@ class Tile(NamedTuple):
             "cluster_M": self.cluster_m,
             "cluster_N": self.cluster_n,
             "pingpong": self.pingpong,
+            # A program takes the next tile when it is done with one. Dealt out beforehand, those of programs that start
+            # late, because a transfer holds their processors, would end late by as much.
+            "is_dynamic_persistent": True,
         }
 
 
 WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
-DYNAMIC = True
 LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
 
 # What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
@@ -112,8 +114,8 @@ LONG = 2048  # terms of a sum from which the products of a tile outlast the epil
 _plans: dict[tuple, NamedTuple] = {}
 
 
-def _starts_and_counter(offsets_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each expert's rows start, and where the last end; and a zero, from which programs count the tiles taken."""
+def _starts_and_zero(offsets_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each expert's rows start, and where the last end; and a zero, from which a launch counts its tiles."""
     padded = torch.nn.functional.pad(offsets_E, (1, 1))
     return padded[:-1], padded[-1:]
 
@@ -132,14 +134,14 @@ def _rows(
 ) -> Tensor:
     """Each expert's rows times its weight, through the epilogue."""
     key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
-    starts, counter = _starts_and_counter(offsets_E)
-    dynamic = {"cu_seqlens_m": starts, "tile_count_semaphore": counter if DYNAMIC else None}
+    starts, taken = _starts_and_zero(offsets_E)
+    rows = {"cu_seqlens_m": starts, "tile_count_semaphore": taken}
     if key in _plans:
-        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, **dynamic)
+        run_gemm_epi_plan(_plans[key], a_RM, weight_ENM, out_RN, hidden_R2N, values, **rows)
     else:
         _plans[key] = epilogue.gemm(
-            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, **dynamic, **tile.arguments,
-            is_dynamic_persistent=DYNAMIC, concat_layout=("B",) if interleave else None,
+            a_RM, weight_ENM, out_RN, hidden_R2N, epi_args=values, **rows, **tile.arguments,
+            concat_layout=("B",) if interleave else None,
         )  # fmt: skip
     return out_RN
 
@@ -148,14 +150,14 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
     """``[E, M, N]``, the sum over each expert's rows of ``a^T b``; rows of the result un-interleaved if asked."""
     out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
     key = (tile, out_EMN.shape, interleave)
-    starts, counter = _starts_and_counter(offsets_E)
-    dynamic = {"cu_seqlens_k": starts, "tile_count_semaphore": counter if DYNAMIC else None}
+    starts, taken = _starts_and_zero(offsets_E)
+    rows = {"cu_seqlens_k": starts, "tile_count_semaphore": taken}
     if key in _plans:
-        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, **dynamic)
+        run_gemm_plan(_plans[key], a_RM.T, b_RN.T, out_EMN, None, **rows)
     else:
         _plans[key] = gemm(
-            a_RM.T, b_RN.T, out_EMN, None, **({"tile_count_semaphore": None} | dynamic), **tile.arguments,
-            is_dynamic_persistent=DYNAMIC, concat_layout=("out",) if interleave else None,
+            a_RM.T, b_RN.T, out_EMN, None, **rows, **tile.arguments,
+            concat_layout=("out",) if interleave else None,
         )  # fmt: skip
     return out_EMN
 
