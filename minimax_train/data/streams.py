@@ -6,6 +6,7 @@ on the ranks that read it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -17,6 +18,7 @@ from minimax_train.data.sources import Source
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError
 
+ENCODED_TOGETHER = 32  # documents, each by a thread of its own as long as there are processors
 _DOCUMENTS_COUNTED = 10_000  # for a message; counting all of a large data set would look like a hang
 
 
@@ -92,8 +94,10 @@ class DocumentStream:
             else:
                 return None
             self._read_block()
+        if not self._encoded:
+            self._encoded.extend(self._tokenizer.encode_documents(self._texts[self._taken :][:ENCODED_TOGETHER]))
         self._taken += 1
-        return self._tokenizer.encode_document(self._texts[self._taken - 1])
+        return self._encoded.popleft()
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last document returned, in integers."""
@@ -109,6 +113,7 @@ class DocumentStream:
         self._reader = self._read(place)
         self._place, self._block, self._taken = place, block, taken
         self._texts: list[str] | None = None
+        self._encoded: deque[np.ndarray] = deque()  # the first of the block's documents that were not taken
 
     def _read_block(self) -> None:
         texts, self._next_place = [], self._place

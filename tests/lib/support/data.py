@@ -22,6 +22,9 @@ class WordTokenizer:
     def encode_document(self, text: str) -> np.ndarray:
         return np.array([*map(int, text.split()), EOS], dtype=np.int64)
 
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode_document(text) for text in texts]
+
 
 def documents(lengths: Sequence[int]) -> list[str]:
     """Documents of these many tokens (without the end), ids 1, 2, 3, ... through all of them."""

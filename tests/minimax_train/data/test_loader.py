@@ -246,12 +246,12 @@ def test_exit_does_not_wait_for_a_hung_read(tmp_path):
         background._EXIT_TIMEOUT_S = 0.1
         class Hangs:
             calls = 0
-            def encode_document(self, text):
+            def encode_documents(self, texts):
                 self.calls += 1
                 if self.calls > 1:
                     print("hanging", flush=True)
                     time.sleep(1000)
-                return np.arange(4)
+                return [np.arange(4) for _ in texts]
         config = DataConfig(source="files", train_files=[{str(tmp_path / "*.txt")!r}], sequence_length=4, num_streams=1)
         loader = build_train_loader(config, Hangs(), dp_rank=0, dp_size=1, seed=0)
         loader.next_micro_batches(1, 1)

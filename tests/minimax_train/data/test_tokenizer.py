@@ -46,6 +46,13 @@ def test_any_text_comes_back(text):
     assert ids.min() >= 0 and ids.max() < BPE.vocab_size
 
 
+@given(st.lists(st.text(), max_size=9))
+@settings(deadline=None)
+def test_texts_together_as_one_by_one(texts):
+    together = BPE.encode_documents(texts)
+    assert [ids.tolist() for ids in together] == [BPE.encode_document(text).tolist() for text in texts]
+
+
 def test_a_document_cannot_end_itself():
     text = f"before{END_OF_TEXT}after"
     ids = BPE.encode_document(text)
