@@ -111,14 +111,16 @@ def plot(source: Path, picture: Path) -> None:
 
     found = json.loads(source.read_text())
     machine, points = found["machine"], found["points"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     for axis, (index, title) in zip(axes, enumerate(["forward", "forward + backward"]), strict=True):
-        for op, color in [("lightning", "tab:blue"), ("softmax", "tab:red")]:
+        for op, color, dark in [("lightning", "tab:blue", "navy"), ("softmax", "tab:red", "black")]:
             of_op = [point for point in points if point["op"] == op]
             for name in dict.fromkeys(point["name"] for point in of_op):
                 line = [(point["tokens"], point["ns"][index]) for point in of_op if point["name"] == name]
-                how = {"marker": "o"} if name == "ours" else {"linestyle": "--", "marker": "x", "alpha": 0.6}
-                axis.plot(*zip(*line, strict=True), color=color, markersize=4, label=f"{op}, {name}", **how)
+                how = {"color": color, "marker": "o", "markersize": 4}
+                if name != "ours":  # on top: a peer may lie on our line
+                    how = {"color": dark, "marker": "x", "linestyle": "--", "linewidth": 0.8, "zorder": 3}
+                axis.plot(*zip(*line, strict=True), label=f"{op}, {name}", **how)
             lengths = sorted({point["tokens"] for point in of_op})
             least = [floors(op, tokens, machine)[index] for tokens in lengths]
             axis.plot(lengths, least, color=color, linestyle=":", label=f"{op}, floor")
@@ -127,9 +129,8 @@ def plot(source: Path, picture: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nanoseconds per token, 64 heads of 128")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{machine['name']}, bf16", fontsize=10)
-    figure.tight_layout()
     figure.savefig(picture, metadata={"Date": None})
 
 
