@@ -27,6 +27,9 @@ DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
 WORLD = "world"
 # Axes taken together: what parameters split over tp are replicated over, the ranks that share rows, and all ranks.
 JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), WORLD: DENSE}
+# Processors that an experts' transfer may hold: it runs beside products, which get the others. The measurements of
+# docs/expert-parallelism.md, of two GPUs and emulated ones, were made with this bound.
+EXPERT_TRANSFER_CTAS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +54,15 @@ class ProcessGrid:
         """
         world_size = dist.get_world_size()
         check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
+        # Theirs alone: a group that all ranks are in would otherwise be the default one, and take turns with it.
+        beside_products = {axis: expert_transfer_options() for axis in ("ep", "etp")} if _is_nccl(device_type) else None
         dense = init_device_mesh(device_type, (world_size // (cp * tp), cp, tp), mesh_dim_names=DENSE)
-        expert = init_device_mesh(device_type, (world_size // (ep * etp), ep, etp), mesh_dim_names=EXPERT)
+        expert = init_device_mesh(
+            device_type,
+            (world_size // (ep * etp), ep, etp),
+            mesh_dim_names=EXPERT,
+            backend_override=beside_products,
+        )
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
         return cls(dense, expert, joined)
 
@@ -80,6 +90,21 @@ class ProcessGrid:
     def is_first(self) -> bool:
         """Whether this rank speaks for the run: console, logs, files written once."""
         return dist.get_rank() == 0
+
+
+def expert_transfer_options(max_ctas: int = EXPERT_TRANSFER_CTAS) -> dist.ProcessGroupNCCL.Options:
+    """How NCCL is to run the transfers of an axis of the experts, which lie beside products.
+
+    A transfer that becomes ready during a product gets processors as soon as any is free, and only so many. Every
+    group needs options of its own: making the group writes in them.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = max_ctas
+    return options
+
+
+def _is_nccl(device_type: str) -> bool:
+    return f"{device_type}:nccl" in dist.get_backend_config()
 
 
 def check_sizes(world_size: int, *, cp: int, tp: int, ep: int, etp: int) -> None:
