@@ -18,10 +18,12 @@ so that the sizes of one side do not bind those of the other. With 8 ranks, tp=2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
 WORLD = "world"
@@ -46,8 +48,13 @@ class ProcessGrid:
     joined: dict[str, DeviceMesh]
 
     @classmethod
-    def create(cls, device_type: str, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> ProcessGrid:
+    def create(
+        cls, device_type: str, timeout: timedelta, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+    ) -> ProcessGrid:
         """Lay the default process group out as a grid; all ranks together.
+
+        Args:
+            timeout: a collective of any group that takes longer ends the process with an error.
 
         Raises:
             ValueError: when ``cp * tp`` or ``ep * etp`` does not divide the number of processes.
@@ -64,7 +71,11 @@ class ProcessGrid:
             backend_override=beside_products,
         )
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
-        return cls(dense, expert, joined)
+        grid = cls(dense, expert, joined)
+        # Groups made out of the default one do not take its timeout over.
+        for axis in (*DENSE, *EXPERT, *JOINED):
+            _set_pg_timeout(timeout, grid.group(axis))
+        return grid
 
     @property
     def device_type(self) -> str:

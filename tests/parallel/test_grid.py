@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED
-from support.distributed import run_ranks
+from support.distributed import TIMEOUT, run_ranks
 
 
 def _ranks(grid):
@@ -26,6 +26,16 @@ def test_ranks_of_every_axis():
         "cp_tp": [4, 5, 6, 7],
         "world": list(range(8)),
     }
+
+
+def _timeouts(grid):
+    axes = (*DENSE, *EXPERT, *JOINED)
+    return {axis: grid.group(axis)._get_backend(torch.device("cpu")).options._timeout for axis in axes}
+
+
+def test_every_group_has_the_timeout_of_the_run():
+    for timeouts in run_ranks(_timeouts, 4, tp=2, ep=2, etp=2):
+        assert set(timeouts.values()) == {TIMEOUT}, timeouts
 
 
 # ---------------------------------------------------------------------------------------------- on GPUs

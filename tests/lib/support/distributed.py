@@ -16,6 +16,8 @@ import torch.multiprocessing as mp
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 
+TIMEOUT = timedelta(seconds=150)
+
 
 def run_ranks(
     function: Callable[..., Any],
@@ -78,8 +80,8 @@ def _rank(
         if isinstance(function, tuple):
             function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
-        environment.init_process_group(device, timedelta(seconds=150))
-        result = function(ProcessGrid.create(device, **grid), *arguments)
+        environment.init_process_group(device, TIMEOUT)
+        result = function(ProcessGrid.create(device, TIMEOUT, **grid), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:

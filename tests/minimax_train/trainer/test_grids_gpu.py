@@ -6,7 +6,7 @@ import torch
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
-from support.distributed import run_ranks
+from support.distributed import TIMEOUT, run_ranks
 from support.runs import tiny_run
 
 SIZES = [
@@ -29,7 +29,7 @@ def _results(_, runs):
     """Loss before and after a step, and the gradients of the second, of each run on its own grid."""
     results = []
     for sizes, config in runs:
-        trainer = Trainer(config, ProcessGrid.create("cuda", **sizes), torch.device("cuda", 0))
+        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **sizes), torch.device("cuda", 0))
         before = trainer.accumulate_gradients(trainer.next_batches())["loss"]
         trainer.engine.step(1e-3, trainer.engine.gradient_norm())
         after = trainer.accumulate_gradients(trainer.next_batches())["loss"]
