@@ -108,10 +108,29 @@ class Config:
             raise ConfigError(str(error)) from error
 
         self._check_splits()
-        if self.model.capacity_factor is not None:
-            capacity = self.model.expert_capacity(self.data.sequence_length)
-            accepted = f"must leave each expert at least 1 choice of a row; it leaves {capacity}"
-            require(capacity >= 1, "model.capacity_factor", self.model.capacity_factor, accepted)
+        # Of all ranks' tokens: in check_world_size, for how many they are is not known before.
+        if self.model.capacity_scope == "row":
+            self._check_capacity(self.data.sequence_length, "a row")
+        elif self.model.capacity_scope == "rank":
+            self._check_capacity(self.tokens_per_rank, "a rank's micro-batch")
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that a rank holds between attention layers."""
+        rows, parallel = self.recipe.micro_batch_size, self.parallel
+        return rows * self.data.sequence_length // (parallel.cp * parallel.tp)
+
+    def _check_capacity(self, tokens: int, pool: str) -> None:
+        """Refuse a capacity factor that drops every choice of the tokens that share a capacity."""
+        model = self.model
+        if model.capacity_factor is None:
+            return
+        capacity = model.expert_capacity(tokens)
+        accepted = (
+            f"must leave each expert at least 1 choice of the {tokens} tokens of {pool} "
+            f"(model.capacity_scope={model.capacity_scope}); it leaves {capacity}"
+        )
+        require(capacity >= 1, "model.capacity_factor", model.capacity_factor, accepted)
 
     def _check_splits(self) -> None:
         """Refuse a grid whose axes do not divide what they split."""
@@ -162,6 +181,8 @@ class Config:
             streams,
             f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
         )
+        if self.model.capacity_scope == "global":
+            self._check_capacity(rows * self.data.sequence_length, "all ranks' micro-batches")
 
 
 ConfigStore.instance().store(name="schema", node=Config)

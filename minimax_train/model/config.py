@@ -36,7 +36,8 @@ class ModelConfig:
             choices of ``tokens``, the rest are dropped; none are if null.
         capacity_scope: which tokens share that capacity: each ``row`` its own, which no grid and no batch size changes;
             ``global``: all ranks' tokens of a micro-batch, counted together before they are sent (MiniMax-01's global
-            router); ``rank``: each rank's own, which drops most, kept to compare with.
+            router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert must be left at
+            least one choice of them.
         aux_loss_coefficient: factor of the load-balancing loss
             :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows.
         aux_loss_scope: the tokens over which it counts choices, as for ``capacity_scope``.

@@ -59,6 +59,25 @@ def test_refused_before_anything_starts(override, message):
         load_config([override])
 
 
+def test_a_capacity_that_drops_everything_is_refused():
+    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a row, two rows on 4 ranks, 8 such groups of ranks."""
+    sizes = ["data.sequence_length=64", "recipe.micro_batch_size=2", "recipe.global_batch_size=16"]
+    sizes += ["parallel.cp=2", "parallel.tp=2", "data.num_streams=8"]
+    for scope, tokens, where in [
+        ("row", 64, "a row"),
+        ("rank", 32, "a rank's micro-batch"),
+        ("global", 1024, "all ranks' micro-batches"),
+    ]:
+        factor = 8 / (2 * tokens)
+        scoped = [*sizes, f"model.capacity_scope={scope}"]
+        load_config([*scoped, f"model.capacity_factor={factor}"]).check_world_size(32)
+        message = (
+            rf"model.capacity_factor=.*: must leave each expert at least 1 choice of the {tokens} tokens of {where}"
+        )
+        with pytest.raises(ConfigError, match=rf"{message} \(model.capacity_scope={scope}\); it leaves 0"):
+            load_config([*scoped, f"model.capacity_factor={factor * 0.99}"]).check_world_size(32)
+
+
 def test_what_is_saved_is_what_is_read(tmp_path):
     lists = ["data=files", "data.format=json", "data.train_files=['a b,c',/d/*.jsonl]"]
     for more in (["model=text-01"], lists, ["recipe.gradient_clip=null", "model.capacity_factor=1.25"]):
