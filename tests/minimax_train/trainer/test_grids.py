@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
@@ -76,6 +77,11 @@ def test_gradients_equal_one_rank(one_rank, tmp_path, world, grid):
     assert (expected["dropped_fraction"] > 0) == ("null" not in shared[0])
 
 
+@pytest.mark.parametrize("grid", [{"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "cp": 2, "etp": 4}], ids=str)
+def test_activation_checkpointing(one_rank, tmp_path, grid):
+    _check(one_rank, tmp_path, 4, grid, [], ["recipe.activation_checkpointing=true"])
+
+
 def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
     """One pool of all tokens of a micro-batch: the same when four ranks take one row each as when one takes four."""
     shared = ["model.capacity_factor=0.8", "model.capacity_scope=global", "model.aux_loss_scope=global"]
@@ -85,6 +91,37 @@ def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
         rows = 4 * grid.get("tp", 1) * grid.get("cp", 1) // world
         more = [f"recipe.micro_batch_size={rows}"]
         _check(lambda *key: done[key], tmp_path / "-".join(grid), world, grid, shared, more)
+
+
+def _kept_by_attention(grid, config):
+    """Shapes of what each attention of a step keeps for backward, and of its input."""
+    trainer, shapes = Trainer(config, grid, torch.device("cpu")), []
+
+    def watched(forward):
+        def run(x_tD, context):
+            kept = []
+            with saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+                y_tD = forward(x_tD, context)
+            shapes.append((kept, tuple(x_tD.shape)))
+            return y_tD
+
+        return run
+
+    for block in trainer.model.layers:
+        block.attention.forward = watched(block.attention.forward)
+    trainer.accumulate_gradients(trainer.next_batches()[:1])
+    return shapes
+
+
+def test_attention_keeps_only_its_own_ranks_tokens(tmp_path):
+    """Where heads are split, the input of q, k, v and gate is gathered again in backward."""
+    config = tiny_run(tmp_path, *SIZES, "parallel.tp=4")
+    for shapes in run_ranks(_kept_by_attention, 4, config, tp=4):
+        assert len(shapes) == config.model.num_layers
+        for kept, (tokens, hidden) in shapes:
+            assert tokens == config.data.sequence_length // 4
+            assert (tokens, hidden) in kept
+            assert (config.data.sequence_length, hidden) not in kept
 
 
 def test_impossible_grids_are_refused(tmp_path):
