@@ -61,15 +61,15 @@ class ProcessGrid:
         """
         world_size = dist.get_world_size()
         check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
-        # Theirs alone: a group that all ranks are in would otherwise be the default one, and take turns with it.
-        beside_products = {axis: expert_transfer_options() for axis in ("ep", "etp")} if _is_nccl(device_type) else None
-        dense = init_device_mesh(device_type, (world_size // (cp * tp), cp, tp), mesh_dim_names=DENSE)
-        expert = init_device_mesh(
-            device_type,
-            (world_size // (ep * etp), ep, etp),
-            mesh_dim_names=EXPERT,
-            backend_override=beside_products,
-        )
+        # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
+        dense_options, expert_options = None, None
+        if f"{device_type}:nccl" in dist.get_backend_config():
+            dense_options = {"tp": transfer_options()}
+            expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
+        sizes = (world_size // (cp * tp), cp, tp)
+        dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
+        sizes = (world_size // (ep * etp), ep, etp)
+        expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
         grid = cls(dense, expert, joined)
         # Groups made out of the default one do not take its timeout over.
@@ -103,19 +103,19 @@ class ProcessGrid:
         return dist.get_rank() == 0
 
 
-def expert_transfer_options(max_ctas: int = EXPERT_TRANSFER_CTAS) -> dist.ProcessGroupNCCL.Options:
-    """How NCCL is to run the transfers of an axis of the experts, which lie beside products.
+def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:
+    """How NCCL is to run transfers that lie beside products: one that becomes ready gets processors as soon as any is
+    free, rather than when the products that were queued before it are done.
 
-    A transfer that becomes ready during a product gets processors as soon as any is free, and only so many. Every
-    group needs options of its own: making the group writes in them.
+    Every group needs options of its own: making the group writes in them.
+
+    Args:
+        max_ctas: the most processors a transfer may hold; None for NCCL's own choice.
     """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = max_ctas
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
     return options
-
-
-def _is_nccl(device_type: str) -> bool:
-    return f"{device_type}:nccl" in dist.get_backend_config()
 
 
 def check_sizes(world_size: int, *, cp: int, tp: int, ep: int, etp: int) -> None:

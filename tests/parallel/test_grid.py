@@ -57,11 +57,11 @@ def _options(grid):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_transfers_of_experts_have_priority_and_a_bound(world):
+def test_transfers_beside_products_have_priority(world):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
-    grid = {"ep": min(world, 2), "etp": world // min(world, 2)}
+    grid = {"tp": min(world, 2), "ep": min(world, 2), "etp": world // min(world, 2)}
     for found in run_ranks(_options, world, start="spawn", device="cuda", **grid):
         for axis, (high_priority, max_ctas) in found.items():
-            assert high_priority == (axis in ("ep", "etp")), axis
+            assert high_priority == (axis in ("tp", "ep", "etp")), axis
             assert (max_ctas == EXPERT_TRANSFER_CTAS) == (axis in ("ep", "etp")), axis
