@@ -1,10 +1,12 @@
 """The whole model on grids that mix every axis: loss and gradients equal those of one rank."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
@@ -80,6 +82,25 @@ def test_gradients_equal_one_rank(one_rank, tmp_path, world, grid):
 @pytest.mark.parametrize("grid", [{"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "cp": 2, "etp": 4}], ids=str)
 def test_activation_checkpointing(one_rank, tmp_path, grid):
     _check(one_rank, tmp_path, 4, grid, [], ["recipe.activation_checkpointing=true"])
+
+
+def _weight_gathers(grid, config):
+    """How often each module's weights are gathered in one micro-batch."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        trainer.accumulate_gradients(trainer.next_batches()[:1])
+    return Counter(event.name for event in trace.events() if event.name.startswith("FSDP::all_gather "))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_are_gathered_once_per_pass(tmp_path, recompute):
+    """Recomputing a block takes the weights that its backward pass gathers anyway, nested ones too."""
+    axes = ["parallel.tp=2", "parallel.ep=2", f"recipe.activation_checkpointing={recompute}"]
+    config = tiny_run(tmp_path, *SIZES, *axes)
+    for gathers in run_ranks(_weight_gathers, 4, config, tp=2, ep=2):
+        blocks = {name: times for name, times in gathers.items() if "layers." in name}
+        assert len(blocks) == 3 * config.model.num_layers, gathers  # a block, its attention, its experts
+        assert set(blocks.values()) == {2}, gathers
 
 
 def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
