@@ -76,11 +76,12 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
     config.kernels.check_device(device_type)
+    timeout = timedelta(seconds=config.parallel.timeout_s)
     try:
-        device = environment.init_process_group(device_type, timedelta(seconds=config.parallel.timeout_s))
+        device = environment.init_process_group(device_type, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    Trainer(config, ProcessGrid.create(device_type, **config.parallel.sizes), device).train()
+    Trainer(config, ProcessGrid.create(device_type, timeout, **config.parallel.sizes), device).train()
     dist.destroy_process_group()
 
 

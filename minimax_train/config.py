@@ -46,7 +46,8 @@ class ParallelConfig:
         etp: expert-tensor-parallel size: how many ranks share each expert's hidden size. What is left over of the
             number of processes is data-parallel, for the dense part and for the experts each by itself.
         token_groups: in how many groups a rank's tokens go through the experts, so that one group's communication
-            runs beside another's computation.
+            runs beside another's computation; 1 where nothing is communicated (``ep * etp`` = 1), and never more
+            than the rank has tokens, or there would be groups of none.
         layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
         linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
         softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
@@ -65,6 +66,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require_positive("parallel", self, *self.sizes, "token_groups", "timeout_s")
+        alone = self.ep * self.etp == 1
+        accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the products"
+        require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
         require_choice("parallel.layout", self.layout, LAYOUTS)
         require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *linear.METHODS))
         require_choice("parallel.softmax_cp", self.softmax_cp, (AUTO, *softmax.METHODS))
@@ -108,10 +112,32 @@ class Config:
             raise ConfigError(str(error)) from error
 
         self._check_splits()
-        if self.model.capacity_factor is not None:
-            capacity = self.model.expert_capacity(self.data.sequence_length)
-            accepted = f"must leave each expert at least 1 choice of a row; it leaves {capacity}"
-            require(capacity >= 1, "model.capacity_factor", self.model.capacity_factor, accepted)
+        accepted = f"must be at most {self.tokens_per_rank}, the tokens of a rank's micro-batch"
+        groups = self.parallel.token_groups
+        require(groups <= self.tokens_per_rank, "parallel.token_groups", groups, accepted)
+        # Of all ranks' tokens: in check_world_size, for how many they are is not known before.
+        if self.model.capacity_scope == "row":
+            self._check_capacity(self.data.sequence_length, "a row")
+        elif self.model.capacity_scope == "rank":
+            self._check_capacity(self.tokens_per_rank, "a rank's micro-batch")
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch that a rank holds between attention layers."""
+        rows, parallel = self.recipe.micro_batch_size, self.parallel
+        return rows * self.data.sequence_length // (parallel.cp * parallel.tp)
+
+    def _check_capacity(self, tokens: int, pool: str) -> None:
+        """Refuse a capacity factor that drops every choice of the tokens that share a capacity."""
+        model = self.model
+        if model.capacity_factor is None:
+            return
+        capacity = model.expert_capacity(tokens)
+        accepted = (
+            f"must leave each expert at least 1 choice of the {tokens} tokens of {pool} "
+            f"(model.capacity_scope={model.capacity_scope}); it leaves {capacity}"
+        )
+        require(capacity >= 1, "model.capacity_factor", model.capacity_factor, accepted)
 
     def _check_splits(self) -> None:
         """Refuse a grid whose axes do not divide what they split."""
@@ -162,6 +188,8 @@ class Config:
             streams,
             f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
         )
+        if self.model.capacity_scope == "global":
+            self._check_capacity(rows * self.data.sequence_length, "all ranks' micro-batches")
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -16,13 +16,13 @@ from minimax_train.model import HybridModel, initialize
 from minimax_train.model.attention import LightningAttention
 from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.sharding import declared_shardings
+from minimax_train.model.sharding import Linear, declared_shardings, local
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.parallel.linear import lightning_attention_cp
 from minimax_train.parallel.softmax import softmax_attention_cp
-from minimax_train.parallel.tensor import gather_tokens, merge_log_sums, scatter_sum, sum_over
+from minimax_train.parallel.tensor import gather_project, gather_tokens, merge_log_sums, scatter_sum, sum_over
 
 
 def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> HybridModel:
@@ -128,6 +128,9 @@ class _Exchange(TokenExchange):
 
     def gather(self, x_tD: Tensor) -> Tensor:
         return gather_tokens(x_tD, self.communicator)
+
+    def project(self, x_tD: Tensor, *projections: Linear) -> tuple[Tensor, ...]:
+        return gather_project(x_tD, [local(projection.weight) for projection in projections], self.communicator)
 
     def scatter_sum(self, y_TD: Tensor) -> Tensor:
         return scatter_sum(y_TD, self.communicator)

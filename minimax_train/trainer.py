@@ -161,7 +161,8 @@ class Trainer:
             experts_per_token=config.model.experts_per_token,
             per_expert=config.logging.expert_load,
         )
-        return {"loss": loss, "aux_loss": aux_loss, **router}
+        balance = {"aux_loss": aux_loss} if config.model.aux_loss_coefficient > 0 else {}
+        return {"loss": loss, **balance, **router}
 
     def _memory(self) -> dict[str, float]:
         """Most GPU memory ever allocated on this rank, in GiB."""

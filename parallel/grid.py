@@ -18,15 +18,20 @@ so that the sizes of one side do not bind those of the other. With 8 ranks, tp=2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
 WORLD = "world"
 # Axes taken together: what parameters split over tp are replicated over, the ranks that share rows, and all ranks.
 JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), WORLD: DENSE}
+# Processors that an experts' transfer may hold: it runs beside products, which get the others. The measurements of
+# docs/expert-parallelism.md, of two GPUs and emulated ones, were made with this bound.
+EXPERT_TRANSFER_CTAS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +48,34 @@ class ProcessGrid:
     joined: dict[str, DeviceMesh]
 
     @classmethod
-    def create(cls, device_type: str, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1) -> ProcessGrid:
+    def create(
+        cls, device_type: str, timeout: timedelta, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+    ) -> ProcessGrid:
         """Lay the default process group out as a grid; all ranks together.
+
+        Args:
+            timeout: a collective of any group that takes longer ends the process with an error.
 
         Raises:
             ValueError: when ``cp * tp`` or ``ep * etp`` does not divide the number of processes.
         """
         world_size = dist.get_world_size()
         check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
-        dense = init_device_mesh(device_type, (world_size // (cp * tp), cp, tp), mesh_dim_names=DENSE)
-        expert = init_device_mesh(device_type, (world_size // (ep * etp), ep, etp), mesh_dim_names=EXPERT)
+        # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
+        dense_options, expert_options = None, None
+        if f"{device_type}:nccl" in dist.get_backend_config():
+            dense_options = {"tp": transfer_options()}
+            expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
+        sizes = (world_size // (cp * tp), cp, tp)
+        dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
+        sizes = (world_size // (ep * etp), ep, etp)
+        expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
-        return cls(dense, expert, joined)
+        grid = cls(dense, expert, joined)
+        # Groups made out of the default one do not take its timeout over.
+        for axis in (*DENSE, *EXPERT, *JOINED):
+            _set_pg_timeout(timeout, grid.group(axis))
+        return grid
 
     @property
     def device_type(self) -> str:
@@ -80,6 +101,21 @@ class ProcessGrid:
     def is_first(self) -> bool:
         """Whether this rank speaks for the run: console, logs, files written once."""
         return dist.get_rank() == 0
+
+
+def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:
+    """How NCCL is to run transfers that lie beside products: one that becomes ready gets processors as soon as any is
+    free, rather than when the products that were queued before it are done.
+
+    Every group needs options of its own: making the group writes in them.
+
+    Args:
+        max_ctas: the most processors a transfer may hold; None for NCCL's own choice.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    return options
 
 
 def check_sizes(world_size: int, *, cp: int, tp: int, ep: int, etp: int) -> None:

@@ -3,12 +3,16 @@
 Outside those parts a rank holds 1/n of the tokens (sequence parallelism, arXiv 2205.05198), so that norms, residuals
 and experts are nowhere computed twice. Every function is differentiable, and its gradient is its mirror image.
 
-Shape legend: t tokens on this rank, T = n t tokens of the group, D hidden, C any number.
+Shape legend: t tokens on this rank, T = n t tokens of the group, D hidden, W the part of a projection's width that
+this rank has, C any number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,6 +27,18 @@ def gather_tokens(x_tD: Tensor, communicator: Communicator) -> Tensor:
 def scatter_sum(y_TD: Tensor, communicator: Communicator) -> Tensor:
     """``[T, D] -> [t, D]``: the sum over ranks, of this rank's tokens. Backward: :func:`gather_tokens`."""
     return _Move.apply(y_TD, communicator, _scattered, _gathered)
+
+
+def gather_project(x_tD: Tensor, weights_WD: Sequence[Tensor], communicator: Communicator) -> tuple[Tensor, ...]:
+    """``[t, D] -> [T, W]`` of each weight: all ranks' tokens in rank order, times ``[D, W]``.
+
+    What is kept for backward is ``[t, D]``: the tokens are gathered again, beside the product for their gradient, whose
+    sum over ranks then travels beside the products for the weights' (arXiv 2205.05198, section 4.2.2).
+
+    Args:
+        weights_WD: one or more, the dtype of x.
+    """
+    return _GatherProject.apply(x_tD, communicator, *weights_WD)
 
 
 def sum_over(x: Tensor, communicator: Communicator) -> Tensor:
@@ -59,3 +75,25 @@ class _Move(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         return ctx.mirror(d, ctx.communicator), None, None, None
+
+
+class _GatherProject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_tD, communicator, *weights_WD):
+        ctx.save_for_backward(x_tD, *weights_WD)
+        ctx.communicator = communicator
+        x_TD = _gathered(x_tD, communicator)
+        return tuple(F.linear(x_TD, weight_WD) for weight_WD in weights_WD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients_TW):
+        x_tD, *weights_WD = ctx.saved_tensors
+        gathering = ctx.communicator.all_gather(x_tD)
+        dx_TD = gradients_TW[0] @ weights_WD[0]
+        for d_TW, weight_WD in zip(gradients_TW[1:], weights_WD[1:], strict=True):
+            dx_TD.addmm_(d_TW, weight_WD)
+        scattering = ctx.communicator.reduce_scatter(dx_TD.unflatten(0, (ctx.communicator.size, -1)))
+        x_TD = gathering.wait().flatten(0, 1)
+        d_weights_WD = [d_TW.t() @ x_TD for d_TW in gradients_TW]
+        return scattering.wait(), None, *d_weights_WD

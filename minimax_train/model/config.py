@@ -36,10 +36,12 @@ class ModelConfig:
             choices of ``tokens``, the rest are dropped; none are if null.
         capacity_scope: which tokens share that capacity: each ``row`` its own, which no grid and no batch size changes;
             ``global``: all ranks' tokens of a micro-batch, counted together before they are sent (MiniMax-01's global
-            router); ``rank``: each rank's own, which drops most, kept to compare with.
+            router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert must be left at
+            least one choice of them. ``row`` without a capacity.
         aux_loss_coefficient: factor of the load-balancing loss
-            :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows.
-        aux_loss_scope: the tokens over which it counts choices, as for ``capacity_scope``.
+            :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows; with 0 it
+            is not computed, and not among the metrics.
+        aux_loss_scope: the tokens over which it counts choices, as for ``capacity_scope``; ``row`` without that loss.
         norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
         residual_scale: factor alpha of the residual stream around attention and experts; null for DeepNorm's
             ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
@@ -108,6 +110,12 @@ class ModelConfig:
             self.aux_loss_coefficient,
             "must be 0 or greater",
         )
+        for scope, used, reason in [
+            ("capacity_scope", self.capacity_factor is not None, "model.capacity_factor=null: nothing is dropped"),
+            ("aux_loss_scope", self.aux_loss_coefficient > 0, "model.aux_loss_coefficient=0: there is no such loss"),
+        ]:
+            value = getattr(self, scope)
+            require(used or value == SCOPES[0], f"model.{scope}", value, f"must be {SCOPES[0]} with {reason}")
         require(
             self.residual_scale is None or self.residual_scale > 0,
             "model.residual_scale",

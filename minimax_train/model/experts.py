@@ -29,7 +29,7 @@ class RouterReport(NamedTuple):
     """What one expert layer says of its routing, summed over this rank's tokens of the micro-batch.
 
     Attributes:
-        aux_loss: load-balancing loss before its coefficient, scalar, differentiable.
+        aux_loss: load-balancing loss before its coefficient, scalar, differentiable; 0 where the coefficient is.
         entropy: of the router's probabilities, in nats, summed over tokens, scalar.
         load_E: choices of each expert before any were dropped, int64.
         dropped: choices over capacity, int64 scalar.
@@ -92,7 +92,9 @@ class ExpertLayer(nn.Module):
             implementation=self.kernels.router,
         )
         counts = self._count(load_PE, context)
-        aux_loss = self._balance(probabilities_TE, pieces, *counts[config.aux_loss_scope])
+        aux_loss = probabilities_TE.new_zeros(())
+        if config.aux_loss_coefficient > 0:
+            aux_loss = self._balance(probabilities_TE, pieces, *counts[config.aux_loss_scope])
         if config.capacity_factor is not None:
             experts_TK = self._drop(experts_TK, pieces, load_PE, *counts[config.capacity_scope])
         with torch.no_grad():
@@ -103,7 +105,11 @@ class ExpertLayer(nn.Module):
     def _count(self, load_PE: Tensor, context: TokenContext) -> dict[str, tuple[TokenPools, Tensor]]:
         """For each scope in use its pools, and the choices at every place of them on all ranks, ``[J, B, E]``."""
         config = self.config
-        scopes = {config.aux_loss_scope} | ({config.capacity_scope} if config.capacity_factor is not None else set())
+        scopes = set()
+        if config.aux_loss_coefficient > 0:
+            scopes.add(config.aux_loss_scope)
+        if config.capacity_factor is not None:
+            scopes.add(config.capacity_scope)
         counts = {}
         for scope in sorted(scopes):
             pools = context.pools(scope)

@@ -31,7 +31,7 @@ class ModelLoss(NamedTuple):
 
     Attributes:
         token_loss: cross-entropy in nats summed over tokens that have a label, scalar; this rank's part of it.
-        aux_loss: load-balancing loss summed over layers and rows, before its coefficient, scalar.
+        aux_loss: load-balancing loss summed over layers and rows, before its coefficient, scalar; 0 where that is.
         entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
         load_LE: choices of each expert in each layer, int64.
         dropped: choices over capacity in all layers, int64 scalar.

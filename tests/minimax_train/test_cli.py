@@ -15,7 +15,7 @@ from support.runs import overrides
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("given", "message"),
     [
         (
             "recipe.learning_rte=1",
@@ -44,6 +44,16 @@ from support.runs import overrides
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
         ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 choice"),
+        ("model.capacity_scope=global", r"model.capacity_scope='global': must be row with model.capacity_factor=null"),
+        (
+            "model.aux_loss_coefficient=0 model.aux_loss_scope=rank",
+            r"model.aux_loss_scope='rank': must be row with model.aux_loss_coefficient=0",
+        ),
+        ("parallel.token_groups=2", r"parallel.token_groups=2: must be 1 with parallel.ep=1 and parallel.etp=1"),
+        (
+            "parallel.ep=2 parallel.tp=2 parallel.token_groups=257 data.sequence_length=512 recipe.micro_batch_size=1",
+            r"parallel.token_groups=257: must be at most 256, the tokens of a rank's micro-batch",
+        ),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
         ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
         ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
@@ -54,9 +64,28 @@ from support.runs import overrides
         ("+hydra.extra=1", r"\+hydra.extra=1: Hydra's own settings are not read here"),
     ],
 )
-def test_refused_before_anything_starts(override, message):
+def test_refused_before_anything_starts(given, message):
     with pytest.raises(ConfigError, match=message):
-        load_config([override])
+        load_config(given.split())
+
+
+def test_a_capacity_that_drops_everything_is_refused():
+    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a row, two rows on 4 ranks, 8 such groups of ranks."""
+    sizes = ["data.sequence_length=64", "recipe.micro_batch_size=2", "recipe.global_batch_size=16"]
+    sizes += ["parallel.cp=2", "parallel.tp=2", "data.num_streams=8"]
+    for scope, tokens, where in [
+        ("row", 64, "a row"),
+        ("rank", 32, "a rank's micro-batch"),
+        ("global", 1024, "all ranks' micro-batches"),
+    ]:
+        factor = 8 / (2 * tokens)
+        scoped = [*sizes, f"model.capacity_scope={scope}"]
+        load_config([*scoped, f"model.capacity_factor={factor}"]).check_world_size(32)
+        message = (
+            rf"model.capacity_factor=.*: must leave each expert at least 1 choice of the {tokens} tokens of {where}"
+        )
+        with pytest.raises(ConfigError, match=rf"{message} \(model.capacity_scope={scope}\); it leaves 0"):
+            load_config([*scoped, f"model.capacity_factor={factor * 0.99}"]).check_world_size(32)
 
 
 def test_what_is_saved_is_what_is_read(tmp_path):

@@ -1,6 +1,6 @@
 """The attentions a block can hold, by the letter that names them in ``model.layer_pattern``.
 
-An attention is a module built as ``cls(config, layer, kernels)``, called as ``attention(x_TD, context) -> y_TD``, with
+An attention is a module built as ``cls(config, layer, kernels)``, called as ``attention(x_tD, context) -> y_tD``, with
 ``initializers()`` for its parameters.
 """
 

@@ -114,8 +114,10 @@ class TokenContext:
         key_T = tokens_T // shard.chunk_size * self.num_rows + tokens_T // row_length
         key_P, piece_T = key_T.unique_consecutive(return_inverse=True)
         place_P = key_P // self.num_rows * share.size + share.rank
-        device = self.documents.device
-        on_device = (part.to(device, non_blocking=True) for part in (piece_T, key_P % self.num_rows, place_P))
+        parts, device = (piece_T, key_P % self.num_rows, place_P), self.documents.device
+        if device.type == "cuda":  # from memory that is not pinned the host would wait for the copy
+            parts = tuple(part.pin_memory() for part in parts)
+        on_device = (part.to(device, non_blocking=True) for part in parts)
         return TokenPieces(*on_device, len(shard.chunks) * share.size, self.num_rows, row_length)
 
     def pools(self, scope: str) -> TokenPools:

@@ -1,6 +1,7 @@
 """Lightning attention as a layer of MiniMax-01 (arXiv 2501.08313, section 2.2).
 
-Shape legend: T tokens, D hidden, H heads, K head dim.
+Shape legend: t tokens on this rank between attention layers, T tokens in here, D hidden, H heads, K head dim, W heads
+side by side.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ class LightningAttention(nn.Module):
         self.tokens = TokenExchange()
         self.heads = (0, config.num_heads)  # first and after the last of all, on this rank
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        config, x_TD = self.config, self.tokens.gather(x_TD)
-        qkv_THK = silu_qkv(self.qkv_proj(x_TD), head_dim=config.head_dim, implementation=self.silu)
-        slopes_H = _slopes_on(x_TD.device, config.num_heads, self.layer, config.num_layers, *self.heads)
+    def forward(self, x_tD: Tensor, context: TokenContext) -> Tensor:
+        config = self.config
+        qkv_TW, gate_TW = self.tokens.project(x_tD, self.qkv_proj, self.gate_proj)
+        qkv_THK = silu_qkv(qkv_TW, head_dim=config.head_dim, implementation=self.silu)
+        slopes_H = _slopes_on(x_tD.device, config.num_heads, self.layer, config.num_layers, *self.heads)
         out_THK = self.attend(*qkv_THK, slopes_H, context)
-        return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), self.gate_proj(x_TD))))
+        return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), gate_TW)))
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
         """Attention over this rank's tokens; context parallelism puts its own in this place."""

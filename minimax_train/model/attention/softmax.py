@@ -1,6 +1,7 @@
 """Softmax attention with grouped queries and rotary positions on part of each head.
 
-Shape legend: T tokens, D hidden, H query heads, G key-value heads, K head dim, W heads side by side.
+Shape legend: t tokens on this rank between attention layers, T tokens in here, D hidden, H query heads, G key-value
+heads, K head dim, W heads side by side.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * K, D)
         self.tokens = TokenExchange()
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        K, x_TD = self.config.head_dim, self.tokens.gather(x_TD)
-        q_TW, k_TW = (self._rotated(proj(x_TD), context) for proj in (self.q_proj, self.k_proj))
-        out_THK = self.attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, self.v_proj(x_TD))), context)
+    def forward(self, x_tD: Tensor, context: TokenContext) -> Tensor:
+        K = self.config.head_dim
+        q_TW, k_TW, v_TW = self.tokens.project(x_tD, self.q_proj, self.k_proj, self.v_proj)
+        q_TW, k_TW = (self._rotated(x_TW, context) for x_TW in (q_TW, k_TW))
+        out_THK = self.attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW)), context)
         return self.tokens.scatter_sum(self.o_proj(out_THK.flatten(1)))
 
     def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:

@@ -17,6 +17,8 @@ import torch.multiprocessing as mp
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 
+TIMEOUT = timedelta(seconds=150)
+
 
 def run_ranks(
     function: Callable[..., Any],
@@ -24,13 +26,14 @@ def run_ranks(
     *arguments: Any,
     timeout_s: float = 180,
     start: str = "fork",
+    device: str = "cpu",
     **grid: int,
 ) -> list[Any]:
-    """``function(grid, *arguments)`` on gloo ranks; returns each rank's result. ``grid``: sizes of its axes.
+    """``function(grid, *arguments)`` on each rank; returns each rank's result. ``grid``: sizes of its axes.
 
     The function must be defined at the top of a test module. A rank that raises fails the test with its traceback; one
-    that hangs fails it after the timeout. Ranks that use a GPU must ``start`` by ``spawn``: CUDA does not survive a
-    fork.
+    that hangs fails it after the timeout. Ranks speak over gloo, or with ``device="cuda"`` over NCCL, on a GPU each.
+    Those that use a GPU must ``start`` by ``spawn``: CUDA does not survive a fork.
     """
     name = (function.__code__.co_filename, function.__name__)
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +41,7 @@ def run_ranks(
         processes = [
             context.Process(
                 target=_rank,
-                args=(function if start == "fork" else name, rank, world_size, grid, folder, arguments),
+                args=(function if start == "fork" else name, rank, world_size, device, grid, folder, arguments),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -70,6 +73,7 @@ def _rank(
     function: Callable[..., Any] | tuple[str, str],
     rank: int,
     world_size: int,
+    device: str,
     grid: dict[str, int],
     folder: str,
     arguments: tuple,
@@ -80,8 +84,8 @@ def _rank(
         if isinstance(function, tuple):
             function = _load(*function)
         environment = ProcessEnvironment(rank, world_size, rank, f"file://{folder}/store")
-        environment.init_process_group("cpu", timedelta(seconds=150))
-        result = function(ProcessGrid.create("cpu", **grid), *arguments)
+        environment.init_process_group(device, TIMEOUT)
+        result = function(ProcessGrid.create(device, TIMEOUT, **grid), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -44,6 +44,28 @@ def test_packed_documents_do_not_see_each_other(pattern, capacity):
         assert relative_error(packed, torch.cat(rows)) < 1e-13
 
 
+@pytest.mark.parametrize(
+    ("changes", "counted"),
+    [
+        ({"aux_loss_coefficient": 0.0}, set()),
+        ({"aux_loss_coefficient": 0.0, "capacity_factor": 0.7, "capacity_scope": "global"}, {"global"}),
+        ({"aux_loss_scope": "global"}, {"global"}),
+        ({"aux_loss_scope": "rank", "capacity_factor": 0.7}, {"row", "rank"}),
+    ],
+)
+def test_choices_are_counted_only_for_what_is_used(changes, counted):
+    model = _model(model_config(num_layers=1, layer_pattern="L", **changes))
+    asked = []
+    model.layers[0].experts.sum_over_ranks = {
+        scope: lambda counts, scope=scope: asked.append(scope) or counts for scope in ("row", "global", "rank")
+    }
+    tokens = torch.randint(300, (64,))
+    out = model(tokens, Documents.from_lengths([64]), tokens)
+    assert set(asked) == counted
+    assert len(asked) == len(counted)
+    assert (float(out.aux_loss.detach()) > 0) == ("aux_loss_coefficient" not in changes)
+
+
 @pytest.mark.parametrize("capacity", [None, 0.7])
 def test_loss_and_gradients_equal_the_naive_kernels(capacity):
     config = model_config(capacity_factor=capacity)

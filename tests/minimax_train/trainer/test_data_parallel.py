@@ -32,6 +32,7 @@ def test_gradients_on_1_2_and_4_ranks(tmp_path, precision, tolerance, capacity, 
         results.append(run_ranks(_gradients, world_size, config))
     expected, expected_norm, right = results[0][0]
     assert (expected["dropped_fraction"] > 0) == (capacity != "null")
+    assert ("aux_loss" in expected) == (aux != "0.0")
     for ranks in results[1:]:
         for sums, norm, gradients in ranks:
             assert sums == pytest.approx(expected, rel=tolerance)

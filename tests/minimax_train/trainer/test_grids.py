@@ -1,9 +1,12 @@
 """The whole model on grids that mix every axis: loss and gradients equal those of one rank."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import evaluate
@@ -71,9 +74,33 @@ def _check(one_rank, tmp_path, world, grid, shared, more=()):
 def test_gradients_equal_one_rank(one_rank, tmp_path, world, grid):
     choose = random.Random(str(grid))
     shared = [f"model.capacity_factor={choose.choice(['null', '0.8'])}"]
-    groups = [f"parallel.token_groups={choose.choice([1, 2, 3])}"]
+    groups = [f"parallel.token_groups={choose.choice([1, 2, 3])}"] if grid["ep"] * grid["etp"] > 1 else []
     expected = _check(one_rank, tmp_path, world, grid, shared, groups)
     assert (expected["dropped_fraction"] > 0) == ("null" not in shared[0])
+
+
+@pytest.mark.parametrize("grid", [{"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "cp": 2, "etp": 4}], ids=str)
+def test_activation_checkpointing(one_rank, tmp_path, grid):
+    _check(one_rank, tmp_path, 4, grid, [], ["recipe.activation_checkpointing=true"])
+
+
+def _weight_gathers(grid, config):
+    """How often each module's weights are gathered in one micro-batch."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        trainer.accumulate_gradients(trainer.next_batches()[:1])
+    return Counter(event.name for event in trace.events() if event.name.startswith("FSDP::all_gather "))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_are_gathered_once_per_pass(tmp_path, recompute):
+    """Recomputing a block takes the weights that its backward pass gathers anyway, nested ones too."""
+    axes = ["parallel.tp=2", "parallel.ep=2", f"recipe.activation_checkpointing={recompute}"]
+    config = tiny_run(tmp_path, *SIZES, *axes)
+    for gathers in run_ranks(_weight_gathers, 4, config, tp=2, ep=2):
+        blocks = {name: times for name, times in gathers.items() if "layers." in name}
+        assert len(blocks) == 3 * config.model.num_layers, gathers  # a block, its attention, its experts
+        assert set(blocks.values()) == {2}, gathers
 
 
 def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
@@ -85,6 +112,37 @@ def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
         rows = 4 * grid.get("tp", 1) * grid.get("cp", 1) // world
         more = [f"recipe.micro_batch_size={rows}"]
         _check(lambda *key: done[key], tmp_path / "-".join(grid), world, grid, shared, more)
+
+
+def _kept_by_attention(grid, config):
+    """Shapes of what each attention of a step keeps for backward, and of its input."""
+    trainer, shapes = Trainer(config, grid, torch.device("cpu")), []
+
+    def watched(forward):
+        def run(x_tD, context):
+            kept = []
+            with saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+                y_tD = forward(x_tD, context)
+            shapes.append((kept, tuple(x_tD.shape)))
+            return y_tD
+
+        return run
+
+    for block in trainer.model.layers:
+        block.attention.forward = watched(block.attention.forward)
+    trainer.accumulate_gradients(trainer.next_batches()[:1])
+    return shapes
+
+
+def test_attention_keeps_only_its_own_ranks_tokens(tmp_path):
+    """Where heads are split, the input of q, k, v and gate is gathered again in backward."""
+    config = tiny_run(tmp_path, *SIZES, "parallel.tp=4")
+    for shapes in run_ranks(_kept_by_attention, 4, config, tp=4):
+        assert len(shapes) == config.model.num_layers
+        for kept, (tokens, hidden) in shapes:
+            assert tokens == config.data.sequence_length // 4
+            assert (tokens, hidden) in kept
+            assert (config.data.sequence_length, hidden) not in kept
 
 
 def test_impossible_grids_are_refused(tmp_path):

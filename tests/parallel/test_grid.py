@@ -1,0 +1,67 @@
+"""Process groups of the grid: which ranks, over which backend, with which options."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED
+from support.distributed import TIMEOUT, run_ranks
+
+
+def _ranks(grid):
+    return {axis: dist.get_process_group_ranks(grid.group(axis)) for axis in (*DENSE, *EXPERT, *JOINED)}
+
+
+def test_ranks_of_every_axis():
+    """As in the table at the top of parallel/grid.py, of rank 5."""
+    assert run_ranks(_ranks, 8, tp=2, cp=2, ep=4)[5] == {
+        "dp": [1, 5],
+        "cp": [5, 7],
+        "tp": [4, 5],
+        "edp": [1, 5],
+        "ep": [4, 5, 6, 7],
+        "etp": [5],
+        "dp_cp": [1, 3, 5, 7],
+        "cp_tp": [4, 5, 6, 7],
+        "world": list(range(8)),
+    }
+
+
+def _timeouts(grid):
+    axes = (*DENSE, *EXPERT, *JOINED)
+    return {axis: grid.group(axis)._get_backend(torch.device("cpu")).options._timeout for axis in axes}
+
+
+def test_every_group_has_the_timeout_of_the_run():
+    for timeouts in run_ranks(_timeouts, 4, tp=2, ep=2, etp=2):
+        assert set(timeouts.values()) == {TIMEOUT}, timeouts
+
+
+# ---------------------------------------------------------------------------------------------- on GPUs
+
+
+def _options(grid):
+    """Of the NCCL group of each axis: priority and bound on processors; and whether all ranks' sum is right."""
+    found = {}
+    for axis in (*DENSE, *EXPERT, *JOINED):
+        group = grid.group(axis)
+        options = group._get_backend(torch.device("cuda")).options
+        communicator = GroupCommunicator(group)
+        assert communicator._is_nccl
+        total = communicator.all_gather(torch.ones(3, device="cuda")).wait().sum()
+        assert total == 3 * communicator.size
+        found[axis] = options.is_high_priority_stream, options.config.max_ctas
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_transfers_beside_products_have_priority(world):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    grid = {"tp": min(world, 2), "ep": min(world, 2), "etp": world // min(world, 2)}
+    for found in run_ranks(_options, world, start="spawn", device="cuda", **grid):
+        for axis, (high_priority, max_ctas) in found.items():
+            assert high_priority == (axis in ("tp", "ep", "etp")), axis
+            assert (max_ctas == EXPERT_TRANSFER_CTAS) == (axis in ("ep", "etp")), axis

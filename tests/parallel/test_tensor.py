@@ -1,0 +1,59 @@
+"""Projections of gathered tokens against the same products on one rank."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.tensor import gather_project
+from support.compare import relative_error
+from support.distributed import run_ranks
+
+TOKENS, HIDDEN, WIDTHS = 7, 5, (9, 3, 1)
+
+
+def _case(ranks):
+    """Tokens of all ranks, each rank's weights, and gradients of each rank's outputs."""
+    g = torch.Generator().manual_seed(ranks)
+    x = torch.randn(ranks * TOKENS, HIDDEN, dtype=torch.float64, generator=g)
+    weights = [[torch.randn(w, HIDDEN, dtype=torch.float64, generator=g) for w in WIDTHS] for _ in range(ranks)]
+    gradients = [[torch.randn(len(x), w, dtype=torch.float64, generator=g) for w in WIDTHS] for _ in range(ranks)]
+    return x, weights, gradients
+
+
+def _project(grid, number):
+    """Outputs, gradients, and the bytes kept for backward beside the weights, of the first projections."""
+    communicator = GroupCommunicator(grid.group("tp"))
+    x, weights, gradients = _case(communicator.size)
+    x = x.chunk(communicator.size)[communicator.rank].clone().requires_grad_()
+    weights = [w.requires_grad_() for w in weights[communicator.rank][:number]]
+    kept = {}
+
+    def pack(tensor):
+        if all(tensor is not w for w in weights):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = gather_project(x, weights, communicator)
+    results = torch.autograd.grad(outputs, [x, *weights], gradients[communicator.rank][:number])
+    return [y.detach() for y in outputs], results, sum(kept.values())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_equals_one_rank_in_float64(ranks, number):
+    x, weights, gradients = _case(ranks)
+    x.requires_grad_()
+    weights = [[w.requires_grad_() for w in mine[:number]] for mine in weights]
+    expected = [[x @ w.T for w in mine] for mine in weights]
+    pairs = [
+        (y, d) for mine, theirs in zip(expected, gradients, strict=True) for y, d in zip(mine, theirs, strict=False)
+    ]
+    loss = sum((y * d).sum() for y, d in pairs)
+    dx, *d_weights = torch.autograd.grad(loss, [x, *(w for mine in weights for w in mine)])
+    for rank, (outputs, (my_dx, *my_d_weights), kept) in enumerate(run_ranks(_project, ranks, number, tp=ranks)):
+        right = [*expected[rank], dx.chunk(ranks)[rank], *d_weights[rank * number : (rank + 1) * number]]
+        for actual, wanted in zip([*outputs, my_dx, *my_d_weights], right, strict=True):
+            assert relative_error(actual, wanted) < 1e-12
+        assert kept == TOKENS * HIDDEN * 8  # this rank's tokens, not everybody's
