@@ -32,6 +32,7 @@ from torch import Tensor
 from minimax_train.kernels.experts import expert_mlp
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
+from minimax_train.parallel.grid import EXPERT_TRANSFER_CTAS, transfer_options
 
 CHOICES = 2
 DENSE = 40
@@ -71,9 +72,7 @@ def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) 
     """Both axes' communicators: of the link that is measured, and of one that takes no time."""
     sizes = {"ep": (ep, rank), "etp": (etp, 0)}
     if options.link == "nccl":
-        high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        high.config.max_ctas = options.sms
-        group = GroupCommunicator(dist.new_group(pg_options=high))
+        group = GroupCommunicator(dist.new_group(pg_options=transfer_options(options.sms)))
         sizes["ep" if ep > 1 else "etp"] = (group.size, group.rank)
         linked = [group if size > 1 else FreeLink(0, 1) for size, _ in sizes.values()]
     else:
@@ -216,7 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
     parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
-    parser.add_argument("--sms", type=int, default=16, help="processors a transfer occupies; over NCCL, at most")
+    parser.add_argument(
+        "--sms", type=int, default=EXPERT_TRANSFER_CTAS, help="processors a transfer occupies; over NCCL, at most"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])
     parser.add_argument("--routing", choices=["balanced", "skewed"], nargs="+", default=["balanced", "skewed"])

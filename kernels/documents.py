@@ -19,18 +19,27 @@ class Chunks:
     """Documents cut in chunks of at most C tokens, each chunk inside one document, in token order.
 
     Attributes:
-        tokens_MC: token index of each chunk slot, int64; slots past the chunk's length repeat its last token.
-        valid_MC: whether the slot holds a token, bool.
+        size: C.
         starts_M, lengths_M: first token and token count of each chunk, int64.
         documents_M: the document each chunk lies in, int64.
     All on the device of the documents.
     """
 
-    tokens_MC: Tensor
-    valid_MC: Tensor
+    size: int
     starts_M: Tensor
     lengths_M: Tensor
     documents_M: Tensor
+
+    @cached_property
+    def tokens_MC(self) -> Tensor:
+        """Token index of each chunk slot, int64; slots past the chunk's length repeat its last token."""
+        slots_C = torch.arange(self.size, device=self.starts_M.device)
+        return self.starts_M[:, None] + torch.minimum(slots_C, self.lengths_M[:, None] - 1)
+
+    @cached_property
+    def valid_MC(self) -> Tensor:
+        """Whether the slot holds a token, bool."""
+        return torch.arange(self.size, device=self.starts_M.device) < self.lengths_M[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +111,10 @@ class Documents:
     @cached_property
     def positions_T(self) -> Tensor:
         """Position of each token within its document, int64, on the compute device."""
-        lengths = self.cu_seqlens_cpu.diff().long()
-        shift = (torch.tensor(self.first_positions) - self.cu_seqlens_cpu[:-1]).repeat_interleave(lengths)
-        return (torch.arange(self.num_tokens) + shift).to(self.device, non_blocking=True)
+        # Made there: a copy of T numbers from memory that is not pinned would hold up the host.
+        shift_N = torch.tensor(self.first_positions).to(self.device, non_blocking=True) - self.cu_seqlens[:-1]
+        shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+        return torch.arange(self.num_tokens, device=self.device) + shift_T
 
     def chunks(self, size: int) -> Chunks:
         """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
@@ -124,8 +134,5 @@ class Documents:
         offset_M = (torch.arange(len(documents_M)) - first_M) * size
         starts_M = self.cu_seqlens_cpu[:-1].long()[documents_M] + offset_M
         lengths_M = (lengths_N[documents_M] - offset_M).clamp(max=size)
-        slots_C = torch.arange(size)
-        valid_MC = slots_C < lengths_M[:, None]
-        tokens_MC = starts_M[:, None] + torch.minimum(slots_C, lengths_M[:, None] - 1)
-        parts = (tokens_MC, valid_MC, starts_M, lengths_M, documents_M)
-        return Chunks(*(part.to(self.device, non_blocking=True) for part in parts))
+        parts = (starts_M, lengths_M, documents_M)
+        return Chunks(size, *(part.to(self.device, non_blocking=True) for part in parts))

@@ -51,7 +51,8 @@ def _results(_, runs):
         before = trainer.accumulate_gradients(trainer.next_batches())["loss"]
         trainer.engine.step(1e-3, trainer.engine.gradient_norm())
         after = trainer.accumulate_gradients(trainer.next_batches())["loss"]
-        gradients = {name: p.grad.full_tensor().cpu() for name, p in trainer.engine.parameters.items()}
+        # On the host: torch's functional collectives crash over gloo on CUDA tensors.
+        gradients = {name: p.grad.cpu().full_tensor() for name, p in trainer.engine.parameters.items()}
         results.append((before, after, gradients))
     return results
 
