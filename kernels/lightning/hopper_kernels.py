@@ -379,8 +379,8 @@ def _consume(
         state = state * through
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         weighted_s.store((z_s.load(mma).to(gl.float32) * to_state[:, None]).to(dtype))
-        tma.store_wait(0)
         fence_async_shared()
+        tma.store_wait(0)
         thread_barrier()
 
         scores = gl.zeros([C, C], gl.float32, mma_scores)
@@ -398,12 +398,12 @@ def _consume(
         acc = warpgroup_mma(scores, z_s, acc * from_state[:, None], is_async=True)
         state = warpgroup_mma_wait(1, deps=[state])
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage), count=1)
 
         # A chunk that fills its tile leaves by the copy engine, another one row by row, its copy sent out of range.
         out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
         fence_async_shared()
         thread_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
         tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), half * HALF], out_s)
         if length < C:
             cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns_v[None, :]
@@ -589,8 +589,8 @@ def _consume_backward(
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             do_half = do_s.slice(side * HALF, HALF, dim=1).load(mma_state)
             weighted_s.store((do_half.to(gl.float32) * to_state[:, None]).to(dtype))
-            tma.store_wait(0)
             fence_async_shared()
+            tma.store_wait(0)
             thread_barrier()
             mbarrier.arrive(ready, count=1)
 
@@ -616,11 +616,11 @@ def _consume_backward(
                 acc = warpgroup_mma(scores, q_s, acc * from_state[:, None], is_async=True)
             state = warpgroup_mma_wait(1, deps=[state])
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(stage), count=1)
 
             out_s._reinterpret(dtype, [C, BLOCK], tile_out).store(acc.to(dtype))
             fence_async_shared()
             thread_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
             tma.async_copy_shared_to_global(out_desc, [h, gl.where(length == C, start, num_tokens), 0], out_s)
             if length < C:
                 cells = out + start.to(gl.int64) * out_t + h * out_h + slots[:, None] * out_t + columns[None, :]
