@@ -6,8 +6,9 @@
 Emulated, one GPU plays every rank in turn over ``benchmarks/link.py``; the slowest rank's time counts. Lightning
 attention: forward + backward of LASP+, scan and the serial ring at ``--tokens`` per GPU, against one kernel call on as
 many tokens of one document ("alone"): "ratio" of the median and "worst" of all ranks, and "free", what the ratio would
-be if transfers took no time. Softmax attention: FLOP/s of ring and all-gather, zigzag, against one kernel call with as
-much work on one document. Calls that are compared are made in turn.
+be if transfers took no time; with ``--kernels`` also the ratio of the kernels' own times. Softmax attention: FLOP/s of
+ring and all-gather, zigzag, against one kernel call with as much work on one document. Calls that are compared are made
+in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from link import RATES, EmulatedLink, FreeLink
-from timing import alternating_times
+from timing import alternating_times, kernel_times
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
@@ -49,6 +50,12 @@ def median_ms(options: argparse.Namespace, *runs: Callable[[], object]) -> list[
         mark = torch.zeros(1, device=options.device)
         together = partial(dist.all_reduce, mark)  # a rank that comes early would wait for the others inside a run
     return alternating_times(runs, options.repeats, before=together)
+
+
+def kernels_ms(options: argparse.Namespace, *runs: Callable[[], object]) -> list[float]:
+    """Milliseconds that the kernels of each run take, if asked for."""
+    asked = options.kernels and torch.cuda.is_available()
+    return kernel_times(runs) if asked else [float("nan")] * len(runs)
 
 
 def forward_backward(attend: Callable, inputs: list[torch.Tensor]) -> Callable[[], object]:
@@ -129,17 +136,18 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
                     return of_rank
 
                 links = communicators(options, ranks, pieces=pieces, chained=method != "lasp_plus")
-                times = [
-                    median_ms(options, *(forward_backward(f, inputs) for f in (alone, attend(link), attend(free))))
-                    for link, free in zip(links, free_links(options, ranks), strict=True)
-                ]
-                base, ms, free = of_all_ranks(options, times)
+                times = []
+                for link, free in zip(links, free_links(options, ranks), strict=True):
+                    runs = [forward_backward(f, inputs) for f in (alone, attend(link), attend(free))]
+                    times.append(median_ms(options, *runs) + kernels_ms(options, runs[0], runs[2]))
+                base, ms, free, base_kernels, kernels = of_all_ranks(options, times)
                 yield {**place, "method": method, "layout": kind, "ranks": ranks, "mix": mix} | {
                     "alone": max(base),
                     "ms": max(ms),
                     "ratio": statistics.median(a / b for a, b in zip(ms, base, strict=True)),
                     "worst": max(a / b for a, b in zip(ms, base, strict=True)),
                     "free": statistics.median(a / b for a, b in zip(free, base, strict=True)),
+                    "kernels": statistics.median(a / b for a, b in zip(kernels, base_kernels, strict=True)),
                 }
 
 
@@ -203,6 +211,7 @@ def main() -> None:
     parser.add_argument("--softmax-tokens", type=int, default=65536, help="per GPU, softmax attention")
     parser.add_argument("--softmax-methods", nargs="+", choices=["ring", "allgather"], default=["ring", "allgather"])
     parser.add_argument("--layers", type=int, nargs="+", default=[0], help="of 80: the deeper, the slower the decay")
+    parser.add_argument("--kernels", action="store_true", help="also add up kernel times, by a profiler")
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--kv-heads", type=int, default=KV_HEADS)
     parser.add_argument("--dim", type=int, default=DIM)

@@ -65,6 +65,21 @@ def times_in_turns(runs: dict[str, Callable[[], object]], turn_ms: float = 300, 
     return {name: statistics.median(values[1:]) for name, values in turns.items()}
 
 
+def kernel_times(runs: Sequence[Callable[[], object]], calls: int = 4, rounds: int = 3) -> list[float]:
+    """Milliseconds that the kernels of one call take, of each of several runs that take turns; gaps are left out."""
+    device = torch.autograd.DeviceType.CUDA
+    of_run: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds + 1):
+        for run, found in zip(runs, of_run, strict=True):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(calls):
+                    run()
+                torch.cuda.synchronize()
+            spans = [e.time_range.elapsed_us() for e in profile.events() if e.device_type == device]
+            found.append(sum(spans) / calls * 1e-3)
+    return [statistics.median(found[1:]) for found in of_run]  # the first round warms up
+
+
 def graph_times(run: Callable[[], object]) -> float:
     """The same for a captured graph of ``run``: no launch is waited for."""
     stream = torch.cuda.Stream()
