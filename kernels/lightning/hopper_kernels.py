@@ -269,13 +269,15 @@ def states(
         slope = gl.load(slopes + h).to(gl.float32)
         begin = gl.load(edges + 2 * (column // H))
         end = gl.load(edges + 2 * (column // H) + 1)
+        # From where the state leaves: a reach that came out otherwise than when the pieces were counted would cost what
+        # has decayed, no more.
+        away = (p - gl.load(places + column)) * size
         if REVERSE:
-            end = gl.minimum(end, begin + _reach(slope))
+            low = begin + away
+            high = gl.minimum(gl.minimum(low + size, end), begin + _reach(slope))
         else:
-            begin = gl.maximum(begin, end - _reach(slope))
-        low = begin + (p - gl.load(places + column)) * size
-        high = gl.minimum(low + size, end)
-        away = low - begin if REVERSE else end - high
+            high = end - away
+            low = gl.maximum(gl.maximum(high - size, begin), end - _reach(slope))
         state = gl.zeros([BK, BV], gl.float32, mma)
         state = _accumulate(y_desc, z_desc, h, low, high, slope, state, mma, REVERSE, STAGES)
         rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma))

@@ -174,13 +174,14 @@ def states(
         slope = tl.load(slopes + h).to(tl.float32)
         begin = tl.load(edges + 2 * (column // H))
         end = tl.load(edges + 2 * (column // H) + 1)
+        # From where the state leaves: a reach that came out otherwise than above would cost what has decayed, no more.
+        away = (p - tl.load(places + column)) * size
         if REVERSE:
-            end = tl.minimum(end, begin + _reach(slope))
+            low = begin + away
+            high = tl.minimum(tl.minimum(low + size, end), begin + _reach(slope))
         else:
-            begin = tl.maximum(begin, end - _reach(slope))
-        low = begin + (p - tl.load(places + column)) * size
-        high = tl.minimum(low + size, end)
-        away = low - begin if REVERSE else end - high
+            high = end - away
+            low = tl.maximum(tl.maximum(high - size, begin), end - _reach(slope))
         columns_k = tl.arange(0, BK)
         columns_v = slice_v * BV + tl.arange(0, BV)
         state = tl.zeros([BK, BV], tl.float32)

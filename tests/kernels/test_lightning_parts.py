@@ -108,6 +108,31 @@ def test_triton_parts(monkeypatch, poisoned_empty, lengths, of, segments, pieces
     _assert_close(_actual(inputs, slopes, lengths, of, "triton", torch.float32), expected, 1e-5)
 
 
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_reach_that_comes_out_shorter_costs_what_has_decayed(monkeypatch, poisoned_empty, reverse):
+    """Pieces are counted by one kernel and summed by another, whose rounding may differ; here of a single head."""
+    implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
+    monkeypatch.setattr(implementation, "choose_tiles", lambda *_: implementation.Tiles(16, 32, 4, 2))
+    slopes, documents = torch.tensor([17.017 / 255.5]), Documents.from_lengths([600])  # 257 tokens reach
+    y, _, _, grad, *_ = _inputs([600], [0], slopes, (K, V))
+    count = implementation.triton_kernels.share_pieces
+
+    class CountsFewer:
+        def __getitem__(self, grid):
+            # 256 tokens: two pieces of 8 chunks, where 257 are three.
+            return lambda places, slopes_H, *rest, **constants: count[grid](
+                places, slopes_H * 1.004, *rest, **constants
+            )
+
+    expected = lightning_parts(y, "naive").states(y, grad, slopes.double(), documents, (0,), reverse=reverse)
+    y, grad = y.float(), grad.float()
+    for kernel in (count, CountsFewer()):
+        monkeypatch.setattr(implementation.triton_kernels, "share_pieces", kernel)
+        actual = lightning_parts(y, "triton").states(y, grad, slopes, documents, (0,), reverse=reverse)
+        assert relative_error(actual, expected) < 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["hopper", "portable"])
 @pytest.mark.parametrize(("lengths", "of"), [([5000], [0]), ([700, 1, 63, 64, 3000, 65, 1], [4, 0, 6, 1])], ids=str)
