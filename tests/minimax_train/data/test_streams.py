@@ -2,6 +2,7 @@
 
 import pytest
 
+from minimax_train.data import streams
 from minimax_train.data.shuffle import permutation, stable_hash
 from minimax_train.data.streams import DocumentStream
 from minimax_train.errors import ConfigError
@@ -82,6 +83,21 @@ def test_a_stream_without_documents_says_how_many_there_are():
         stream(ListSource([["1", "2"], [""]]), 1, 2).next_document()
     with pytest.raises(ValueError, match=r"data.train_files=\['listed'\]: holds no document"):
         stream(ListSource([["", None]]), 0, 1).next_document()
+
+
+@pytest.mark.parametrize("shuffle_documents", [1, 7, 100])
+def test_resumed_anywhere_in_what_is_encoded_together(monkeypatch, shuffle_documents):
+    monkeypatch.setattr(streams, "ENCODED_TOGETHER", 3)
+    source = sharded(2, [1] * 20)
+    whole = stream(source, 0, 1, shuffle_documents=shuffle_documents)
+    states, order = [whole.state_dict()], []
+    for _ in range(45):  # more than two epochs
+        order.append(int(whole.next_document()[0]))
+        states.append(whole.state_dict())
+    resumed = stream(source, 0, 1, shuffle_documents=shuffle_documents)
+    for at in reversed(range(45)):  # on one object, whose own documents encoded ahead must not come back
+        resumed.load_state_dict(states[at])
+        assert [int(resumed.next_document()[0]) for _ in range(min(5, 45 - at))] == order[at : at + 5]
 
 
 def test_data_that_shrank_since_the_position_was_saved():
