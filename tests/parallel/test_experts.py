@@ -1,5 +1,7 @@
 """Experts spread over ranks against all experts on one rank, one token and one choice at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from minimax_train.kernels.experts import expert_mlp_naive
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.experts.plan import Cut
+from minimax_train.parallel.experts.plan import Cut, _make_plan, _my_labels
 from support.compare import relative_error
 from support.distributed import run_ranks
 
@@ -122,12 +124,61 @@ def test_groups_share_the_rows_of_every_rank(experts, ep, groups):
     group = torch.tensor(of_label)[labels[:, 1:]].view(tokens, ep, -1)
     rows = torch.stack([(group == g).sum((0, 2)) for g in range(groups)], 1)
     assert (rows == rows[0]).all() and rows.sum() == tokens * experts
-    # As near to a small first and last group as whole columns allow, and never empty.
-    ideal = torch.tensor(cut.shares) * rows[0].sum() / sum(cut.shares)
-    column = -(-tokens // cut.token_parts)
-    assert (rows[0] > 0).all() and ((rows[0] - ideal).abs() <= column).all()
+    # First and last half as large as the others, as nearly as whole columns allow: no more than the smallest share.
+    weights = torch.tensor([1] if groups == 1 else [1, *[2] * (groups - 2), 1])
+    ideal = weights * rows[0].sum() / weights.sum()
+    assert (rows[0] > 0).all() and ((rows[0] - ideal).abs() <= min(tokens, ideal.min())).all()
     # On a rank no expert comes after one of a higher number, in a higher group.
     assert (group[..., 1:] >= group[..., :-1]).all()
+
+
+@pytest.mark.parametrize(("experts", "ep", "etp"), [(1, 1, 2), (3, 3, 1), (6, 2, 2), (12, 3, 1), (10, 2, 3)])
+@pytest.mark.parametrize("groups", [1, 2, 3, 5])
+@pytest.mark.parametrize("most", [0, 3, 40])
+def test_every_row_meets_its_expert_and_comes_home(experts, ep, etp, groups, most):
+    """Ranks with different numbers of tokens, some with none; a row is the number of its expert and one of its own."""
+    cut, g = Cut(experts, ep, groups), torch.Generator().manual_seed(most)
+    ranks = [(i, j) for i in range(ep) for j in range(etp)]
+    home, sent = {}, {}
+    for number, rank in enumerate(ranks):
+        choices = torch.randint(-1, experts, (int(torch.randint(most + 1, (), generator=g)), 2), generator=g)
+        labels, count = cut.labels(choices)
+        order = labels.flatten().sort(stable=True).indices[int((labels < 0).sum()) :]
+        home[rank] = torch.stack([choices.flatten()[order], 1000 * number + order], 1)
+        sent[rank] = torch.bincount(labels[labels >= 0], minlength=count)
+    plans = {}
+    for i, j in ranks:
+        mine = _my_labels(cut, i, torch.device("cpu"))
+        counts = torch.stack([torch.stack([sent[a, b][mine] for a in range(ep)]) for b in range(etp)])
+        plans[i, j] = _make_plan(cut, sent[i, j].tolist(), counts.tolist(), counts, j)
+    back = {rank: torch.zeros_like(rows) for rank, rows in home.items()}
+    for index in range(groups):
+        of = {rank: plan.groups[index] for rank, plan in plans.items()}
+        # What each rank has for each other one, as the all-to-all takes it.
+        outgoing = {rank: home[rank][of[rank].home].split(of[rank].sends) for rank in ranks}
+        received = {(i, j): torch.cat([outgoing[a, j][i] for a in range(ep)]) for i, j in ranks}
+        for i, j in ranks:
+            plan, group, order = plans[i, j], of[i, j], plans[i, j].orders[index]
+            arrived = torch.cat([_padded(received[i, b], of[i, b].padded) for b in range(etp)])
+            arranged = arrived if order is None else arrived[order.source_m]
+            ends = plan.offsets(group).tolist()
+            for expert, (start, end) in enumerate(pairwise([0, *ends]), i * cut.local_experts + group.experts.start):
+                assert start <= end and (arranged[start:end, 0] == expert).all()
+            assert ends[-1] == len(arranged) == group.num_rows
+            # One product over all groups' rows: they lie in order of experts over all groups, too.
+            here = torch.arange(group.here.start, group.here.stop)
+            of_row = torch.bucketize(here, plan.offsets_e, right=True) + i * cut.local_experts
+            assert (of_row == arranged[:, 0]).all()
+            returned = arranged if order is None or not len(arranged) else arranged[order.place_N]
+            mine = returned[j * group.padded :][: sum(group.receives)] if len(arranged) else returned
+            for a, rows in enumerate(mine.split(group.receives)):
+                start = of[a, j].home.start + sum(of[a, j].sends[:i])
+                back[a, j][start : start + len(rows)] = rows
+    assert all(torch.equal(back[rank], home[rank]) for rank in ranks)
+
+
+def _padded(rows, size):
+    return torch.cat([rows, rows.new_full((size - len(rows), 2), -1)])
 
 
 def test_refusals():
