@@ -89,7 +89,10 @@ class EmulatedLink:
     def _transfer(
         self, size: int, source: Tensor | None, target: Tensor | None, *, result: Tensor | None = None, extra_hops=0
     ) -> Pending:
-        """Fill ``target`` from ``source``, again from its start if that is shorter, in the time of a size."""
+        """Fill ``target`` from ``source``, again from its start if that is shorter, in the time of a size.
+
+        A source of no rows fills nothing.
+        """
         result = target if result is None else result
         seconds = (self.latency_s + size / self.bytes_per_s) * (1 + extra_hops if size else 0)
         if self._stream is None:
@@ -100,7 +103,8 @@ class EmulatedLink:
         with torch.cuda.stream(self._stream):
             started = torch.empty(1, dtype=torch.int64, device="cuda")
             _clock[(1,)](started)
-            words = [started[:0], started[:0]] if target is None else _words(source, target)
+            nothing = target is None or not source.numel()
+            words = [started[:0], started[:0]] if nothing else _words(source, target)
             sizes = [x.numel() for x in words]
             # 1024 threads leave a product no registers: smaller programs would share a processor with it.
             _carry[(self.sms,)](
@@ -135,7 +139,7 @@ class FreeLink(EmulatedLink):
 
 
 def _fill(source: Tensor | None, target: Tensor | None) -> None:
-    if target is not None and target.numel():
+    if target is not None and target.numel() and source.numel():
         times = -(-target.numel() // source.numel())
         target.view(-1).copy_(source.view(-1).repeat(times)[: target.numel()])
 
