@@ -141,14 +141,18 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
                     runs = [forward_backward(f, inputs) for f in (alone, attend(link), attend(free))]
                     times.append(median_ms(options, *runs) + kernels_ms(options, runs[0], runs[2]))
                 base, ms, free, base_kernels, kernels = of_all_ranks(options, times)
-                yield {**place, "method": method, "layout": kind, "ranks": ranks, "mix": mix} | {
-                    "alone": max(base),
-                    "ms": max(ms),
-                    "ratio": statistics.median(a / b for a, b in zip(ms, base, strict=True)),
-                    "worst": max(a / b for a, b in zip(ms, base, strict=True)),
-                    "free": statistics.median(a / b for a, b in zip(free, base, strict=True)),
-                    "kernels": statistics.median(a / b for a, b in zip(kernels, base_kernels, strict=True)),
-                }
+                of_kernels = statistics.median(a / b for a, b in zip(kernels, base_kernels, strict=True))
+                yield (
+                    {**place, "method": method, "layout": kind, "ranks": ranks, "mix": mix}
+                    | {
+                        "alone": max(base),
+                        "ms": max(ms),
+                        "ratio": statistics.median(a / b for a, b in zip(ms, base, strict=True)),
+                        "worst": max(a / b for a, b in zip(ms, base, strict=True)),
+                        "free": statistics.median(a / b for a, b in zip(free, base, strict=True)),
+                    }
+                    | ({"kernels": of_kernels} if options.kernels else {})
+                )
 
 
 def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
