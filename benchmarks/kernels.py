@@ -3,6 +3,8 @@
     python benchmarks/kernels.py [--op lightning experts norm rope silu loss] [--json FILE]
                                  [--tokens 8192 32768 131072] [--heads 64 8] [--peer]
 
+Peers: ``pip install flash-linear-attention lightning-attn``.
+
 ``--op`` says what is measured; ``fused_ops.py`` has all but lightning attention, to which the other arguments apply.
 The floor is the bytes an op must read and write once, over the copy rate measured in the same run. Times are medians
 of CUDA graph replays (``graph``: the device alone) and of plain calls (``eager``: with the launches of one training
@@ -12,6 +14,7 @@ step). Errors are relative, against the chunked implementation in float64, at 81
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 
 DIM = 128
+ATTENTION_2 = "lightning-attention-2"  # one document only, and head-major tensors, which it is given
 
 
 def random_lengths(tokens: int, documents: int) -> list[int]:
@@ -55,7 +59,19 @@ def lightning_implementations(peer: bool) -> dict[str, Callable]:
             )[0][0]
 
         found["fla"] = fla
+        if importlib.util.find_spec("lightning_attn"):
+            from lightning_attn.ops import lightning_attn_func
+
+            def attention_2(q, k, v, slopes_H, documents):
+                return lightning_attn_func(*(x.transpose(0, 1)[None] for x in (q, k, v)), slopes_H)[0].transpose(0, 1)
+
+            found[ATTENTION_2] = attention_2
     return found
+
+
+def head_major(x_THK: Tensor) -> Tensor:
+    """The same tensor with a head's tokens side by side."""
+    return x_THK.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def lightning_inputs(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
@@ -89,6 +105,9 @@ def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
     print("| lightning, error of | o | dq | dk | dv |\n| --- | --- | --- | --- | --- |")
     errors = {}
     for name, run in implementations.items():
+        if name == ATTENTION_2:
+            errors[name] = {}
+            continue
         errors[name] = lightning_errors(run)
         print(f"| {name} | " + " | ".join(f"{error:.2e}" for error in errors[name].values()) + " |", flush=True)
     for tokens in arguments.tokens:
@@ -103,15 +122,18 @@ def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
                 for name, run in implementations.items():
                     if name == "chunked" and (tokens > 32768 or count > 1):
                         continue  # its weights between chunks are quadratic in their number
-                    if name == "fla" and arguments.peer_untuned:
+                    if (name == "fla" and arguments.peer_untuned) or (name == ATTENTION_2 and count > 1):
                         continue
+                    mine, grad = leaves, d_out
+                    if name == ATTENTION_2:
+                        mine, grad = [head_major(x.detach()).requires_grad_() for x in leaves], head_major(d_out)
 
-                    def forward(run=run, q=q, k=k, v=v, slopes_H=slopes_H, documents=documents):
+                    def forward(run=run, mine=mine, slopes_H=slopes_H, documents=documents):
                         with torch.no_grad():
-                            return run(q, k, v, slopes_H, documents)
+                            return run(*mine, slopes_H, documents)
 
-                    def both(run=run, leaves=leaves, d_out=d_out, slopes_H=slopes_H, documents=documents):
-                        return torch.autograd.grad(run(*leaves, slopes_H, documents), leaves, d_out)
+                    def both(run=run, mine=mine, grad=grad, slopes_H=slopes_H, documents=documents):
+                        return torch.autograd.grad(run(*mine, slopes_H, documents), mine, grad)
 
                     row = {"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "documents": count}
                     for label, call in (("forward", forward), ("both", both)):
@@ -139,7 +161,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 8])
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--peer", action="store_true", help="also flash-linear-attention, which must be importable")
+    parser.add_argument(
+        "--peer", action="store_true", help="also flash-linear-attention, and Lightning Attention-2 if it is there"
+    )
     parser.add_argument("--peer-untuned", action="store_true", help="its errors only, without minutes of tuning")
     parser.add_argument("--json", help="where to write the rows")
     arguments = parser.parse_args()
