@@ -120,8 +120,8 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
     for link in both["free"]:
         link.moving = not torch.cuda.is_available()
     samples = {key: [] for key in runs}
-    for _ in range(options.repeats):
-        for key, run in runs.items():
+    for repeat in range(options.repeats):
+        for key, run in list(runs.items())[:: (-1) ** repeat]:
             samples[key].append(milliseconds(run))
     dense = DENSE_FLOP / statistics.median(samples["dense"]) * 1e3
     del runs["dense"]
