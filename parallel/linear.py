@@ -107,8 +107,8 @@ class _SharedLightning(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THK, k_THK, v_THV, slopes_H, exchange: _Exchange, parts: Parts):
         documents = exchange.shard.documents
-        first, last = _edge_segments(exchange.shard)
-        own_MHKV = parts.states(k_THK, v_THV, slopes_H, documents, last, reverse=False)
+        first, _ = _edge_segments(exchange.shard)
+        own_MHKV = _own_states(parts, k_THK, v_THV, slopes_H, exchange.shard, backwards=False)
         entering_MHKV = exchange.start(own_MHKV, backwards=False)()
         out_THV, kept = parts.forward(q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, first)
         ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, entering_MHKV, kept)
@@ -122,11 +122,31 @@ class _SharedLightning(torch.autograd.Function):
         exchange, parts = ctx.exchange, ctx.parts
         documents = exchange.shard.documents
         first, last = _edge_segments(exchange.shard)
-        own_MHKV = parts.states(q_THK, grad_THV, slopes_H, documents, first, reverse=True)
+        own_MHKV = _own_states(parts, q_THK, grad_THV, slopes_H, exchange.shard, backwards=True)
         finish = exchange.start(own_MHKV, backwards=True)
         grad_q = parts.backward_q(grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, kept)
         grad_k, grad_v = parts.backward_kv(grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, finish(), last)
         return grad_q, grad_k, grad_v, None, None, None
+
+
+def _own_states(
+    parts: Parts, y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, shard: SequenceShard, *, backwards: bool
+) -> Tensor:
+    """What each of this rank's chunks leaves on its own (backwards: of gradients), ``[M, H, K, V]``.
+
+    Zero for a chunk with whose edge a document ends: nobody will take it.
+    """
+    first, last = _edge_segments(shard)
+    gives_M = [chunk.continues_before if backwards else chunk.continues_after for chunk in shard.mine]
+    giving = tuple(n for n, gives in zip(first if backwards else last, gives_M, strict=True) if gives)
+    if not giving:
+        (_, H, K), V = y_THK.shape, z_THV.shape[-1]
+        return y_THK.new_zeros(len(gives_M), H, K, V, dtype=torch.promote_types(y_THK.dtype, torch.float32))
+    own_NHKV = parts.states(y_THK, z_THV, slopes_H, shard.documents, giving, reverse=backwards)
+    if all(gives_M):
+        return own_NHKV
+    own = iter(own_NHKV)
+    return torch.stack([next(own) if gives else torch.zeros_like(own_NHKV[0]) for gives in gives_M])
 
 
 def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ...]]:

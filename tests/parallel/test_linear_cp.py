@@ -1,10 +1,13 @@
 """Lightning attention over ranks against the recurrence on one."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.parallel import linear
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.layout import SequenceLayout
 from minimax_train.parallel.linear import choose_method, lightning_attention_cp
@@ -56,6 +59,30 @@ def test_equals_one_rank(ranks, kind, method):
 
 def test_equals_one_rank_in_float32():
     assert max(run_ranks(_compare, 4, "zigzag", "auto", range(25), torch.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("lengths", [[48], [12, 36], [5, 19, 24], [1] * 48])
+def test_own_states_are_summed_for_those_who_take_them(kind, lengths):
+    inputs, whole, ends = torch.randn(2, 48, 2, 4), Documents.from_lengths(lengths), set(accumulate(lengths))
+    slopes, summed = torch.rand(2), []
+
+    class Recording:
+        @staticmethod
+        def states(y, z, slopes_H, documents, of, *, reverse):
+            summed.append(len(of))
+            return torch.ones(len(of), *y.shape[1:], z.shape[-1])
+
+    layout = SequenceLayout(kind, 3)
+    for rank in range(3):
+        shard = layout.shard(whole, rank)
+        y, z = (shard.take(x) for x in inputs)
+        for backwards in (False, True):
+            summed.clear()
+            own = linear._own_states(Recording, y, z, slopes, shard, backwards=backwards)
+            wanted = [(c.start if backwards else c.end) not in ends | {0} for c in shard.mine]
+            assert sum(summed) == sum(wanted)
+            assert own.amin((1, 2, 3)).tolist() == own.amax((1, 2, 3)).tolist() == [float(x) for x in wanted]
 
 
 def _compare_on_gpu(grid, kind, dtype, method, lengths, heads):
