@@ -171,7 +171,7 @@ def _clock(out):
     tl.store(out, _now())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_size", "target_size", "nanoseconds"])
 def _carry(source, target, source_size, target_size, started, nanoseconds, B: tl.constexpr, EXACT: tl.constexpr):
     """Fill the target from the source, round and round; then keep stream and processors until a time is over.
 
