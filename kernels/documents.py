@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """The same tensor on another device. The host goes on: of memory that is not pinned it would wait for the copy."""
+    device = torch.device(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Chunks:
     """Documents cut in chunks of at most C tokens, each chunk inside one document, in token order.
@@ -80,12 +88,11 @@ class Documents:
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         first_positions = tuple(first_positions) if first_positions is not None else (0,) * len(lengths)
         assert len(first_positions) == len(lengths)
-        return cls(cu_seqlens.to(device, non_blocking=True), cu_seqlens, first_positions)
+        return cls(to_device(cu_seqlens, device), cu_seqlens, first_positions)
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents for kernels on another device."""
-        cu_seqlens = self.cu_seqlens_cpu.to(device, non_blocking=True)
-        return Documents(cu_seqlens, self.cu_seqlens_cpu, self.first_positions)
+        return Documents(to_device(self.cu_seqlens_cpu, device), self.cu_seqlens_cpu, self.first_positions)
 
     @property
     def device(self) -> torch.device:
@@ -111,8 +118,7 @@ class Documents:
     @cached_property
     def positions_T(self) -> Tensor:
         """Position of each token within its document, int64, on the compute device."""
-        # Made there: a copy of T numbers from memory that is not pinned would hold up the host.
-        shift_N = torch.tensor(self.first_positions).to(self.device, non_blocking=True) - self.cu_seqlens[:-1]
+        shift_N = to_device(torch.tensor(self.first_positions), self.device) - self.cu_seqlens[:-1]
         shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=self.device) + shift_T
 
@@ -135,4 +141,4 @@ class Documents:
         starts_M = self.cu_seqlens_cpu[:-1].long()[documents_M] + offset_M
         lengths_M = (lengths_N[documents_M] - offset_M).clamp(max=size)
         parts = (starts_M, lengths_M, documents_M)
-        return Chunks(size, *(part.to(self.device, non_blocking=True) for part in parts))
+        return Chunks(size, *(to_device(part, self.device) for part in parts))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.documents import Documents, to_device
 from minimax_train.kernels.lightning import triton_kernels
 
 
@@ -109,7 +109,7 @@ def _state_rows(documents: Documents, wanted: tuple[int, ...]) -> Tensor:
     """Row of each document's final state among those wanted, int32 ``[N]``; -1 for the others."""
     rows_N = torch.full((len(documents),), -1, dtype=torch.int32)
     rows_N[list(wanted)] = torch.arange(len(wanted), dtype=torch.int32)
-    return rows_N.to(documents.device, non_blocking=True)
+    return to_device(rows_N, documents.device)
 
 
 def _runs(documents: Documents, size: int, wanted: tuple[int, ...] | None) -> Tensor:
@@ -119,7 +119,7 @@ def _runs(documents: Documents, size: int, wanted: tuple[int, ...] | None) -> Te
     stops = torch.cat([stops.new_tensor([-1]), stops])
     chunks_M = torch.arange(int(ends_N[-1]) + 1)
     runs_M = chunks_M - stops[torch.searchsorted(stops, chunks_M) - 1]
-    return runs_M.int().to(documents.device, non_blocking=True)
+    return to_device(runs_M.int(), documents.device)
 
 
 class _Run(NamedTuple):
@@ -390,13 +390,13 @@ class _TritonLightning(torch.autograd.Function):
 def _edges(documents: Documents, of: tuple[int, ...]) -> Tensor:
     """First token of each of some documents and the first after it, int32 ``[M, 2]``."""
     edges = torch.stack([documents.cu_seqlens_cpu[:-1], documents.cu_seqlens_cpu[1:]], 1)[list(of)]
-    return edges.to(documents.device, non_blocking=True)
+    return to_device(edges, documents.device)
 
 
 def states(
     y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, documents: Documents, of: tuple[int, ...], *, reverse: bool
 ) -> Tensor:
-    run = _Run.plan(y_THK, z_THV.shape[-1], slopes_H, documents, of)
+    run = _Run.plan(y_THK, z_THV.shape[-1], slopes_H, documents, None)
     edges_M2 = documents.derive(("lightning edges", of), lambda d: _edges(d, of))
     return run.states(_rows_contiguous(y_THK), _rows_contiguous(z_THV), edges_M2, reverse=reverse)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minimax_train.data.packing import IGNORE_INDEX, Row
-from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.documents import Documents, to_device
 from minimax_train.parallel.layout import SequenceLayout, SequenceShard
 
 
@@ -67,15 +67,11 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device; the copy to a GPU does not hold up the host."""
-        device = torch.device(device)
-        tokens_T, labels_T = self.tokens_T, self.labels_T
-        if device.type == "cuda" and tokens_T.device.type == "cpu":
-            tokens_T, labels_T = tokens_T.pin_memory(), labels_T.pin_memory()
         shard = self.shard and self.shard.to(device)
         return replace(
             self,
-            tokens_T=tokens_T.to(device, non_blocking=True),
-            labels_T=labels_T.to(device, non_blocking=True),
+            tokens_T=to_device(self.tokens_T, device),
+            labels_T=to_device(self.labels_T, device),
             documents=shard.documents if shard else self.documents.to(device),
             shard=shard,
         )

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.kernels.documents import Documents, to_device
 from minimax_train.parallel.layout import SequenceLayout, SequenceShard
 
 
@@ -114,10 +114,7 @@ class TokenContext:
         key_T = tokens_T // shard.chunk_size * self.num_rows + tokens_T // row_length
         key_P, piece_T = key_T.unique_consecutive(return_inverse=True)
         place_P = key_P // self.num_rows * share.size + share.rank
-        parts, device = (piece_T, key_P % self.num_rows, place_P), self.documents.device
-        if device.type == "cuda":  # from memory that is not pinned the host would wait for the copy
-            parts = tuple(part.pin_memory() for part in parts)
-        on_device = (part.to(device, non_blocking=True) for part in parts)
+        on_device = (to_device(x, self.documents.device) for x in (piece_T, key_P % self.num_rows, place_P))
         return TokenPieces(*on_device, len(shard.chunks) * share.size, self.num_rows, row_length)
 
     def pools(self, scope: str) -> TokenPools:
