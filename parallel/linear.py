@@ -33,10 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.dispatch import AUTO
+from minimax_train.kernels.documents import to_device
 from minimax_train.kernels.lightning import lightning_attention, lightning_parts
 from minimax_train.kernels.lightning.parts import REACH, Parts
 from minimax_train.parallel.communicator import Communicator, Pending
-from minimax_train.parallel.layout import SequenceShard
+from minimax_train.parallel.layout import Chunk, SequenceShard
 
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
@@ -137,7 +138,7 @@ def _own_states(
     Zero for a chunk with whose edge a document ends: nobody will take it.
     """
     first, last = _edge_segments(shard)
-    gives_M = [chunk.continues_before if backwards else chunk.continues_after for chunk in shard.mine]
+    gives_M = [_links(chunk, backwards=backwards)[1] for chunk in shard.mine]
     giving = tuple(n for n, gives in zip(first if backwards else last, gives_M, strict=True) if gives)
     if not giving:
         (_, H, K), V = y_THK.shape, z_THV.shape[-1]
@@ -147,6 +148,12 @@ def _own_states(
         return own_NHKV
     own = iter(own_NHKV)
     return torch.stack([next(own) if gives else torch.zeros_like(own_NHKV[0]) for gives in gives_M])
+
+
+def _links(chunk: Chunk, *, backwards: bool) -> tuple[bool, bool]:
+    """Whether a chunk takes a state from the one before it and gives one to the one after it; backwards the reverse."""
+    links = chunk.continues_before, chunk.continues_after
+    return links[::-1] if backwards else links
 
 
 def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -207,9 +214,7 @@ def _start_neighbours(
     taken_MHKV = torch.zeros_like(x_MHKV, memory_format=torch.contiguous_format)
     sends, receives = {}, {}
     for m, chunk in enumerate(shard.mine):
-        takes, gives = chunk.continues_before, chunk.continues_after
-        if backwards:
-            takes, gives = gives, takes
+        takes, gives = _links(chunk, backwards=backwards)
         if takes:
             giver = shard.chunks[chunk.index + step]
             if giver.rank == shard.rank:
@@ -248,12 +253,12 @@ def _reach(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Te
     reach_MJ = torch.full((len(shard.mine), len(gathered)), -1)
     step = 1 if backwards else -1
     for m, chunk in enumerate(shard.mine):
-        linked, between = (chunk.continues_after if backwards else chunk.continues_before), 0
+        linked, between = _links(chunk, backwards=backwards)[0], 0
         while linked:
             other = shard.chunks[chunk.index + step * (between + 1)]
             reach_MJ[m, gathered[other.index]] = between
             linked, between = other.is_inside_one_document, between + 1
-    return reach_MJ.to(device, non_blocking=True)
+    return to_device(reach_MJ, device)
 
 
 def _chained_sum(
@@ -274,9 +279,7 @@ def _chained_sum(
         if chunk.rank != shard.rank:
             continue
         m = shard.mine.index(chunk)
-        takes, gives = chunk.continues_before, chunk.continues_after
-        if backwards:
-            takes, gives = gives, takes
+        takes, gives = _links(chunk, backwards=backwards)
         for piece in heads:
             if takes and (giver := chunks[place - 1].rank) != shard.rank:
                 communicator.exchange({}, {giver: sum_MHKV[m, piece]}).wait()

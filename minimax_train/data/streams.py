@@ -95,7 +95,8 @@ class DocumentStream:
                 return None
             self._read_block()
         if not self._encoded:
-            self._encoded.extend(self._tokenizer.encode_documents(self._texts[self._taken :][:ENCODED_TOGETHER]))
+            ahead = slice(self._taken, self._taken + ENCODED_TOGETHER)
+            self._encoded.extend(self._tokenizer.encode_documents(self._texts[ahead]))
         self._taken += 1
         return self._encoded.popleft()
 
