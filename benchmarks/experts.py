@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from link import RATES, EmulatedLink, FreeLink
+from timing import in_turn
 from torch import Tensor
 
 from minimax_train.kernels.experts import expert_mlp
@@ -121,7 +122,7 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         link.moving = not torch.cuda.is_available()
     samples = {key: [] for key in runs}
     for repeat in range(options.repeats):
-        for key, run in list(runs.items())[:: (-1) ** repeat]:
+        for key, run in in_turn(runs.items(), repeat):
             samples[key].append(milliseconds(run))
     dense = DENSE_FLOP / statistics.median(samples["dense"]) * 1e3
     del runs["dense"]

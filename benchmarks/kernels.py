@@ -80,6 +80,21 @@ def lightning_inputs(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat1
     return *qkv_THQ.split(DIM, dim=-1), torch.randn(tokens, heads, DIM, device="cuda", dtype=dtype)
 
 
+def lightning_calls(
+    run: Callable, leaves: list[Tensor], d_out: Tensor, slopes_H: Tensor, documents: Documents
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward pass alone, without autograd, and both passes."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(*leaves, slopes_H, documents)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(*leaves, slopes_H, documents), leaves, d_out)
+
+    return forward, both
+
+
 def lightning_errors(run: Callable) -> dict[str, float]:
     torch.manual_seed(0)
     *qkv, d_out = lightning_inputs(8192, 8)
@@ -128,13 +143,7 @@ def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
                     if name == ATTENTION_2:
                         mine, grad = [head_major(x.detach()).requires_grad_() for x in leaves], head_major(d_out)
 
-                    def forward(run=run, mine=mine, slopes_H=slopes_H, documents=documents):
-                        with torch.no_grad():
-                            return run(*mine, slopes_H, documents)
-
-                    def both(run=run, mine=mine, grad=grad, slopes_H=slopes_H, documents=documents):
-                        return torch.autograd.grad(run(*mine, slopes_H, documents), mine, grad)
-
+                    forward, both = lightning_calls(run, mine, grad, slopes_H, documents)
                     row = {"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "documents": count}
                     for label, call in (("forward", forward), ("both", both)):
                         row[f"{label}_eager_ms"] = times(call)

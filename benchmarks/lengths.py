@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from softmax import PEER, rows
 from timing import copy_rate, gemm_rate, graph_times, times
 
-from kernels import DIM, lightning_implementations, lightning_inputs
+from kernels import DIM, lightning_calls, lightning_implementations, lightning_inputs
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.kernels.softmax import flash4
@@ -49,16 +48,8 @@ def lightning_point(tokens: int, peer: bool) -> list[dict]:
     runs = {"ours": found["triton"]} | ({FLA: found["fla"]} if peer and tokens <= LONGEST_PEER else {})
     points = []
     for name, run in runs.items():
-
-        def forward(run: Callable = run) -> object:
-            with torch.no_grad():
-                return run(*qkv, slopes_H, documents)
-
-        def both(run: Callable = run) -> object:
-            return torch.autograd.grad(run(*leaves, slopes_H, documents), leaves, d_out)
-
         clock = graph_times if name == "ours" else partial(times, repeats=8)
-        ms = [clock(forward), clock(both)]
+        ms = [clock(call) for call in lightning_calls(run, leaves, d_out, slopes_H, documents)]
         scaled = [HEADS / heads * x * 1e6 / tokens for x in ms]
         points.append({"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "ms": ms, "ns": scaled})
     return points

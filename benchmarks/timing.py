@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 REPEATS = 15
+
+
+def in_turn(runs: Iterable[T], repeat: int) -> list[T]:
+    """The runs in the order of one repeat: every other goes backwards, so that none always follows a hungrier one."""
+    return list(runs)[:: (-1) ** repeat]
 
 
 def times(run: Callable[[], object], repeats: int = REPEATS, warm_up: int = 2) -> float:
@@ -29,12 +36,11 @@ def alternating_times(
 ) -> list[float]:
     """Median milliseconds of each of several runs, made one call at a time, so that a GPU that slows down slows all.
 
-    Every other repeat goes through the runs backwards, so that none is always the one after a hungrier one. All ranks
-    make the same number of calls. ``before`` runs before each of them and is not timed.
+    All ranks make the same number of calls. ``before`` runs before each of them and is not timed.
     """
     marks = [[tuple(torch.cuda.Event(enable_timing=True) for _ in "ab") for _ in runs] for _ in range(repeats + 1)]
     for repeat, of_repeat in enumerate(marks):
-        for run, (begin, end) in list(zip(runs, of_repeat, strict=True))[:: (-1) ** repeat]:
+        for run, (begin, end) in in_turn(zip(runs, of_repeat, strict=True), repeat):
             if before is not None:
                 before()
             begin.record()
@@ -49,12 +55,12 @@ def times_in_turns(runs: dict[str, Callable[[], object]], turn_ms: float = 300, 
     """Milliseconds of each on the device, the median over turns that each takes among the others.
 
     Products run fastest in their first tens of milliseconds, until the power limit lowers the clock: those that are
-    compared must run at the same one. Every other round is made backwards; the first only warms up.
+    compared must run at the same one. The first round only warms up.
     """
     turns = {name: [] for name in runs}
     counts = dict.fromkeys(runs, 1)
     for round_ in range(rounds + 1):
-        for name, run in list(runs.items())[:: (-1) ** round_]:
+        for name, run in in_turn(runs.items(), round_):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(counts[name]):
@@ -71,7 +77,7 @@ def kernel_times(runs: Sequence[Callable[[], object]], calls: int = 4, rounds: i
     device = torch.autograd.DeviceType.CUDA
     of_run: list[list[float]] = [[] for _ in runs]
     for round_ in range(rounds + 1):
-        for run, found in list(zip(runs, of_run, strict=True))[:: (-1) ** round_]:
+        for run, found in in_turn(zip(runs, of_run, strict=True), round_):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 for _ in range(calls):
                     run()
