@@ -38,6 +38,8 @@ from minimax_train.parallel.softmax import softmax_attention_cp
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
 
+LIGHTNING_RUNS = [("lasp_plus", "contiguous"), ("lasp_plus", "zigzag"), ("scan", "contiguous"), ("ring", "contiguous")]
+
 
 def median_ms(options: argparse.Namespace, *runs: Callable[[], object]) -> list[float]:
     """Median device milliseconds of each run, made in turn, all ranks together; on a CPU runs are not timed."""
@@ -115,12 +117,7 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
     for ranks in options.ranks:
         for mix, lengths in mixes(tokens * ranks).items():
             whole = Documents.from_lengths(lengths, options.device)
-            for method, kind in [
-                ("lasp_plus", "contiguous"),
-                ("lasp_plus", "zigzag"),
-                ("scan", "contiguous"),
-                ("ring", "contiguous"),
-            ]:
+            for method, kind in LIGHTNING_RUNS:
                 layout = SequenceLayout(kind, ranks)
                 pieces = 1
                 if method == "scan":

@@ -109,45 +109,36 @@ class _SharedLightning(torch.autograd.Function):
     def forward(ctx, q_THK, k_THK, v_THV, slopes_H, exchange: _Exchange, parts: Parts):
         documents = exchange.shard.documents
         first, _ = _edge_segments(exchange.shard)
-        own_MHKV = _own_states(parts, k_THK, v_THV, slopes_H, exchange.shard, backwards=False)
+        giving = _giving_segments(exchange.shard, backwards=False)
+        own_MHKV, crossing = parts.states(k_THK, v_THV, slopes_H, documents, giving, reverse=False)
         entering_MHKV = exchange.start(own_MHKV, backwards=False)()
-        out_THV, kept = parts.forward(q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, first)
-        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, entering_MHKV, kept)
+        out_THV = parts.forward(q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, crossing)
+        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, entering_MHKV, crossing)
         ctx.exchange, ctx.parts = exchange, parts
         return out_THV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THV):
-        q_THK, k_THK, v_THV, slopes_H, entering_MHKV, kept = ctx.saved_tensors
+        q_THK, k_THK, v_THV, slopes_H, entering_MHKV, crossing = ctx.saved_tensors
         exchange, parts = ctx.exchange, ctx.parts
         documents = exchange.shard.documents
         first, last = _edge_segments(exchange.shard)
-        own_MHKV = _own_states(parts, q_THK, grad_THV, slopes_H, exchange.shard, backwards=True)
+        giving = _giving_segments(exchange.shard, backwards=True)
+        own_MHKV, grad_crossing = parts.states(q_THK, grad_THV, slopes_H, documents, giving, reverse=True)
         finish = exchange.start(own_MHKV, backwards=True)
-        grad_q = parts.backward_q(grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, kept)
-        grad_k, grad_v = parts.backward_kv(grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, finish(), last)
+        grad_q = parts.backward_q(grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, crossing)
+        grad_k, grad_v = parts.backward_kv(
+            grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, finish(), last, grad_crossing
+        )
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def _own_states(
-    parts: Parts, y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, shard: SequenceShard, *, backwards: bool
-) -> Tensor:
-    """What each of this rank's chunks leaves on its own (backwards: of gradients), ``[M, H, K, V]``.
-
-    Zero for a chunk with whose edge a document ends: nobody will take it.
-    """
+def _giving_segments(shard: SequenceShard, *, backwards: bool) -> tuple[int | None, ...]:
+    """The last (backwards: first) segment of each of this rank's chunks; None where nobody will take its state."""
     first, last = _edge_segments(shard)
-    gives_M = [_links(chunk, backwards=backwards)[1] for chunk in shard.mine]
-    giving = tuple(n for n, gives in zip(first if backwards else last, gives_M, strict=True) if gives)
-    if not giving:
-        (_, H, K), V = y_THK.shape, z_THV.shape[-1]
-        return y_THK.new_zeros(len(gives_M), H, K, V, dtype=torch.promote_types(y_THK.dtype, torch.float32))
-    own_NHKV = parts.states(y_THK, z_THV, slopes_H, shard.documents, giving, reverse=backwards)
-    if all(gives_M):
-        return own_NHKV
-    own = iter(own_NHKV)
-    return torch.stack([next(own) if gives else torch.zeros_like(own_NHKV[0]) for gives in gives_M])
+    gives_M = (_links(chunk, backwards=backwards)[1] for chunk in shard.mine)
+    return tuple(n if gives else None for n, gives in zip(first if backwards else last, gives_M, strict=True))
 
 
 def _links(chunk: Chunk, *, backwards: bool) -> tuple[bool, bool]:

@@ -96,9 +96,10 @@ def _cut(num_chunks, fine, num_fine):
 
 @gluon.jit
 def _entering(
-    partial, slope, starts, owners, cu_seqlens, h, cut, edge, num_chunks, num_fine, PER,
-    partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state,
-    REVERSE: gl.constexpr, FINE: gl.constexpr,
+    partial, initial, slope, starts, owners, rows, cu_seqlens, h, cut, edge, num_chunks, num_fine, PER,
+    partial_f, partial_h, partial_k, partial_v, initial_n, initial_h, initial_k, initial_v,
+    rows_k, columns_v, inside, state,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr,
 ):  # fmt: skip
     """``state`` plus what crosses chunk ``cut``, where fine segment ``edge`` meets the one before it."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -106,6 +107,9 @@ def _entering(
     if is_open:
         cut_token = gl.load(starts + cut)
         document = gl.load(owners + cut)
+        document_start = gl.load(cu_seqlens + document)
+        document_end = gl.load(cu_seqlens + document + 1)
+        begun = cut_token > document_start
         fines = gl.arange(0, FINE, layout=line)
         ends_token = gl.load(
             starts + _cut(num_chunks, fines if REVERSE else fines + 1, num_fine), mask=fines < num_fine, other=0
@@ -113,14 +117,12 @@ def _entering(
         # The fine segments of the same document whose states have not decayed away: consecutive, up to the cut.
         if REVERSE:
             near = (ends_token - cut_token).to(gl.float32) * slope <= REACH
-            begun = cut_token > gl.load(cu_seqlens + document)
-            reaching = (fines >= edge) & (fines < num_fine) & near & begun
-            reaching = reaching & (ends_token < gl.load(cu_seqlens + document + 1))
+            reaching = (fines >= edge) & (fines < num_fine) & near & begun & (ends_token < document_end)
             from_fine = edge
             to_fine = edge + gl.sum(reaching.to(gl.int32), 0)
         else:
             near = (cut_token - ends_token).to(gl.float32) * slope <= REACH
-            reaching = (fines < edge) & (ends_token > gl.load(cu_seqlens + document)) & near
+            reaching = (fines < edge) & (ends_token > document_start) & near
             to_fine = edge
             from_fine = edge - gl.sum(reaching.to(gl.int32), 0)
         for f in range(from_fine, to_fine):
@@ -130,6 +132,13 @@ def _entering(
             at = partial + row.to(gl.int64) * partial_f + h * partial_h
             at = at + rows_k[:, None] * partial_k + columns_v[None, :] * partial_v
             state += gl.load(at, mask=inside, other=0.0) * gl.exp(-slope * away.to(gl.float32))
+        if HAS_INITIAL:
+            away = (document_end - cut_token if REVERSE else cut_token - document_start).to(gl.float32)
+            n = gl.load(rows + document) if INITIAL_MAPPED else document
+            if begun & (n >= 0) & (away * slope <= REACH):
+                at = initial + n.to(gl.int64) * initial_n + h * initial_h
+                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                state += gl.load(at, mask=inside, other=0.0).to(gl.float32) * gl.exp(-slope * away)
     return state
 
 
@@ -196,11 +205,9 @@ def _accumulate(
 
 @gluon.jit
 def partials(
-    y_desc, z_desc, initial, partial, slopes, starts, owners, rows, cu_seqlens,
-    initial_n, initial_h, initial_k, initial_v,
-    num_chunks, num_fine, PER,
+    y_desc, z_desc, partial, slopes, starts, owners, cu_seqlens, num_chunks, num_fine, PER,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     groups: gl.constexpr = gl.num_warps() // 4
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
@@ -219,8 +226,6 @@ def partials(
     reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
     begin = cut_token
     end = cut_token
-    document = 0
-    enters = False
     if gl.abs(reader - cut_token) < reach:
         # Most programs of a fast head do not come here: only the others wait for the loads that place the document.
         document = gl.load(owners + cut)
@@ -229,22 +234,14 @@ def partials(
         if REVERSE:
             if (document_start < reader) & (cut_token > document_start):
                 end = gl.minimum(gl.minimum(document_end, far_token), reader + reach)
-                enters = end == document_end
         else:
             if (document_end > reader) & (cut_token > document_start):
                 begin = gl.maximum(gl.maximum(document_start, far_token), reader - reach)
-                enters = begin == document_start
     if begin < end:
         rows_k = gl.arange(0, BK, layout=by_row)
         columns_v = gl.arange(0, BV, layout=by_column)
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
         state = gl.zeros([BK, BV], gl.float32, mma)
-        if HAS_INITIAL:
-            if enters:
-                n = gl.load(rows + document) if INITIAL_MAPPED else document
-                at = initial + n.to(gl.int64) * initial_n + h * initial_h
-                at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
         state = _accumulate(y_desc, z_desc, h, begin, end, slope, state, mma, REVERSE, STAGES)
         to = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
         gl.store(to, state, mask=inside)
@@ -344,8 +341,10 @@ def _consume(
     state = gl.zeros([BK, HALF], gl.float32, mma)
     if HAS_PARTIAL:
         state = _entering(
-            partial, slope, starts, owners, cu_seqlens, h, high if REVERSE else low, edge, num_chunks, num_fine, PER,
-            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, REVERSE, FINE,
+            partial, initial, slope, starts, owners, rows, cu_seqlens, h, high if REVERSE else low, edge,
+            num_chunks, num_fine, PER, partial_f, partial_h, partial_k, partial_v,
+            initial_n, initial_h, initial_k, initial_v, rows_k, columns_v, inside, state,
+            REVERSE, HAS_INITIAL, INITIAL_MAPPED, FINE,
         )  # fmt: skip
 
     for step in range(0, high - low):
@@ -547,8 +546,9 @@ def _consume_backward(
     state = gl.zeros([BK, HALF], gl.float32, mma_state)
     if HAS_PARTIAL:
         state = _entering(
-            partial, slope, starts, owners, cu_seqlens, h, high, edge, num_chunks, num_fine, PER,
-            partial_f, partial_h, partial_k, partial_v, rows_k, columns_v, inside, state, True, FINE,
+            partial, initial, slope, starts, owners, rows, cu_seqlens, h, high, edge, num_chunks, num_fine, PER,
+            partial_f, partial_h, partial_k, partial_v, initial_n, initial_h, initial_k, initial_v,
+            rows_k, columns_v, inside, state, True, HAS_INITIAL, INITIAL_MAPPED, FINE,
         )  # fmt: skip
 
     # In runs from one given state to the next: with the load of a state inside, the loop takes 1.5 times as long.

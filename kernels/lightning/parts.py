@@ -26,6 +26,8 @@ class Parts(Protocol):
 
     q, k, v, slopes and documents are as for :func:`minimax_train.kernels.lightning.lightning_attention`. States are
     float32 (float64 for float64 inputs), those of the documents ``of``; nothing enters or leaves the other documents.
+    :meth:`states` comes first in both passes, and the others take what it found out beside the states: ``crossing``, of
+    k and v for :meth:`forward` and :meth:`backward_q`, of q and the gradient for :meth:`backward_kv`.
     """
 
     def states(
@@ -34,11 +36,11 @@ class Parts(Protocol):
         z_THV: Tensor,
         slopes_H: Tensor,
         documents: Documents,
-        of: tuple[int, ...],
+        of: tuple[int | None, ...],
         *,
         reverse: bool,
-    ) -> Tensor:
-        """Of each document the sum of ``y_t z_t^T``, decayed to its end: ``[M, H, K, V]``.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of each document the sum of ``y_t z_t^T``, decayed to its end: ``[M, H, K, V]``; zero for None. And crossing.
 
         Of k and v that is what its own tokens leave, the last one as it is. In reverse, of q and the gradient of the
         output, it is what its own tokens add to the gradient of the state that enters it: decayed to the place before
@@ -54,8 +56,9 @@ class Parts(Protocol):
         documents: Documents,
         entering_MHKV: Tensor,
         of: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output ``[T, H, V]`` given the entering states, and a tensor for :meth:`backward_q`."""
+        crossing: Tensor | None,
+    ) -> Tensor:
+        """Output ``[T, H, V]`` given the entering states."""
 
     def backward_q(
         self,
@@ -66,7 +69,7 @@ class Parts(Protocol):
         documents: Documents,
         entering_MHKV: Tensor,
         of: tuple[int, ...],
-        kept: Tensor | None,
+        crossing: Tensor | None,
     ) -> Tensor:
         """Gradient of q, from that of the output."""
 
@@ -80,6 +83,7 @@ class Parts(Protocol):
         documents: Documents,
         grad_leaving_MHKV: Tensor,
         of: tuple[int, ...],
+        crossing: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients of k and v, from those of the output and of the leaving states."""
 
@@ -91,27 +95,30 @@ class PlainParts:
         self.run = run
 
     def states(self, y_THK, z_THV, slopes_H, documents, of, *, reverse):
+        (_, H, K), V, dtype = y_THK.shape, z_THV.shape[-1], _state_dtype(y_THK)
         states = []
         for n in of:
+            if n is None:
+                states.append(y_THK.new_zeros(H, K, V, dtype=dtype))
+                continue
             tokens = slice(documents.bounds[n], documents.bounds[n + 1])
             y_LHK, z_LHV = y_THK[tokens], z_THV[tokens]
             away_L = torch.arange(len(y_LHK), device=y_LHK.device)
             away_L = away_L + 1 if reverse else away_L.flip(0)
-            dtype = _state_dtype(y_THK)
             decay_LH1 = torch.exp(-slopes_H.to(dtype) * away_L[:, None])[..., None]
             states.append(torch.einsum("lhk,lhv->hkv", y_LHK.to(dtype), z_LHV.to(dtype) * decay_LH1))
-        return torch.stack(states)
+        return torch.stack(states), None
 
-    def forward(self, q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, of):
+    def forward(self, q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, of, crossing):
         entering_NHKV = entering_MHKV.new_zeros(len(documents), *entering_MHKV.shape[1:])
         entering_NHKV[list(of)] = entering_MHKV
-        return self.run(q_THK, k_THK, v_THV, slopes_H, documents, entering_NHKV)[0], None
+        return self.run(q_THK, k_THK, v_THV, slopes_H, documents, entering_NHKV)[0]
 
-    def backward_q(self, grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, of, kept):
+    def backward_q(self, grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, of, crossing):
         # o = A(q, k, v) and dq = A(do, v, k), the state transposed: minimax_train.kernels.lightning.triton.
-        return self.forward(grad_THV, v_THV, k_THK, slopes_H, documents, entering_MHKV.mT, of)[0]
+        return self.forward(grad_THV, v_THV, k_THK, slopes_H, documents, entering_MHKV.mT, of, crossing)
 
-    def backward_kv(self, grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, grad_leaving_MHKV, of):
+    def backward_kv(self, grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, grad_leaving_MHKV, of, crossing):
         k_THK, v_THV = (x.detach().requires_grad_() for x in (k_THK, v_THV))
         none_NHKV = grad_leaving_MHKV.new_zeros(len(documents), *grad_leaving_MHKV.shape[1:])
         with torch.enable_grad():

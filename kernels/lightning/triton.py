@@ -19,7 +19,9 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents, M document
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -183,33 +185,29 @@ class _Run(NamedTuple):
         BK, BV = (max(64, _power_of_two(size)) for size in (K, V))
         return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
 
-    def partials(
-        self, y_THK: Tensor, z_THV: Tensor, initial_NHKV: Tensor | None, *, reverse: bool, mapped: bool = False
-    ) -> Tensor | None:
-        """States handed from fine segment to fine segment, float32 ``[F', H, K, V]``; None where nothing is cut."""
+    def partials(self, y_THK: Tensor, z_THV: Tensor, *, reverse: bool) -> Tensor | None:
+        """What fine segments add to states that cross cuts, float32 ``[F', H, K, V]``; None where nothing is cut."""
         if self.segments == 1:
             return None
         _, H, K = y_THK.shape
         V = z_THV.shape[-1]
         fine = self.segments * self.per
         partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
-        initial_strides = initial_NHKV.stride() if initial_NHKV is not None else [0] * 4
-        where = (self.slopes_H, self.table.starts, self.table.owners, self.state_rows, self.documents.cu_seqlens)
-        flags = {"REVERSE": reverse, "HAS_INITIAL": initial_NHKV is not None, "INITIAL_MAPPED": mapped}
+        where = (self.slopes_H, self.table.starts, self.table.owners, self.documents.cu_seqlens)
         if self._copy_engine_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
             hopper.partials[H, fine - self.per](
-                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), initial_NHKV, partial_FHKV,
-                *where, *initial_strides, self.table.count, fine, self.per,
-                H=H, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags,
+                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), partial_FHKV,
+                *where, self.table.count, fine, self.per,
+                H=H, REVERSE=reverse, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape,
             )  # fmt: skip
             return partial_FHKV
         shared = self._shared(K, V, y_THK.dtype)
         triton_kernels.partials[_ceil_div(V, shared["BV"]), H, fine - self.per](
-            y_THK, z_THV, initial_NHKV, partial_FHKV, *where,
-            *y_THK.stride()[:2], *z_THV.stride()[:2], *initial_strides, self.table.count, fine, self.per,
-            H=H, K=K, V=V, **shared, **flags,
+            y_THK, z_THV, partial_FHKV, *where,
+            *y_THK.stride()[:2], *z_THV.stride()[:2], self.table.count, fine, self.per,
+            H=H, K=K, V=V, REVERSE=reverse, **shared,
         )  # fmt: skip
         return partial_FHKV
 
@@ -312,7 +310,7 @@ class _Run(NamedTuple):
         return dk_THK, dv_THV
 
     def states(self, y_THK: Tensor, z_THV: Tensor, edges_M2: Tensor, *, reverse: bool) -> Tensor:
-        """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``."""
+        """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``; zero of an empty range."""
         _, H, K = y_THK.shape
         V, columns, C = z_THV.shape[-1], len(edges_M2) * H, self.tiles.chunk
         places = torch.empty(columns + 2, dtype=torch.int32, device=y_THK.device)
@@ -359,7 +357,7 @@ class _TritonLightning(torch.autograd.Function):
         final_NHKV = None
         if final_state_of is not None:
             final_NHKV = torch.empty(len(final_state_of), H, K, V, dtype=torch.float32, device=q_THK.device)
-        partial_FHKV = run.partials(k_THK, v_THV, initial_NHKV, reverse=False)
+        partial_FHKV = run.partials(k_THK, v_THV, reverse=False)
         states = (initial_NHKV, partial_FHKV)
         out_THV = run.attend(
             q_THK, k_THK, v_THV, *states, reverse=False, final_NHKV=final_NHKV, final_mapped=wanted is not None
@@ -379,7 +377,7 @@ class _TritonLightning(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             d_initial_NHKV = torch.empty(initial_NHKV.shape, dtype=torch.float32, device=q_THK.device)
         dq = run.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(partial_FHKV), reverse=False)
-        d_partial_FHKV = run.partials(q_THK, do_THV, d_final_NHKV, reverse=True, mapped=ctx.mapped)
+        d_partial_FHKV = run.partials(q_THK, do_THV, reverse=True)
         inputs = (q_THK, k_THK, v_THV, do_THV)
         dk, dv = run.dk_dv(*inputs, d_final_NHKV, d_partial_FHKV, d_initial_NHKV, mapped=ctx.mapped)
         if d_initial_NHKV is not None:
@@ -387,18 +385,43 @@ class _TritonLightning(torch.autograd.Function):
         return dq, dk, dv, None, None, d_initial_NHKV, None
 
 
-def _edges(documents: Documents, of: tuple[int, ...]) -> Tensor:
-    """First token of each of some documents and the first after it, int32 ``[M, 2]``."""
-    edges = torch.stack([documents.cu_seqlens_cpu[:-1], documents.cu_seqlens_cpu[1:]], 1)[list(of)]
-    return to_device(edges, documents.device)
+def _edges(documents: Documents, of: tuple[int | None, ...], size: int, segments: int, *, reverse: bool) -> Tensor:
+    """Token ranges that ``states`` sums, int32 ``[M + S - 1, 2]``: first token, and the first after.
+
+    Some documents, and for each cut between segments what the segment before it (reverse: after it) has of the document
+    that crosses it; nothing where none does.
+    """
+    bounds = documents.bounds
+    ranges = [(0, 0) if n is None else (bounds[n], bounds[n + 1]) for n in of]
+    ends = list(accumulate(_ceil_div(end - begin, size) for begin, end in pairwise(bounds)))  # of documents, in chunks
+    begins = [0, *ends]
+    cuts = [ends[-1] * segment // segments for segment in range(1, segments)]
+    owners = [bisect_right(ends, cut) for cut in cuts]
+    tokens = [bounds[n] + (cut - begins[n]) * size for n, cut in zip(owners, cuts, strict=True)]
+    neighbours = [0, *tokens, bounds[-1]]
+    for n, token, before, after in zip(owners, tokens, neighbours, neighbours[2:], strict=False):
+        crosses = bounds[n] < token
+        if reverse:
+            ranges.append((token, min(after, bounds[n + 1]) if crosses else token))
+        else:
+            ranges.append((max(before, bounds[n]), token))
+    return to_device(torch.tensor(ranges, dtype=torch.int32), documents.device)
+
+
+def _plan_part(x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents, of: tuple[int, ...] | None) -> _Run:
+    """``states`` has summed what crosses cuts, of whole segments."""
+    return _Run.plan(x_THK, V, slopes_H, documents, of)._replace(per=1)
 
 
 def states(
-    y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, documents: Documents, of: tuple[int, ...], *, reverse: bool
-) -> Tensor:
-    run = _Run.plan(y_THK, z_THV.shape[-1], slopes_H, documents, None)
-    edges_M2 = documents.derive(("lightning edges", of), lambda d: _edges(d, of))
-    return run.states(_rows_contiguous(y_THK), _rows_contiguous(z_THV), edges_M2, reverse=reverse)
+    y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, documents: Documents, of: tuple[int | None, ...], *, reverse: bool
+) -> tuple[Tensor, Tensor | None]:
+    run = _plan_part(y_THK, z_THV.shape[-1], slopes_H, documents, None)
+    cut = (run.tiles.chunk, run.segments)
+    key = ("lightning edges", of, *cut, reverse)
+    edges_M2 = documents.derive(key, lambda d: _edges(d, of, *cut, reverse=reverse))
+    sums_MHKV = run.states(_rows_contiguous(y_THK), _rows_contiguous(z_THV), edges_M2, reverse=reverse)
+    return sums_MHKV[: len(of)], sums_MHKV[len(of) :] if run.segments > 1 else None
 
 
 def forward(
@@ -409,12 +432,11 @@ def forward(
     documents: Documents,
     entering_MHKV: Tensor,
     of: tuple[int, ...],
-) -> tuple[Tensor, Tensor | None]:
+    crossing: Tensor | None,
+) -> Tensor:
     q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
-    run = _Run.plan(q_THK, v_THV.shape[-1], slopes_H, documents, of)
-    partial_FHKV = run.partials(k_THK, v_THV, entering_MHKV, reverse=False, mapped=True)
-    out = run.attend(q_THK, k_THK, v_THV, entering_MHKV, partial_FHKV, reverse=False, initial_mapped=True)
-    return out, partial_FHKV
+    run = _plan_part(q_THK, v_THV.shape[-1], slopes_H, documents, of)
+    return run.attend(q_THK, k_THK, v_THV, entering_MHKV, crossing, reverse=False, initial_mapped=True)
 
 
 def backward_q(
@@ -425,12 +447,11 @@ def backward_q(
     documents: Documents,
     entering_MHKV: Tensor,
     of: tuple[int, ...],
-    partial_FHKV: Tensor | None,
+    crossing: Tensor | None,
 ) -> Tensor:
-    grad_THV, k_THK, v_THV = (_rows_contiguous(x) for x in (grad_THV, k_THK, v_THV))
-    run = _Run.plan(k_THK, v_THV.shape[-1], slopes_H, documents, of)
-    states = (_transposed(entering_MHKV), _transposed(partial_FHKV))
-    return run.attend(grad_THV, v_THV, k_THK, *states, reverse=False, initial_mapped=True)
+    # o = A(q, k, v) and dq = A(do, v, k), the state transposed.
+    states = (_transposed(entering_MHKV), _transposed(crossing))
+    return forward(grad_THV, v_THV, k_THK, slopes_H, documents, states[0], of, states[1])
 
 
 def backward_kv(
@@ -442,11 +463,11 @@ def backward_kv(
     documents: Documents,
     grad_leaving_MHKV: Tensor,
     of: tuple[int, ...],
+    crossing: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q_THK, k_THK, v_THV, grad_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV, grad_THV))
-    run = _Run.plan(q_THK, v_THV.shape[-1], slopes_H, documents, of)
-    partial_FHKV = run.partials(q_THK, grad_THV, grad_leaving_MHKV, reverse=True, mapped=True)
-    return run.dk_dv(q_THK, k_THK, v_THV, grad_THV, grad_leaving_MHKV, partial_FHKV, None, mapped=True)
+    run = _plan_part(q_THK, v_THV.shape[-1], slopes_H, documents, of)
+    return run.dk_dv(q_THK, k_THK, v_THV, grad_THV, grad_leaving_MHKV, crossing, None, mapped=True)
 
 
 def lightning_attention_triton(

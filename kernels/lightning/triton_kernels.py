@@ -3,8 +3,8 @@
 All walk chunks of at most C tokens, each inside one document, forwards or (REVERSE) backwards. ``attend`` computes
 ``out_i = sum_j decay^|i - j| (x_i . y_j) z_j`` over the tokens j of i's document on its side of i, token i included,
 in one pass over a segment of chunks, carrying the float32 state ``sum_j decay^... y_j z_j^T`` in registers. Where the
-token axis is cut in several segments, ``partials`` has first summed the states that cross the cuts. ``states`` sums the
-same state over whole documents, for other ranks.
+token axis is cut in several segments, ``partials`` has first summed the states that cross the cuts; ``states`` does so
+for any ranges of tokens, for ranks that share documents.
 
 Every decay is the exponential of a non-positive number. Contributions that have decayed below exp(-REACH) before they
 reach the segment that would use them are dropped: 4e-8 of the state they would join, below float32 rounding.
@@ -76,13 +76,13 @@ def _accumulate(
 
 @triton.jit
 def partials(
-    y, z, initial, partial, slopes, starts, owners, rows, cu_seqlens,
-    y_t, y_h, z_t, z_h, initial_n, initial_h, initial_k, initial_v,
+    y, z, partial, slopes, starts, owners, cu_seqlens,
+    y_t, y_h, z_t, z_h,
     num_chunks, num_fine, PER,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, INITIAL_MAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``partial[f, h]``: the state fine segment f hands on, of the one document that leaves it. ``[F', H, K, V]``.
+    """``partial[f, h]``: what fine segment f adds to the state of the one document that leaves it. ``[F', H, K, V]``.
 
     Written only where some segment of ``attend`` will read it, from the tokens that reach that segment. F' is F - PER:
     nothing reads what the last segment (REVERSE: the first) hands on.
@@ -116,12 +116,6 @@ def partials(
         columns_v = slice_v * BV + tl.arange(0, BV)
         inside = (columns_k < K)[:, None] & (columns_v < V)[None, :]
         state = tl.zeros([BK, BV], tl.float32)
-        if HAS_INITIAL:
-            if (end == document_end) if REVERSE else (begin == document_start):
-                n = tl.load(rows + document) if INITIAL_MAPPED else document
-                at = initial + n.to(tl.int64) * initial_n + h * initial_h
-                at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
-                state += tl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(tl.float32)
         state = _accumulate(
             y + h * y_h, z + h * z_h, y_t, z_t, begin, end, slope, state, columns_k, columns_v,
             K, V, C, BK, BV, REVERSE, PRECISION,
@@ -241,18 +235,19 @@ def attend(
         if is_open:
             cut_token = tl.load(starts + cut)
             document = tl.load(owners + cut)
+            document_start = tl.load(cu_seqlens + document)
+            document_end = tl.load(cu_seqlens + document + 1)
+            begun = cut_token > document_start
             fines = tl.arange(0, FINE)
             ends = _cut(num_chunks, fines if REVERSE else fines + 1, num_fine)
             ends_token = tl.load(starts + ends, mask=fines < num_fine, other=0)
             near = tl.abs(cut_token - ends_token) * slope <= REACH
             if REVERSE:
-                document_end = tl.load(cu_seqlens + document + 1)
-                begun = cut_token > tl.load(cu_seqlens + document)
                 reaching = (fines >= segment * PER + PER) & (fines < num_fine) & (ends_token < document_end)
                 from_fine = segment * PER + PER
                 to_fine = from_fine + tl.sum((reaching & near & begun).to(tl.int32), 0)
             else:
-                reaching = (fines < segment * PER) & (ends_token > tl.load(cu_seqlens + document))
+                reaching = (fines < segment * PER) & (ends_token > document_start)
                 to_fine = segment * PER
                 from_fine = to_fine - tl.sum((reaching & near).to(tl.int32), 0)
             for f in range(from_fine, to_fine):
@@ -262,6 +257,13 @@ def attend(
                 at = partial + row.to(tl.int64) * partial_f + h * partial_h
                 at += columns_k[:, None] * partial_k + columns_v[None, :] * partial_v
                 state += tl.load(at, mask=inside, other=0.0) * tl.exp(-slope * away)
+            if HAS_INITIAL:
+                away = document_end - cut_token if REVERSE else cut_token - document_start
+                n = tl.load(rows + document) if INITIAL_MAPPED else document
+                if begun & (n >= 0) & (away * slope <= REACH):
+                    at = initial + n.to(tl.int64) * initial_n + h * initial_h
+                    at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                    state += tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.exp(-slope * away)
 
     # The next chunk's place is carried from step to step: loaded in the same step as the tensors whose addresses it
     # gives, it would cost the software pipeline a stage.

@@ -22,8 +22,7 @@ MAPPED = bool(int(sys.argv[3]))
 STATES = {"HAS_INITIAL": True, "HAS_FINAL": True, "HAS_PARTIAL": True, "INITIAL_MAPPED": MAPPED, "FINE": 16}
 TILES = {"K": BK, "V": BV, "C": C, "BK": BK, "BV": BV}
 KERNELS = {
-    "partials": (8, TILES | {"H": 8, "REVERSE": True, "HAS_INITIAL": True, "INITIAL_MAPPED": MAPPED,
-                             "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
+    "partials": (8, TILES | {"H": 8, "REVERSE": True, "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
     "states": (8, TILES | {"H": 8, "COLUMNS": 16, "REVERSE": MAPPED, "STAGES": hopper.STAGES_PARTIALS},
                {"y": BK, "z": BV}),
     "attend": (4, TILES | STATES | {"REVERSE": True, "FINAL_MAPPED": MAPPED, "STAGES": hopper.STAGES},

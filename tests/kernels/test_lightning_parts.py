@@ -63,15 +63,18 @@ def _actual(inputs, slopes, lengths, of, implementation, dtype, device="cpu"):
     entering, grad_leaving = (x.to(device, state_dtype) for x in inputs[4:])
     parts, of = lightning_parts(q, implementation), tuple(of)
     where = (slopes.to(device, state_dtype), Documents.from_lengths(lengths, device))
-    out, kept = parts.forward(q, k, v, *where, entering, of)
-    dk, dv = parts.backward_kv(grad, q, k, v, *where, grad_leaving, of)
+    given = (*of, None)
+    own, crossing = parts.states(k, v, *where, given, reverse=False)
+    own_gradient, grad_crossing = parts.states(q, grad, *where, given, reverse=True)
+    assert not own[-1].any() and not own_gradient[-1].any()
+    dk, dv = parts.backward_kv(grad, q, k, v, *where, grad_leaving, of, grad_crossing)
     results = {
-        "out": out,
-        "dq": parts.backward_q(grad, k, v, *where, entering, of, kept),
+        "out": parts.forward(q, k, v, *where, entering, of, crossing),
+        "dq": parts.backward_q(grad, k, v, *where, entering, of, crossing),
         "dk": dk,
         "dv": dv,
-        "own": parts.states(k, v, *where, of, reverse=False),
-        "own gradient": parts.states(q, grad, *where, of, reverse=True),
+        "own": own[:-1],
+        "own gradient": own_gradient[:-1],
     }
     assert all(results[name].dtype == dtype for name in ("out", "dq", "dk", "dv"))
     assert results["own"].dtype == results["own gradient"].dtype == state_dtype
@@ -125,11 +128,11 @@ def test_a_reach_that_comes_out_shorter_costs_what_has_decayed(monkeypatch, pois
                 places, slopes_H * 1.004, *rest, **constants
             )
 
-    expected = lightning_parts(y, "naive").states(y, grad, slopes.double(), documents, (0,), reverse=reverse)
+    expected = lightning_parts(y, "naive").states(y, grad, slopes.double(), documents, (0,), reverse=reverse)[0]
     y, grad = y.float(), grad.float()
     for kernel in (count, CountsFewer()):
         monkeypatch.setattr(implementation.triton_kernels, "share_pieces", kernel)
-        actual = lightning_parts(y, "triton").states(y, grad, slopes, documents, (0,), reverse=reverse)
+        actual = lightning_parts(y, "triton").states(y, grad, slopes, documents, (0,), reverse=reverse)[0]
         assert relative_error(actual, expected) < 1e-6
 
 

@@ -63,26 +63,17 @@ def test_equals_one_rank_in_float32():
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("lengths", [[48], [12, 36], [5, 19, 24], [1] * 48])
-def test_own_states_are_summed_for_those_who_take_them(kind, lengths):
-    inputs, whole, ends = torch.randn(2, 48, 2, 4), Documents.from_lengths(lengths), set(accumulate(lengths))
-    slopes, summed = torch.rand(2), []
-
-    class Recording:
-        @staticmethod
-        def states(y, z, slopes_H, documents, of, *, reverse):
-            summed.append(len(of))
-            return torch.ones(len(of), *y.shape[1:], z.shape[-1])
-
-    layout = SequenceLayout(kind, 3)
+def test_states_are_summed_for_those_who_take_them(kind, lengths):
+    ends, layout = {0, *accumulate(lengths)}, SequenceLayout(kind, 3)
     for rank in range(3):
-        shard = layout.shard(whole, rank)
-        y, z = (shard.take(x) for x in inputs)
+        shard = layout.shard(Documents.from_lengths(lengths), rank)
         for backwards in (False, True):
-            summed.clear()
-            own = linear._own_states(Recording, y, z, slopes, shard, backwards=backwards)
-            wanted = [(c.start if backwards else c.end) not in ends | {0} for c in shard.mine]
-            assert sum(summed) == sum(wanted)
-            assert own.amin((1, 2, 3)).tolist() == own.amax((1, 2, 3)).tolist() == [float(x) for x in wanted]
+            edges = [c.start if backwards else c.end for c in shard.mine]
+            giving = linear._giving_segments(shard, backwards=backwards)
+            assert [n is not None for n in giving] == [edge not in ends for edge in edges]
+            for m, n in enumerate(giving):
+                if n is not None:
+                    assert shard.documents.bounds[n + (not backwards)] == shard.chunk_size * (m + (not backwards))
 
 
 def _compare_on_gpu(grid, kind, dtype, method, lengths, heads):
