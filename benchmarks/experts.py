@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
 
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
-``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
+``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Transfers* is what the emulated link needs
+for all of them, one after the other. *Exposed* is its time less that of the same
 calls over a link that takes no time (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two
 alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are
 of the products (18 D F per row), and their share is of dense 8192^3 products, which take turns with the layer, so that
@@ -116,8 +117,11 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         for kind, axes in both.items()
     }
     runs["dense"] = dense_products(options)
-    for run in runs.values():
+    transfers = {}
+    for key, run in runs.items():
+        before = sum(getattr(link, "busy_s", 0.0) for link in both["linked"])
         milliseconds(run)
+        transfers[key] = 1e3 * (sum(getattr(link, "busy_s", 0.0) for link in both["linked"]) - before)
     for link in both["free"]:
         link.moving = not torch.cuda.is_available()
     samples = {key: [] for key in runs}
@@ -135,7 +139,8 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         ms = statistics.median(linked)
         first = exposed if first is None else first
         place = {"ranks": ep * etp, "axis": axes_name(ep, etp), "routing": routing, "rate": rate}
-        times = {"groups": groups, "ms": ms, "free": statistics.median(free), "exposed": exposed}
+        times = {"groups": groups, "transfers": transfers[groups, "linked"], "ms": ms}
+        times |= {"free": statistics.median(free), "exposed": exposed}
         rates = {"of_1": exposed / first, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
         rows.append({**place, **times, **rates})
     if options.trace and routing == "balanced":

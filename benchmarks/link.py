@@ -38,6 +38,7 @@ class EmulatedLink:
         sms: processors a transfer occupies while it lasts.
         chained: whether states travel from rank to rank, forwards or backwards, to this one past all before it.
         pieces: in how many pieces they travel.
+        busy_s: what all transfers so far take, one after the other.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class EmulatedLink:
     sms: int = 8
     chained: bool = False
     pieces: int = 1
+    busy_s: float = 0.0
     _received: int = 0
     _stream: torch.cuda.Stream | None = field(default=None, repr=False)
 
@@ -54,12 +56,12 @@ class EmulatedLink:
         if torch.cuda.is_available():
             self._stream = torch.cuda.Stream(priority=-1)
 
-    def all_gather(self, x: Tensor) -> Pending:
-        out = x.new_empty(self.size, *x.shape)
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        out = x.new_empty(self.size, *x.shape) if out is None else out
         return self._transfer((self.size - 1) * x.nbytes, x.contiguous(), out)
 
-    def reduce_scatter(self, x: Tensor) -> Pending:
-        out = torch.empty_like(x[0])
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        out = torch.empty_like(x[0]) if out is None else out
         return self._transfer((self.size - 1) * out.nbytes, x.contiguous(), out)
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
@@ -95,6 +97,7 @@ class EmulatedLink:
         """
         result = target if result is None else result
         seconds = (self.latency_s + size / self.bytes_per_s) * (1 + extra_hops if size else 0)
+        self.busy_s += seconds
         if self._stream is None:
             time.sleep(seconds)
             _fill(source, target)

@@ -34,11 +34,11 @@ class Communicator(Protocol):
     rank: int
     size: int
 
-    def all_gather(self, x: Tensor) -> Pending:
-        """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank."""
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank, or ``out``."""
 
-    def reduce_scatter(self, x: Tensor) -> Pending:
-        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum, ``[...]``."""
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum, or ``out``."""
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
         """Start sending ``sends[r]`` rows of x to each rank r, in order, and receiving ``receives[r]`` into ``out``.
@@ -67,21 +67,21 @@ class GroupCommunicator:
         # get_backend names all of a group's backends at once ("cpu:gloo,cuda:nccl"): ask for the device's.
         self._is_nccl = "cuda:nccl" in dist.get_backend_config(group)
 
-    def all_gather(self, x: Tensor) -> Pending:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
         x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape) if out is None else out
         if not self._is_nccl and x.is_cuda:  # gloo
             host = self.all_gather(x.cpu())
-            return Pending(lambda: host.wait().to(x.device))
-        out = x.new_empty(self.size, *x.shape)
+            return Pending(lambda: out.copy_(host.wait()))
         work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
-    def reduce_scatter(self, x: Tensor) -> Pending:
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
         x = x.contiguous()
+        out = torch.empty_like(x[0]) if out is None else out
         if not self._is_nccl and x.is_cuda:  # gloo
             host = self.reduce_scatter(x.cpu())
-            return Pending(lambda: host.wait().to(x.device))
-        out = torch.empty_like(x[0])
+            return Pending(lambda: out.copy_(host.wait()))
         work = _reduce_scatter(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 

@@ -26,6 +26,7 @@ from minimax_train.kernels.experts.routing import (
 
 __all__ = [
     "ExpertRows",
+    "add_choices",
     "combine",
     "count_choices",
     "drop_over_capacity",
@@ -151,6 +152,15 @@ def combine(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows, *, implementatio
 
         return combine_triton(y_RD, weights_TK, rows)
     return (rows.unpermute(y_RD) * weights_TK[..., None].to(y_RD.dtype)).sum(1)
+
+
+def add_choices(y_RD: Tensor, rows: ExpertRows, *, implementation: str = AUTO) -> Tensor:
+    """``[R, D] -> [T, D]``, the sum of each token's choices, as :func:`combine` without weights; not differentiable."""
+    if _movement(y_RD, implementation) == "triton":
+        from minimax_train.kernels.experts.triton import add_choices_triton
+
+        return add_choices_triton(y_RD, rows)
+    return rows.unpermute(y_RD).sum(1)
 
 
 def _movement(x: Tensor, implementation: str) -> str:

@@ -107,6 +107,7 @@ class Tile(NamedTuple):
 
 
 WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
+FEW = 1024  # rows of an expert, on average, below which two tiles of rows in a cluster waste more than they share
 LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
 
 # What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
@@ -133,6 +134,8 @@ def _rows(
     **values: Tensor,
 ) -> Tensor:
     """Each expert's rows times its weight, through the epilogue."""
+    if len(a_RM) < FEW * len(weight_ENM):
+        tile = tile._replace(cluster_m=1)  # an expert's rows are rounded up to whole clusters
     key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
     starts, taken = _starts_and_zero(offsets_E)
     rows = {"cu_seqlens_m": starts, "tile_count_semaphore": taken}

@@ -3,7 +3,7 @@
 Autograd makes the gradients of rows and of weights in one go. Who sends the gradients of the rows to other ranks wants
 them first, and the weights' meanwhile. No implementation here waits for a GPU but ``loop``.
 
-Shape legend: R rows sorted by expert, none past the last offset, D hidden, E experts, F expert hidden.
+Shape legend: R rows sorted by expert, D hidden, E experts, F expert hidden, T tokens, K choices per token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minimax_train.kernels.dispatch import AUTO
+from minimax_train.kernels.experts import ExpertRows, add_choices, permute
 from minimax_train.kernels.experts.products import expert_products
 
 
@@ -21,7 +22,7 @@ def experts_forward(
     """As :func:`minimax_train.kernels.experts.grouped_swiglu`; also gate and up ``[R, 2F]``, for backward.
 
     Args:
-        offsets_E: end row of each expert, int32; the last is R.
+        offsets_E: end row of each expert, int32; the last is R, here and in the gradients of rows.
     """
     if len(x_RD) == 0:
         return x_RD.new_empty(0, down_EDF.shape[1]), x_RD.new_empty(0, gate_up_E2FD.shape[1])
@@ -64,3 +65,43 @@ def experts_backward_weights(
         return x_RD.new_zeros(E, 2 * F, D), x_RD.new_zeros(E, D, F)
     products = expert_products(x_RD, F, implementation)
     return products.d_gate_up(d_hidden_R2F, x_RD, offsets_E), products.d_down(dy_RD, act_RF, offsets_E)
+
+
+def tokens_forward(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    rows: ExpertRows,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    implementation: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`minimax_train.kernels.experts.expert_mlp`; also gate and up ``[R, 2F]``, for backward."""
+    products, how = expert_products(x_TD, down_EDF.shape[2], implementation), {"implementation": implementation}
+    x_RD = permute(x_TD, rows, **how)
+    hidden_R2F, act_RF = products.up(x_RD, gate_up_E2FD, rows.offsets_E, weights_TK, rows.choice_R)
+    return add_choices(products.down(act_RF, down_EDF, rows.offsets_E), rows, **how), hidden_R2F
+
+
+def tokens_backward(
+    dy_TD: Tensor,
+    hidden_R2F: Tensor,
+    weights_TK: Tensor,
+    rows: ExpertRows,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    act_RF: Tensor,
+    d_hidden_R2F: Tensor,
+    *,
+    implementation: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x ``[T, D]`` and of the weights ``[T, K]``.
+
+    Writes the activation, times the weights, and the gradient of gate and up into the last two tensors.
+    """
+    products, how = expert_products(dy_TD, down_EDF.shape[2], implementation), {"implementation": implementation}
+    dy_RD = permute(dy_TD, rows, **how)
+    _, _, d_weights_TK = products.d_hidden(
+        dy_RD, hidden_R2F, down_EDF, rows.offsets_E, weights_TK, rows.choice_R, out=(d_hidden_R2F, act_RF)
+    )
+    return add_choices(products.dx(d_hidden_R2F, gate_up_E2FD, rows.offsets_E), rows, **how), d_weights_TK

@@ -89,13 +89,12 @@ class SeparateProducts:
 
 
 class PlainSwiGLU:
-    """SwiGLU as PyTorch ops, on any device, without weights."""
+    """SwiGLU as PyTorch ops, on any device."""
 
     @staticmethod
     def swiglu_into(hidden_R2F: Tensor, act_RF: Tensor, offsets_E: Tensor, weights=None, choice_R=None) -> None:
-        assert weights is None
         gate_RF, up_RF = _wide(hidden_R2F).chunk(2, dim=-1)
-        act_RF.copy_(F.silu(gate_RF) * up_RF)
+        act_RF.copy_(F.silu(gate_RF) * up_RF * _weight_of_row(weights, choice_R))
 
     @staticmethod
     def swiglu_backward_into(
@@ -108,14 +107,22 @@ class PlainSwiGLU:
         choice_R=None,
         d_weights=None,
     ) -> None:
-        assert weights is None
         gate_RF, up_RF = _wide(hidden_R2F).chunk(2, dim=-1)
         d_act_RF, sigmoid_RF = _wide(d_act_RF), gate_RF.sigmoid()
-        silu_RF = gate_RF * sigmoid_RF
+        silu_RF, weight = gate_RF * sigmoid_RF, _weight_of_row(weights, choice_R)
+        if d_weights is not None:
+            used_R = torch.arange(len(choice_R), device=choice_R.device) < offsets_E[-1]
+            d_weight_R = (silu_RF * up_RF * d_act_RF).sum(1).where(used_R, 0)
+            d_weights.view(-1).scatter_(0, choice_R, d_weight_R.to(d_weights.dtype))
+        d_act_RF = d_act_RF * weight
         d_gate_RF, d_up_RF = d_hidden_R2F.chunk(2, dim=-1)
         d_gate_RF.copy_(d_act_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF)))
         d_up_RF.copy_(d_act_RF * silu_RF)
-        act_RF.copy_(silu_RF * up_RF)
+        act_RF.copy_(silu_RF * up_RF * weight)
+
+
+def _weight_of_row(weights_TK: Tensor | None, choice_R: Tensor | None) -> Tensor | float:
+    return 1.0 if weights_TK is None else weights_TK.flatten()[choice_R, None]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -223,6 +223,11 @@ def combine_triton(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> Tensor
     return _Combine.apply(y_RD, weights_TK, rows)
 
 
+def add_choices_triton(y_RD: Tensor, rows: ExpertRows) -> Tensor:
+    """``[R, D] -> [T, D]``: the sum over each token's choices, in float32; a choice of -1 adds nothing."""
+    return _combine(y_RD, rows)
+
+
 # --- the experts ------------------------------------------------------------------------------------------------------
 
 

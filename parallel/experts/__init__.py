@@ -27,6 +27,7 @@ from minimax_train.parallel.communicator import Communicator
 from minimax_train.parallel.experts.lanes import Lane
 from minimax_train.parallel.experts.layer import expert_rows
 from minimax_train.parallel.experts.plan import Cut, start_plan
+from minimax_train.parallel.experts.sliced import sliced_experts
 
 __all__ = ["ExpertParallel"]
 
@@ -81,8 +82,11 @@ class ExpertParallel:
         cut = self.cut
         if len(gate_up_e2fD) != cut.local_experts:
             raise ValueError(f"weights of {len(gate_up_e2fD)} experts: this rank holds {cut.local_experts}")
-        if self.ep.size * self.etp.size == 1:
-            return expert_mlp(x_TD, weights_TK, experts_TK, gate_up_e2fD, down_eDf, implementation=implementation)
+        inputs = (x_TD, weights_TK, experts_TK, gate_up_e2fD, down_eDf)
+        if self.ep.size * self.etp.size == 1 or not len(x_TD):
+            return expert_mlp(*inputs, implementation=implementation)
+        if self.ep.size == 1:
+            return sliced_experts(*inputs, self.etp, cut.shares, implementation)
         labels_TK, num_labels = cut.labels(experts_TK)
         rows = plan_rows(labels_TK, num_labels, implementation=implementation)
         pending = start_plan(cut, rows.offsets_E, self.ep, self.etp)

@@ -72,18 +72,14 @@ def dispatch(group: Group, x_RD: Tensor, arranged_MD: Tensor, start: Mark, ep: L
 
     Where that is by expert already, they arrive in their place in ``arranged_MD``.
     """
-    rows, done = x_RD[group.home], start
-    if ep.size > 1:
-        with ep.after(done):
-            arriving = (
-                arranged_MD[group.here] if group.arrives_arranged else rows.new_empty(group.padded, rows.shape[1])
-            )
-            rows = ep.communicator.all_to_all(rows, arriving, group.sends, group.receives).wait()
-            done = mark(rows)
+    with ep.after(start):
+        arriving = arranged_MD[group.here] if group.arrives_arranged else x_RD.new_empty(group.padded, x_RD.shape[1])
+        rows = ep.communicator.all_to_all(x_RD[group.home], arriving, group.sends, group.receives).wait()
+        done = mark(rows)
     received = rows
     if etp.size > 1 and group.padded:
         with etp.after(done):
-            rows = etp.communicator.all_gather(_pad(rows, group.padded)).wait().flatten(0, 1)
+            rows = etp.communicator.all_gather(rows).wait().flatten(0, 1)
             done = mark(rows)
     return Arriving(rows, done, received)
 
@@ -101,17 +97,6 @@ def send_back(
         with etp.after(done):
             rows = etp.communicator.reduce_scatter(y_ND.unflatten(0, (etp.size, -1))).wait()
             done = mark(rows)
-    if ep.size > 1:
-        with ep.after(done):
-            ep.communicator.all_to_all(rows, home_RD[group.home], group.receives, group.sends).wait()
-            done = mark(rows)
-    else:
-        with etp.after(done):
-            home_RD[group.home].copy_(rows[: group.receives[0]])
-            done = mark(rows)
-    return done, (y_ND, rows)
-
-
-def _pad(x_RD: Tensor, rows: int) -> Tensor:
-    """What is in the added rows does not matter: sorting leaves them out."""
-    return x_RD if len(x_RD) == rows else torch.cat([x_RD, x_RD.new_empty(rows - len(x_RD), x_RD.shape[1])])
+    with ep.after(done):
+        ep.communicator.all_to_all(rows, home_RD[group.home], group.receives, group.sends).wait()
+        return mark(rows), (y_ND, rows)

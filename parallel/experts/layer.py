@@ -9,20 +9,16 @@ and f expert hidden of this rank.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
-from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, dispatch, mark, send_back, wait
+from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, dispatch, mark, send_back
+from minimax_train.parallel.experts.pipeline import Returning, start_pipeline
 from minimax_train.parallel.experts.plan import Group, Order, Plan
-
-# Groups under way beside the one that is computed: one arrives, one is gathered.
-AHEAD = 2
 
 
 def expert_rows(
@@ -30,21 +26,6 @@ def expert_rows(
 ) -> Tensor:
     """Each row through its expert, wherever that is: ``[R, D] -> [R, D]``, both in the order of the plan's labels."""
     return _ExpertRows.apply(x_RD, gate_up_e2fD, down_eDf, plan, ep, etp, implementation)
-
-
-@dataclass
-class Returning:
-    """Rows on their way home."""
-
-    home_RD: Tensor
-    done: list[Mark]
-    kept: list[tuple[Tensor, ...]]
-
-    def wait(self) -> Tensor:
-        for each in self.done:
-            wait(each)
-        self.kept.clear()
-        return self.home_RD
 
 
 def start_round_trip(
@@ -58,24 +39,18 @@ def start_round_trip(
     """
     home_RD = torch.empty_like(x_RD)
     start = mark(x_RD)
-    under_way: deque[Arriving] = deque()
-    returning = Returning(home_RD, [], [(x_RD,)])
 
-    def dispatch_up_to(last: int) -> None:
-        for group in plan.groups[len(returning.done) + len(under_way) : last + 1]:
-            under_way.append(dispatch(group, x_RD, arranged_MD, start, ep, etp))
+    def bring(group: Group) -> Arriving:
+        return dispatch(group, x_RD, arranged_MD, start, ep, etp)
 
-    dispatch_up_to(AHEAD - 1)
-    for index, (group, order) in enumerate(zip(plan.groups, plan.orders, strict=True)):
-        # Started before this group's products take the processors.
-        dispatch_up_to(index + AHEAD)
-        arriving = under_way.popleft()
-        wait(arriving.done)
+    def work(index: int, group: Group, arriving: Arriving) -> tuple[Mark, tuple[Tensor, ...]]:
+        order = plan.orders[index]
         y_mD = compute(index, arrange(arriving.rows_ND, arranged_MD[group.here], order))
         y_ND = disarrange(y_mD, arriving.rows_ND, order)
-        done, kept = send_back(group, y_ND, home_RD, mark(x_RD), ep, etp)
-        returning.done.append(done)
-        returning.kept.append(kept)
+        return send_back(group, y_ND, home_RD, mark(x_RD), ep, etp)
+
+    returning = Returning(home_RD, [(x_RD,)])
+    start_pipeline(plan.groups, bring).run(work, returning)
     return returning
 
 

@@ -176,11 +176,9 @@ def start_plan(cut: Cut, offsets_L: Tensor, ep: Lane, etp: Lane) -> PendingPlan:
     """
     counts_L = offsets_L.diff(prepend=offsets_L.new_zeros(1)).long()
     mine_C = _my_labels(cut, ep.rank, counts_L.device)
-    counts_IC, done = counts_L[None, mine_C], mark(counts_L)
-    if ep.size > 1:
-        with ep.after(done):
-            counts_IC = ep.communicator.all_gather(counts_L).wait()[:, mine_C]
-            done = mark(counts_L)
+    with ep.after(mark(counts_L)):
+        counts_IC = ep.communicator.all_gather(counts_L).wait()[:, mine_C]
+        done = mark(counts_L)
     counts_JIC = counts_IC[None]
     if etp.size > 1:
         with etp.after(done):

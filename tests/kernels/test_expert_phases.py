@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimax_train.kernels.experts import has_quack
-from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
+from minimax_train.kernels.experts import expert_mlp_naive, has_quack, permute, plan_rows
+from minimax_train.kernels.experts.phases import (
+    experts_backward_rows,
+    experts_backward_weights,
+    experts_forward,
+    tokens_backward,
+    tokens_forward,
+)
 from support.compare import relative_error
 
 HAS_GPU = torch.cuda.is_available()
@@ -26,16 +32,16 @@ def _reference(x, dy, gate_up, down, ends):
     return [y, *torch.autograd.grad(y, leaves, dy.double())]
 
 
+IMPLEMENTATIONS = [
+    ("loop", torch.float64),
+    ("loop", torch.bfloat16),
+    ("triton", torch.float32),
+    pytest.param("quack", torch.bfloat16, marks=QUACK),
+]
+
+
 @pytest.mark.parametrize("ends", [[11, 11, 40], [0, 37, 37], [1, 2, 3]])
-@pytest.mark.parametrize(
-    "implementation, dtype",
-    [
-        ("loop", torch.float64),
-        ("loop", torch.bfloat16),
-        ("triton", torch.float32),
-        pytest.param("quack", torch.bfloat16, marks=QUACK),
-    ],
-)
+@pytest.mark.parametrize("implementation, dtype", IMPLEMENTATIONS)
 def test_phases_equal_autograd(implementation, dtype, ends):
     if implementation == "triton":
         pytest.importorskip("triton")
@@ -56,6 +62,36 @@ def test_phases_equal_autograd(implementation, dtype, ends):
     right = _reference(x, dy, gate_up, down, ends)
     for name, ours, reference in zip(("y", "x", "gate_up", "down"), (y, dx, d_gate_up, d_down), right, strict=True):
         assert ours.dtype == dtype and relative_error(ours, reference) < TOLERANCES[dtype], name
+
+
+@pytest.mark.parametrize("chosen", ["all", "some", "none"])
+@pytest.mark.parametrize("implementation, dtype", IMPLEMENTATIONS)
+def test_phases_of_tokens_equal_autograd(poisoned_empty, implementation, dtype, chosen):
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    T, K, E, D, hidden = 37, 2, 5, 16, 24
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
+
+    x, dy, gate_up, down = randn(T, D), randn(T, D), randn(E, 2 * hidden, D, scale=0.25), randn(E, D, hidden, scale=0.2)
+    weights = torch.rand(T, K, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    experts = torch.stack([torch.randint(3, (T,)), torch.randint(3, 5, (T,))], 1)
+    experts[torch.rand(T, K) < {"all": 0.0, "some": 0.4, "none": 1.1}[chosen]] = -1
+    experts = experts.to(DEVICE)
+    rows, how = plan_rows(experts, E, implementation=implementation), {"implementation": implementation}
+    y, kept = tokens_forward(x, weights, rows, gate_up, down, **how)
+    act, d_kept = (x.new_full((T * K, width), float("nan")) for width in (hidden, 2 * hidden))
+    dx, d_weights = tokens_backward(dy, kept, weights, rows, gate_up, down, act, d_kept, **how)
+    of_rows = (permute(value, rows, **how) for value in (x, dy))
+    ours = [y, dx, d_weights, *experts_backward_weights(*of_rows, act, d_kept, rows.offsets_E, **how)]
+    leaves = [value.double().requires_grad_() for value in (x, weights, gate_up, down)]
+    right = expert_mlp_naive(*leaves[:2], experts, *leaves[2:]) + 0 * leaves[0]
+    gradients = torch.autograd.grad(right, leaves, dy.double(), allow_unused=True, materialize_grads=True)
+    for name, a, b in zip(("y", "x", "weights", "gate_up", "down"), ours, (right, *gradients), strict=True):
+        error = relative_error(a, b) if b.norm() else a.norm()
+        assert error < TOLERANCES[dtype], (name, error)
 
 
 @pytest.mark.parametrize("implementation", ["loop", pytest.param("quack", marks=QUACK)])
