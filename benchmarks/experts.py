@@ -186,15 +186,23 @@ def one_rank(options: argparse.Namespace) -> dict:
 
 def write_trace(path: Path, run: Callable[[], object]) -> None:
     """A Chrome trace of one call, of what ran on the device, gzipped."""
-    once = torch.profiler.schedule(wait=0, warmup=1, active=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=once) as profile:
+    whole = path.with_suffix(".tmp")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+
+    def export(profile: torch.profiler.profile) -> None:
+        if writes:
+            profile.export_chrome_trace(str(whole))
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA],
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=1),
+        on_trace_ready=export,  # later it has been cleared
+    ) as profile:
         for _ in range(2):
             milliseconds(run)
             profile.step()
-    if dist.is_initialized() and dist.get_rank():
+    if not writes:
         return
-    whole = path.with_suffix(".tmp")
-    profile.export_chrome_trace(str(whole))
     events = json.loads(whole.read_text())["traceEvents"]
     whole.unlink()
     kept = [
