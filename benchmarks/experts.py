@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
 
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
-``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Transfers* is what the emulated link needs
-for all of them, one after the other. *Exposed* is its time less that of the same
+``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
 calls over a link that takes no time (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two
-alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows. FLOP/s are
+alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows, and
+*transfers* is what the link needs for all of them, one after the other. FLOP/s are
 of the products (18 D F per row), and their share is of dense 8192^3 products, which take turns with the layer, so that
 both run at the clock that the power limit allows for long. Before each call the device sleeps some milliseconds, as it
 would be busy with the attention before this layer, so that the host is ahead when the layer starts.
@@ -82,6 +82,11 @@ def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) 
     return {"linked": linked, "free": [FreeLink(rank, size) for size, rank in sizes.values()]}
 
 
+def busy_ms(links: list[Communicator]) -> float:
+    """What the transfers over emulated links so far take."""
+    return 1e3 * sum(link.busy_s for link in links if isinstance(link, EmulatedLink))
+
+
 def one_call(layer: Callable, inputs: list[Tensor], dy_TD: Tensor) -> Callable[[], object]:
     def run() -> object:
         return torch.autograd.grad(layer(*inputs), [t for t in inputs if t.requires_grad], dy_TD)
@@ -119,9 +124,9 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
     runs["dense"] = dense_products(options)
     transfers = {}
     for key, run in runs.items():
-        before = sum(getattr(link, "busy_s", 0.0) for link in both["linked"])
+        before = busy_ms(both["linked"])
         milliseconds(run)
-        transfers[key] = 1e3 * (sum(getattr(link, "busy_s", 0.0) for link in both["linked"]) - before)
+        transfers[key] = busy_ms(both["linked"]) - before
     for link in both["free"]:
         link.moving = not torch.cuda.is_available()
     samples = {key: [] for key in runs}
@@ -139,8 +144,9 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         ms = statistics.median(linked)
         first = exposed if first is None else first
         place = {"ranks": ep * etp, "axis": axes_name(ep, etp), "routing": routing, "rate": rate}
-        times = {"groups": groups, "transfers": transfers[groups, "linked"], "ms": ms}
-        times |= {"free": statistics.median(free), "exposed": exposed}
+        times = {"groups": groups, "ms": ms, "free": statistics.median(free), "exposed": exposed}
+        if options.link == "emulated":
+            times["transfers"] = transfers[groups, "linked"]
         rates = {"of_1": exposed / first, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
         rows.append({**place, **times, **rates})
     if options.trace and routing == "balanced":

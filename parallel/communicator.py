@@ -35,10 +35,16 @@ class Communicator(Protocol):
     size: int
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
-        """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank, or ``out``."""
+        """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank.
+
+        In ``out`` if given, which must be contiguous.
+        """
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
-        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum, or ``out``."""
+        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum.
+
+        In ``out`` if given, which must be contiguous.
+        """
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
         """Start sending ``sends[r]`` rows of x to each rank r, in order, and receiving ``receives[r]`` into ``out``.

@@ -155,7 +155,7 @@ def combine(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows, *, implementatio
 
 
 def add_choices(y_RD: Tensor, rows: ExpertRows, *, implementation: str = AUTO) -> Tensor:
-    """``[R, D] -> [T, D]``, the sum of each token's choices, as :func:`combine` without weights; not differentiable."""
+    """``[R, D] -> [T, D]``, the sum of each token's choices: :func:`combine` without weights or gradient."""
     if _movement(y_RD, implementation) == "triton":
         from minimax_train.kernels.experts.triton import add_choices_triton
 

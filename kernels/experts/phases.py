@@ -50,21 +50,21 @@ def experts_backward_rows(
     return products.dx(d_hidden_R2F, gate_up_E2FD, offsets_E)
 
 
-def experts_backward_weights(
-    x_RD: Tensor,
-    dy_RD: Tensor,
-    act_RF: Tensor,
-    d_hidden_R2F: Tensor,
-    offsets_E: Tensor,
-    *,
-    implementation: str = AUTO,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both weights, ``[E, 2F, D]`` and ``[E, D, F]``; zero for an expert without rows."""
-    (E,), D, F = offsets_E.shape, x_RD.shape[1], act_RF.shape[1]
+def experts_backward_gate_up(
+    x_RD: Tensor, d_hidden_R2F: Tensor, offsets_E: Tensor, *, implementation: str = AUTO
+) -> Tensor:
+    """The gradient of gate and up ``[E, 2F, D]``; zero for an expert without rows."""
     if len(x_RD) == 0:
-        return x_RD.new_zeros(E, 2 * F, D), x_RD.new_zeros(E, D, F)
-    products = expert_products(x_RD, F, implementation)
-    return products.d_gate_up(d_hidden_R2F, x_RD, offsets_E), products.d_down(dy_RD, act_RF, offsets_E)
+        return x_RD.new_zeros(len(offsets_E), d_hidden_R2F.shape[1], x_RD.shape[1])
+    products = expert_products(x_RD, d_hidden_R2F.shape[1] // 2, implementation)
+    return products.d_gate_up(d_hidden_R2F, x_RD, offsets_E)
+
+
+def experts_backward_down(dy_RD: Tensor, act_RF: Tensor, offsets_E: Tensor, *, implementation: str = AUTO) -> Tensor:
+    """The gradient of down ``[E, D, F]``; zero for an expert without rows."""
+    if len(dy_RD) == 0:
+        return dy_RD.new_zeros(len(offsets_E), dy_RD.shape[1], act_RF.shape[1])
+    return expert_products(dy_RD, act_RF.shape[1], implementation).d_down(dy_RD, act_RF, offsets_E)
 
 
 def tokens_forward(

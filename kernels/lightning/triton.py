@@ -8,7 +8,7 @@ where A's running state is S (transposed for dq) and that of A' is the gradient 
 dk and dv come from one pass over what they share. ``docs/kernels.md`` counts the bytes and has the measurements.
 
 One program holds one head's state, so the token axis is cut in as many segments as fill the device. What crosses a
-cut is summed beforehand from finer segments in parallel: reading at most y and z of all but one segment once more,
+cut is summed beforehand, in more parts, in parallel: reading at most y and z of all but one segment once more,
 and for a fast head only the few tokens before each cut that have not decayed away.
 
 ``states``, ``forward``, ``backward_q`` and ``backward_kv`` are the same kernels without autograd, for ranks that share
@@ -449,9 +449,8 @@ def backward_q(
     of: tuple[int, ...],
     crossing: Tensor | None,
 ) -> Tensor:
-    # o = A(q, k, v) and dq = A(do, v, k), the state transposed.
-    states = (_transposed(entering_MHKV), _transposed(crossing))
-    return forward(grad_THV, v_THV, k_THK, slopes_H, documents, states[0], of, states[1])
+    entering_MHVK, crossing = _transposed(entering_MHKV), _transposed(crossing)
+    return forward(grad_THV, v_THV, k_THK, slopes_H, documents, entering_MHVK, of, crossing)
 
 
 def backward_kv(

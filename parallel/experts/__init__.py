@@ -1,5 +1,7 @@
 """Experts spread over ranks: expert parallelism, expert tensor parallelism, transfers beside products.
 
+With more than one rank on ``ep``, rows travel, one for each choice of a token (``layer.py``):
+
     permute            rows by group, rank and expert
     all-to-all, ep     to the ranks that hold the experts
     all-gather, etp    to the ranks that hold the slices of those experts
@@ -10,8 +12,14 @@
     all-to-all, ep     back
     combine            weighted sum of a token's choices
 
-``docs/expert-parallelism.md`` has the picture. ``plan.py``: which row goes where. ``lanes.py``: the phases that
-communicate, and the streams they run on. ``layer.py``: the phases that compute, and their order.
+With ``etp`` alone, tokens travel, each once (``sliced.py``):
+
+    all-gather, etp    to the ranks, each of which holds a slice of every expert
+    permute, grouped products, weighted sum of a token's choices
+    reduce-scatter, etp
+
+``docs/expert-parallelism.md`` has the picture. ``plan.py``: which row goes where. ``lanes.py``: the streams that
+transfers run on, and those of rows. ``pipeline.py``: groups one after the other.
 
 Shape legend: T tokens, K choices per token, D hidden, E experts, F expert hidden; e, f the share of one rank; R = T * K
 rows at home.
@@ -42,9 +50,9 @@ class ExpertParallel:
         ep: the ranks with the same j.
         etp: the ranks with the same i. The two must not share a process group: its transfers would take turns.
         num_experts: E, of the whole layer.
-        token_groups: in how many groups the rows of the tokens are cut, so that one group's transfers run beside
-            another's products. A group has the rows bound for some of each rank's experts; where a rank has too few of
-            them for that, a group's first and last expert share their rows with the groups before and after.
+        token_groups: in how many groups the tokens are cut, or the rows of their choices, so that one group's transfers
+            run beside another's products. A group of rows has those bound for some of each rank's experts; where a rank
+            has too few of them for that, its first and last expert share their rows with the groups before and after.
 
     Raises:
         ValueError: when the experts do not divide, or ``token_groups`` is not positive.
@@ -70,22 +78,22 @@ class ExpertParallel:
     ) -> Tensor:
         """``y_t = sum_k weight_tk * expert_tk(x_t)``, differentiable in x, weights and both experts' weights.
 
-        Gradients of the experts' weights are sums over the tokens of all ranks of both axes. On a GPU the host waits
-        once per forward pass, for the number of rows that every rank sends; backward waits for nothing.
+        Gradients of the experts' weights are sums over the tokens of all ranks of both axes. Where rows travel, the
+        host waits for a GPU once per forward pass, for the number of rows that every rank sends, and never else.
 
         Args:
-            x_TD: this rank's tokens, any floating dtype.
-            experts_TK: experts of the whole layer, int64; -1 chooses none, and is not sent.
+            x_TD: this rank's tokens, any floating dtype. With ``etp`` alone, as many as every other rank has.
+            experts_TK: experts of the whole layer, int64; -1 chooses none.
             gate_up_e2fD: slices of gate over slices of up; the dtype of x.
             implementation: as of :func:`minimax_train.kernels.experts.expert_mlp`.
         """
         cut = self.cut
         if len(gate_up_e2fD) != cut.local_experts:
             raise ValueError(f"weights of {len(gate_up_e2fD)} experts: this rank holds {cut.local_experts}")
-        inputs = (x_TD, weights_TK, experts_TK, gate_up_e2fD, down_eDf)
-        if self.ep.size * self.etp.size == 1 or not len(x_TD):
-            return expert_mlp(*inputs, implementation=implementation)
         if self.ep.size == 1:
+            inputs = (x_TD, weights_TK, experts_TK, gate_up_e2fD, down_eDf)
+            if self.etp.size == 1 or not len(x_TD):
+                return expert_mlp(*inputs, implementation=implementation)
             return sliced_experts(*inputs, self.etp, cut.shares, implementation)
         labels_TK, num_labels = cut.labels(experts_TK)
         rows = plan_rows(labels_TK, num_labels, implementation=implementation)

@@ -1,4 +1,4 @@
-"""The phases of an expert layer that communicate, each on the stream of its axis.
+"""The streams that an expert layer's transfers run on, one of each axis, and the phases that send rows.
 
 Who may use memory when: a tensor belongs to the stream it was made on, and its memory goes to the next tensor made
 there as soon as nothing in Python refers to it. So whatever happens on a lane first waits for a mark of the computing
@@ -60,15 +60,15 @@ class Lane:
 
 
 class Arriving(NamedTuple):
-    """Rows ``[N, D]`` by etp rank, ep rank and expert, when they are there, and what must live until they go back."""
+    """Rows ``[N, D]``, when they are there, and what must live until they go back."""
 
     rows_ND: Tensor
     done: Mark
-    kept: Tensor
+    kept: Tensor | None = None
 
 
 def dispatch(group: Group, x_RD: Tensor, arranged_MD: Tensor, start: Mark, ep: Lane, etp: Lane) -> Arriving:
-    """A group's rows ``[R, D]`` at home -> ``[N, D]`` where their experts are.
+    """A group's rows ``[R, D]`` at home -> ``[N, D]`` where their experts are, by etp rank, ep rank and expert.
 
     Where that is by expert already, they arrive in their place in ``arranged_MD``.
     """

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.experts.phases import experts_backward_rows, experts_backward_weights, experts_forward
+from minimax_train.kernels.experts.phases import (
+    experts_backward_down,
+    experts_backward_gate_up,
+    experts_backward_rows,
+    experts_forward,
+)
 from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, dispatch, mark, send_back
-from minimax_train.parallel.experts.pipeline import Returning, start_pipeline
+from minimax_train.parallel.experts.pipeline import Pipeline, Returning
 from minimax_train.parallel.experts.plan import Group, Order, Plan
 
 
@@ -49,9 +54,7 @@ def start_round_trip(
         y_ND = disarrange(y_mD, arriving.rows_ND, order)
         return send_back(group, y_ND, home_RD, mark(x_RD), ep, etp)
 
-    returning = Returning(home_RD, [(x_RD,)])
-    start_pipeline(plan.groups, bring).run(work, returning)
-    return returning
+    return Pipeline(plan.groups, bring).run(work, Returning(home_RD, [(x_RD,)]))
 
 
 def arrange(arrived_ND: Tensor, arranged_mD: Tensor, order: Order | None) -> Tensor:
@@ -103,5 +106,6 @@ class _ExpertRows(torch.autograd.Function):
             return experts_backward_rows(dy_mD, gate_up_m2f[index], *weights, plan.offsets(group), *outputs, **how)
 
         returning = start_round_trip(dy_RD.contiguous(), dy_MD, plan, ctx.ep, ctx.etp, compute)
-        d_weights = experts_backward_weights(x_MD, dy_MD, act_Mf, d_gate_up_M2f, plan.offsets_e, **how)
-        return returning.wait(), *d_weights, None, None, None, None
+        d_gate_up_e2fD = experts_backward_gate_up(x_MD, d_gate_up_M2f, plan.offsets_e, **how)
+        d_down_eDf = experts_backward_down(dy_MD, act_Mf, plan.offsets_e, **how)
+        return returning.wait(), d_gate_up_e2fD, d_down_eDf, None, None, None, None

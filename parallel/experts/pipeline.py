@@ -37,7 +37,9 @@ class Returning:
         return self.home
 
 
-class _Pipeline(Generic[G]):
+class Pipeline(Generic[G]):
+    """Starts bringing the first groups at once; :meth:`run` works on all of them."""
+
     def __init__(self, groups: Iterable[G], bring: Callable[[G], Arriving]) -> None:
         self._groups: Iterator[G] = iter(groups)
         self._bring = bring
@@ -47,7 +49,9 @@ class _Pipeline(Generic[G]):
     def _bring_next(self, count: int) -> None:
         self._under_way.extend((group, self._bring(group)) for group in islice(self._groups, count))
 
-    def run(self, work: Callable[[int, G, Arriving], tuple[Mark, tuple[Tensor, ...]]], returning: Returning) -> None:
+    def run(
+        self, work: Callable[[int, G, Arriving], tuple[Mark, tuple[Tensor, ...]]], returning: Returning
+    ) -> Returning:
         """Work on each group when it has arrived, and start it on its way home.
 
         Args:
@@ -61,8 +65,4 @@ class _Pipeline(Generic[G]):
             wait(arriving.done)
             returning.add(*work(index, group, arriving))
             index += 1
-
-
-def start_pipeline(groups: Iterable[G], bring: Callable[[G], Arriving]) -> _Pipeline[G]:
-    """Start bringing the first groups."""
-    return _Pipeline(groups, bring)
+        return returning

@@ -37,7 +37,7 @@ class Cut:
 
     @cached_property
     def shares(self) -> list[int]:
-        """How much of a rank's rows each group has: nothing runs beside the first transfer and the last, so little."""
+        """How much of a rank's tokens or rows each group has: little in the first and last, whose transfers show."""
         return [1, *[2] * (self.groups - 2), 1][: self.groups]
 
     @property

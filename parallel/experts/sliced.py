@@ -23,9 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.experts import ExpertRows, permute, plan_rows
-from minimax_train.kernels.experts.phases import experts_backward_weights, tokens_backward, tokens_forward
+from minimax_train.kernels.experts.phases import (
+    experts_backward_down,
+    experts_backward_gate_up,
+    tokens_backward,
+    tokens_forward,
+)
 from minimax_train.parallel.experts.lanes import Arriving, Lane, Mark, mark, wait
-from minimax_train.parallel.experts.pipeline import Returning, start_pipeline
+from minimax_train.parallel.experts.pipeline import Pipeline, Returning
 
 
 def sliced_experts(
@@ -50,7 +55,7 @@ def _gather(x_TD: Tensor, x_ND: Tensor, tokens: slice, start: Mark, etp: Lane) -
     here_JtD = _of_group(x_ND, tokens, etp).unflatten(0, (etp.size, -1))
     with etp.after(start):
         etp.communicator.all_gather(x_TD[tokens], out=here_JtD).wait()
-        return Arriving(here_JtD.flatten(0, 1), mark(x_TD), x_TD)
+        return Arriving(here_JtD.flatten(0, 1), mark(x_TD))
 
 
 def _of_group(x_N: Tensor, tokens: slice, etp: Lane) -> Tensor:
@@ -71,7 +76,8 @@ class _SlicedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weights_TK, experts_TK, gate_up_E2fD, down_EDf, etp, groups, implementation):
         how = {"implementation": implementation}
-        x_ND, y_TD = x_TD.new_empty(etp.size * len(x_TD), x_TD.shape[1]), torch.empty_like(x_TD)
+        (T, D), y_TD = x_TD.shape, x_TD.new_empty(x_TD.shape)
+        x_ND = x_TD.new_empty(etp.size * T, D)
         start = mark(x_TD)
         with etp.after(start):
             gathered = [etp.communicator.all_gather(x).wait() for x in (weights_TK, experts_TK)]
@@ -88,13 +94,12 @@ class _SlicedExperts(torch.autograd.Function):
             hidden_r2f.append(hidden)
             return _sum_home(y_nD, y_TD, tokens, etp)
 
-        returning = Returning(y_TD, [(x_TD, *gathered)])
-        pipeline = start_pipeline(groups, bring)
+        pipeline = Pipeline(groups, bring)
         # Beside the first tokens' way here.
         wait(chosen)
         weights_NK, experts_NK = (_by_group(x_JTK, groups) for x_JTK in gathered)
         plans += [plan_rows(_of_group(experts_NK, tokens, etp), len(gate_up_E2fD), **how) for tokens in groups]
-        pipeline.run(work, returning)
+        returning = pipeline.run(work, Returning(y_TD, [(x_TD, *gathered)]))
         ctx.save_for_backward(x_ND, weights_NK, experts_NK, gate_up_E2fD, down_EDf, *hidden_r2f)
         ctx.plans, ctx.etp, ctx.groups, ctx.how = plans, etp, groups, how
         return returning.wait()
@@ -114,30 +119,27 @@ class _SlicedExperts(torch.autograd.Function):
             return _gather(dy_TD, dy_ND, tokens, start, etp)
 
         def work(index: int, tokens: slice, arriving: Arriving) -> tuple[Mark, tuple[Tensor, ...]]:
-            K = experts_NK.shape[1]
-            rows = slice(etp.size * tokens.start * K, etp.size * tokens.stop * K)
-            weights_nK, d_weights_nK = (_of_group(x, tokens, etp) for x in (weights_NK, d_weights_NK))
-            dx_nD, d_weights = tokens_backward(
-                arriving.rows_ND, hidden_r2f[index], weights_nK, plans[index], gate_up_E2fD, down_EDf,
-                act_Rf[rows], d_hidden_R2f[rows], **how,
+            outputs = (_of_group(x.unflatten(0, experts_NK.shape), tokens, etp) for x in (act_Rf, d_hidden_R2f))
+            dx_nD, d_weights_nK = tokens_backward(
+                arriving.rows_ND, hidden_r2f[index], _of_group(weights_NK, tokens, etp), plans[index],
+                gate_up_E2fD, down_EDf, *(x.flatten(0, 1) for x in outputs), **how,
             )  # fmt: skip
-            d_weights_nK.copy_(d_weights)
+            _of_group(d_weights_NK, tokens, etp).copy_(d_weights_nK)
             return _sum_home(dx_nD, dx_TD, tokens, etp)
 
-        returning = Returning(dx_TD, [(dy_TD,)])
-        start_pipeline(groups, bring).run(work, returning)
+        returning = Pipeline(groups, bring).run(work, Returning(dx_TD, [(dy_TD,)]))
         d_weights_JTK = _by_rank(d_weights_NK, groups, etp)
         with etp.after(mark(dy_TD)):
             etp.communicator.reduce_scatter(d_weights_JTK, out=d_weights_TK).wait()
             returning.add(mark(dy_TD), (d_weights_JTK,))
         plan = plans[0]
-        if len(groups) > 1:
+        if len(groups) > 1:  # from group by group to expert by expert
             plan = plan_rows(experts_NK, len(gate_up_E2fD), **how)
             source_R = _rows_of_groups(plans)[plan.choice_R]
             act_Rf, d_hidden_R2f = act_Rf.index_select(0, source_R), d_hidden_R2f.index_select(0, source_R)
-        rows = (permute(x, plan, **how) for x in (x_ND, dy_ND))
-        of_experts = experts_backward_weights(*rows, act_Rf, d_hidden_R2f, plan.offsets_E, **how)
-        return returning.wait(), d_weights_TK, None, *of_experts, None, None, None
+        d_gate_up_E2fD = experts_backward_gate_up(permute(x_ND, plan, **how), d_hidden_R2f, plan.offsets_E, **how)
+        d_down_EDf = experts_backward_down(permute(dy_ND, plan, **how), act_Rf, plan.offsets_E, **how)
+        return returning.wait(), d_weights_TK, None, d_gate_up_E2fD, d_down_EDf, None, None, None
 
 
 def _sum_home(y_nD: Tensor, y_TD: Tensor, tokens: slice, etp: Lane) -> tuple[Mark, tuple[Tensor, ...]]:

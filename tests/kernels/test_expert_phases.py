@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from minimax_train.kernels.experts import expert_mlp_naive, has_quack, permute, plan_rows
 from minimax_train.kernels.experts.phases import (
+    experts_backward_down,
+    experts_backward_gate_up,
     experts_backward_rows,
-    experts_backward_weights,
     experts_forward,
     tokens_backward,
     tokens_forward,
@@ -58,7 +59,8 @@ def test_phases_equal_autograd(implementation, dtype, ends):
     # A caller keeps several groups' in one tensor.
     act, d_kept = (x.new_full((R + 3, width), float("nan"))[3:] for width in (hidden, 2 * hidden))
     dx = experts_backward_rows(dy, kept, gate_up, down, offsets, act, d_kept, **how)
-    d_gate_up, d_down = experts_backward_weights(x, dy, act, d_kept, offsets, **how)
+    d_gate_up = experts_backward_gate_up(x, d_kept, offsets, **how)
+    d_down = experts_backward_down(dy, act, offsets, **how)
     right = _reference(x, dy, gate_up, down, ends)
     for name, ours, reference in zip(("y", "x", "gate_up", "down"), (y, dx, d_gate_up, d_down), right, strict=True):
         assert ours.dtype == dtype and relative_error(ours, reference) < TOLERANCES[dtype], name
@@ -84,8 +86,9 @@ def test_phases_of_tokens_equal_autograd(poisoned_empty, implementation, dtype, 
     y, kept = tokens_forward(x, weights, rows, gate_up, down, **how)
     act, d_kept = (x.new_full((T * K, width), float("nan")) for width in (hidden, 2 * hidden))
     dx, d_weights = tokens_backward(dy, kept, weights, rows, gate_up, down, act, d_kept, **how)
-    of_rows = (permute(value, rows, **how) for value in (x, dy))
-    ours = [y, dx, d_weights, *experts_backward_weights(*of_rows, act, d_kept, rows.offsets_E, **how)]
+    d_gate_up = experts_backward_gate_up(permute(x, rows, **how), d_kept, rows.offsets_E, **how)
+    d_down = experts_backward_down(permute(dy, rows, **how), act, rows.offsets_E, **how)
+    ours = [y, dx, d_weights, d_gate_up, d_down]
     leaves = [value.double().requires_grad_() for value in (x, weights, gate_up, down)]
     right = expert_mlp_naive(*leaves[:2], experts, *leaves[2:]) + 0 * leaves[0]
     gradients = torch.autograd.grad(right, leaves, dy.double(), allow_unused=True, materialize_grads=True)
@@ -103,6 +106,7 @@ def test_no_rows_at_all(implementation):
     y, kept = experts_forward(x, gate_up, down, offsets, **how)
     act, d_kept = x.new_empty(0, 24), x.new_empty(0, 48)
     dx = experts_backward_rows(y, kept, gate_up, down, offsets, act, d_kept, **how)
-    d_gate_up, d_down = experts_backward_weights(x, y, act, d_kept, offsets, **how)
+    d_gate_up = experts_backward_gate_up(x, d_kept, offsets, **how)
+    d_down = experts_backward_down(y, act, offsets, **how)
     assert y.shape == dx.shape == (0, 16) and not d_gate_up.any() and not d_down.any()
     assert d_gate_up.shape == gate_up.shape and d_down.shape == down.shape
