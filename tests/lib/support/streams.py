@@ -9,18 +9,21 @@ any more, whatever is made there next may get it.
 
 from __future__ import annotations
 
-import traceback
+import sys
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minimax_train.parallel.communicator import Pending
 
 COMPUTE = 0
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
@@ -70,13 +73,17 @@ class Streams(TorchDispatchMode):
         super().__init__()
         self.within, self.problems = within, set()
         self.clocks: dict[int, Counter] = defaultdict(Counter)
-        self._stack = [COMPUTE]
+        self._stack, self._numbers = [COMPUTE], count(1)
         self._memory: dict[int, Memory] = {}
         self._freed: dict[int, list[Use]] = defaultdict(list)
 
     @property
     def current(self) -> int:
         return self._stack[-1]
+
+    def make(self) -> int:
+        """A new stream."""
+        return next(self._numbers)
 
     def mark(self, like: Tensor) -> Mark:
         return Mark(self)
@@ -117,8 +124,10 @@ class Streams(TorchDispatchMode):
     def _note(self, x: Tensor, writes: bool) -> Use:
         begin = x.storage_offset() * x.itemsize
         last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
-        frames = [f for f in traceback.extract_stack() if self.within in f.filename]
-        where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "elsewhere"
+        frame = sys._getframe()
+        while frame is not None and self.within not in frame.f_code.co_filename:
+            frame = frame.f_back
+        where = "elsewhere" if frame is None else f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         time = self.clocks[self.current][self.current]
         return Use(self.current, time, begin, begin + (last + 1) * x.itemsize, writes, where)
 
@@ -155,6 +164,53 @@ class Streams(TorchDispatchMode):
 
     def _problem(self, what: str, use: Use, other: Use) -> None:
         self.problems.add(f"{what}: {use.where} on stream {use.stream}, {other.where} on stream {other.stream}")
+
+
+class Link:
+    """A communicator of which every other rank sends what this one does: transfers on a stream of their own.
+
+    As those of NCCL they begin after what the current stream was given before, keep what they send and fill until
+    somebody waits, and only then are later operations told to come after them.
+    """
+
+    def __init__(self, streams: Streams, rank: int, size: int) -> None:
+        self.streams, self.rank, self.size = streams, rank, size
+        self._stream = streams.make()
+
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape) if out is None else out
+        return self._transfer([(x.expand(out.shape), out)], out)
+
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        out = torch.empty_like(x[0]) if out is None else out
+        return self._transfer([(row, out) for row in x.contiguous()], out)
+
+    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
+        rows = min(sum(sends), sum(receives))
+        return self._transfer([(x[:rows].contiguous(), out[:rows])], out)
+
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+        outgoing = [(x.contiguous(), None) for x in sends.values()]
+        return self._transfer([*outgoing, *((None, x) for x in receives.values())], None)
+
+    def _transfer(self, copies: list[tuple[Tensor | None, Tensor | None]], result: Tensor | None) -> Pending:
+        with self.streams.on(self._stream, Mark(self.streams)):
+            for source, target in copies:
+                if target is None:
+                    source.clone()  # reads it
+                elif source is None:
+                    target.fill_(0.01)
+                else:
+                    target.copy_(source)
+            done = Mark(self.streams)
+
+        def wait() -> Tensor | None:
+            self.streams.wait(done)
+            copies.clear()
+            return result
+
+        return Pending(wait)
 
 
 def _tensors(values: object) -> Iterable[Tensor]:

@@ -1,0 +1,116 @@
+"""In which order streams use memory, and how long it lives, with a CPU playing the streams."""
+
+import pytest
+import torch
+
+from minimax_train.kernels.documents import Documents
+from minimax_train.parallel.experts import ExpertParallel, lanes, layer, pipeline, plan, sliced
+from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.parallel.linear import lightning_attention_cp
+from minimax_train.parallel.softmax import softmax_attention_cp
+from support.streams import Link, Streams
+
+GRIDS = [(1, 2), (1, 3), (2, 1), (2, 2)]
+T, K, E, D, F = 13, 2, 4, 6, 12
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    streams = Streams("/parallel/")
+
+    def after(lane, done):
+        lane._stream = lane._stream or streams.make()
+        return streams.on(lane._stream, done)
+
+    monkeypatch.setattr(lanes.Lane, "after", after)
+    for module in (lanes, layer, pipeline, plan, sliced):
+        for name in ("mark", "wait"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(streams, name))
+    return streams
+
+
+def _problems(streams, ep, etp, groups):
+    """Of two layers after one another, forward and backward."""
+    torch.manual_seed(0)
+    shapes = [(T, D), (T, K), (E // ep, 2 * F // etp, D), (E // ep, D, F // etp)]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    # As many rows to one rank of two as to the other.
+    experts = torch.stack([torch.arange(T) % 2, 2 + torch.arange(T) % 2], 1)
+    links = (Link(streams, 0, size) for size in (ep, etp))
+    expert_layer = ExpertParallel(*links, num_experts=E, token_groups=groups)
+    with streams:
+        y = expert_layer(*leaves[:2], experts, *leaves[2:], implementation="loop")
+        y = expert_layer(y, leaves[1], experts, *leaves[2:], implementation="loop")
+        for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
+            gradient.clone()
+    return streams.problems
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+def test_streams_wait_for_each_other(streams, sizes, groups):
+    assert not _problems(streams, *sizes, groups)
+
+
+@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+def test_products_that_do_not_wait_are_found(monkeypatch, streams, sizes):
+    monkeypatch.setattr(pipeline, "wait", lambda done: None)
+    assert any("used while still in use" in problem for problem in _problems(streams, *sizes, 2))
+
+
+@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
+def test_memory_given_up_too_early_is_found(monkeypatch, streams, sizes):
+    monkeypatch.setattr(pipeline.Returning, "add", lambda returning, done, kept: returning.done.append(done))
+    assert any("handed out while still in use" in problem for problem in _problems(streams, *sizes, 4))
+
+
+def _problems_of_attention(streams, attend, kind, ranks=3):
+    """Of two layers after one another on every rank; a row of one document, and one of several."""
+    shapes = [(12, 2, 4), (12, 2, 4), (12, 2, 4)]
+    for lengths in ([12 * ranks], [5, 1, 20, 12 * ranks - 26]):
+        layout, whole = SequenceLayout(kind, ranks), Documents.from_lengths(lengths)
+        for rank in range(ranks):
+            q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+            shard, link = layout.shard(whole, rank), Link(streams, rank, ranks)
+            with streams:
+                out = attend(attend(q, k, v, shard, link), k, v, shard, link)
+                for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+                    gradient.clone()
+    return streams.problems
+
+
+def _lightning(method):
+    def attend(q, k, v, shard, link):
+        # Near and far heads.
+        slopes = torch.tensor([9.0, 0.1])
+        return lightning_attention_cp(q, k, v, slopes, shard, link, method=method, implementation="chunked")
+
+    return attend
+
+
+def _softmax(method):
+    def attend(q, k, v, shard, link):
+        return softmax_attention_cp(q, k, v, shard, link, scale=0.5, method=method, implementation="blocked")
+
+    return attend
+
+
+ATTENTIONS = [
+    *((_lightning, method) for method in ("lasp_plus", "scan", "ring")),
+    *((_softmax, method) for method in ("ring", "allgather")),
+]
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("attention", "method"), ATTENTIONS)
+def test_attention_waits_for_transfers(streams, attention, method, kind):
+    assert not _problems_of_attention(streams, attention(method), kind)
+
+
+@pytest.mark.parametrize(("attention", "method"), ATTENTIONS)
+def test_attention_that_does_not_wait_is_found(monkeypatch, streams, attention, method):
+    monkeypatch.setattr(Streams, "wait", lambda streams, done: None)
+    assert any(
+        "used while still in use" in problem for problem in _problems_of_attention(streams, attention(method), "zigzag")
+    )
