@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from minimax_train.config import Config, load_config, to_yaml
 from minimax_train.errors import ConfigError, TrainingError, require
-from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.environment import ProcessEnvironment, share_processors
 from minimax_train.parallel.grid import ProcessGrid
 
 USAGE = """
@@ -68,6 +68,7 @@ def _fail(error: ConfigError | TrainingError, rank: int) -> int:
 
 def run(config: Config, environment: ProcessEnvironment) -> None:
     """Join the process group, train, leave."""
+    share_processors()
     from minimax_train.trainer import Trainer  # after the configuration is checked: it takes seconds to import
 
     device_type = config.device

@@ -47,7 +47,7 @@ class ParallelConfig:
             number of processes is data-parallel, for the dense part and for the experts each by itself.
         token_groups: in how many groups a rank's tokens go through the experts, so that one group's communication
             runs beside another's computation; 1 where nothing is communicated (``ep * etp`` = 1), and never more
-            than the rank has tokens, or there would be groups of none.
+            than the rank has tokens, or there would be groups of none. How many: docs/expert-parallelism.md.
         layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
         linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
         softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,6 +73,16 @@ class ProcessEnvironment:
             **meeting,
         )
         return device
+
+
+def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let the tokenizers of the processes that torchrun started have an equal share of this machine's processors each.
+
+    A ``RAYON_NUM_THREADS`` that is set stays. srun binds tasks to their processors itself.
+    """
+    processes = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1:
+        environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def _first_node(nodes: str) -> str:

@@ -88,7 +88,7 @@ def partials(
     nothing reads what the last segment (REVERSE: the first) hands on.
     """
     slice_v = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)  # times a stride it may not fit in 32 bits
     row = tl.program_id(2)
     slope = tl.load(slopes + h).to(tl.float32)
     fine = row + PER if REVERSE else row
@@ -164,7 +164,7 @@ def states(
         columns = tl.arange(0, COLUMNS)
         begun = tl.load(places + columns, mask=columns < N, other=p + 1) <= p
         column = tl.sum(begun.to(tl.int32), 0) - 1
-        h = column % H
+        h = (column % H).to(tl.int64)
         slope = tl.load(slopes + h).to(tl.float32)
         begin = tl.load(edges + 2 * (column // H))
         end = tl.load(edges + 2 * (column // H) + 1)
@@ -214,7 +214,7 @@ def attend(
 ):  # fmt: skip
     """``out [T, H, V]`` of one head, slice of V and segment; ``final [N, H, K, V]`` of the documents it ends."""
     slice_v = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)  # times a stride it may not fit in 32 bits
     segment = tl.program_id(2)
     slope = tl.load(slopes + h).to(tl.float32)
     low = _cut(num_chunks, segment * PER, num_fine)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimax_train.kernels.documents import Documents
-from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
+from minimax_train.kernels.lightning import lightning_attention, lightning_parts, lightning_slopes
 
 SLOPES = [0.917, 1e-5, 0.05]
 # One document and several; 63 and 130 tokens; single tokens; documents that end on, before and after chunk edges.
@@ -146,6 +146,23 @@ def test_triton_forgets_only_what_has_decayed_away(small_tiles):
     small_tiles(4, 3)
     case = Case.make([400], 16, 16, with_state=True, slopes=[0.917, 0.2, 0.05, 1e-5])
     assert_close(case.run("triton", torch.float32), case.run("naive", torch.float64), 1e-5)
+
+
+@interpreted
+def test_triton_heads_far_apart(small_tiles):
+    """Heads 1.2 billion elements apart, as those of a long row are where heads come first."""
+    small_tiles(2, 1)
+    case = Case.make([50, 30], 16, 16, with_state=True, round_to=torch.float16)
+    far = torch.empty_strided(case.qkv_THQ.shape, (48, 1_200_000_000, 1), dtype=torch.float16)  # memory hardly used
+    far.copy_(case.qkv_THQ)
+    near, far = case.qkv_THQ.half().split(16, -1), far.split(16, -1)
+    how = {"initial_state_NHKV": case.initial_NHKV.float(), "final_state_of": [1, 0], "implementation": "triton"}
+    results = []
+    for q, k, v in (near, far):
+        out, final = lightning_attention(q, k, v, case.slopes_H.float(), case.documents, **how)
+        own, _ = lightning_parts(q, "triton").states(k, v, case.slopes_H.float(), case.documents, (1,), reverse=True)
+        results.append((out, final, own))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @interpreted

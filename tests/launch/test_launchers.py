@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minimax_train import launch
-from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.environment import ProcessEnvironment, share_processors
 from support.runs import overrides
 
 SCRIPTS = Path(launch.__file__).parent
@@ -90,6 +90,20 @@ def test_one_process_per_visible_gpu(tmp_path, monkeypatch, visible, processes):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert _start("torchrun.sh", ["model=tiny"], tmp_path, tools).returncode == 0
     assert f"--nproc-per-node={processes}" in (tmp_path / "torchrun.args").read_text().splitlines()
+
+
+def test_processes_share_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    for given, expected in [
+        ({}, {}),
+        ({"LOCAL_WORLD_SIZE": "1"}, {}),
+        ({"LOCAL_WORLD_SIZE": "8"}, {"RAYON_NUM_THREADS": "12"}),
+        ({"LOCAL_WORLD_SIZE": "300"}, {"RAYON_NUM_THREADS": "1"}),
+        ({"LOCAL_WORLD_SIZE": "8", "RAYON_NUM_THREADS": "5"}, {"RAYON_NUM_THREADS": "5"}),
+    ]:
+        environ = dict(given)
+        share_processors(environ)
+        assert environ == given | expected
 
 
 def test_environments():
