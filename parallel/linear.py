@@ -202,7 +202,7 @@ def _start_neighbours(
 ) -> Callable[[], Tensor]:
     """Each of this rank's chunks takes what the chunk before it leaves (backwards: after it)."""
     step = 1 if backwards else -1
-    taken_MHKV = torch.zeros_like(x_MHKV, memory_format=torch.contiguous_format)
+    taken_MHKV = torch.empty_like(x_MHKV, memory_format=torch.contiguous_format)
     sends, receives = {}, {}
     for m, chunk in enumerate(shard.mine):
         takes, gives = _links(chunk, backwards=backwards)
@@ -212,6 +212,8 @@ def _start_neighbours(
                 taken_MHKV[m] = x_MHKV[shard.mine.index(giver)]
             else:
                 receives[giver.rank] = taken_MHKV[m]
+        else:
+            taken_MHKV[m] = 0
         if gives and (taker := shard.chunks[chunk.index - step].rank) != shard.rank:
             sends[taker] = x_MHKV[m]
     pending = communicator.exchange(sends, receives)

@@ -19,7 +19,7 @@ With ``etp`` alone, tokens travel, each once (``sliced.py``):
     reduce-scatter, etp
 
 ``docs/expert-parallelism.md`` has the picture. ``plan.py``: which row goes where. ``lanes.py``: the streams that
-transfers run on, and those of rows. ``pipeline.py``: groups one after the other.
+transfers run on, and the transfers of rows. ``pipeline.py``: groups one after the other.
 
 Shape legend: T tokens, K choices per token, D hidden, E experts, F expert hidden; e, f the share of one rank; R = T * K
 rows at home.
