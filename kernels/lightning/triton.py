@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import cache
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -114,9 +113,14 @@ def _state_rows(documents: Documents, wanted: tuple[int, ...]) -> Tensor:
     return to_device(rows_N, documents.device)
 
 
+def _chunk_ends(documents: Documents, size: int) -> Tensor:
+    """The chunk after the last of each document, on the host, ``[N]``."""
+    return ((documents.cu_seqlens_cpu.diff() + size - 1) // size).cumsum(0)
+
+
 def _runs(documents: Documents, size: int, wanted: tuple[int, ...] | None) -> Tensor:
     """From each chunk, how many a backward walk makes before it meets the next end of a document wanted; int32."""
-    ends_N = ((documents.cu_seqlens_cpu.diff() + size - 1) // size).cumsum(0) - 1
+    ends_N = _chunk_ends(documents, size) - 1
     stops = ends_N if wanted is None else ends_N[sorted(wanted)]
     stops = torch.cat([stops.new_tensor([-1]), stops])
     chunks_M = torch.arange(int(ends_N[-1]) + 1)
@@ -393,7 +397,7 @@ def _edges(documents: Documents, of: tuple[int | None, ...], size: int, segments
     """
     bounds = documents.bounds
     ranges = [(0, 0) if n is None else (bounds[n], bounds[n + 1]) for n in of]
-    ends = list(accumulate(_ceil_div(end - begin, size) for begin, end in pairwise(bounds)))  # of documents, in chunks
+    ends = _chunk_ends(documents, size).tolist()
     begins = [0, *ends]
     cuts = [ends[-1] * segment // segments for segment in range(1, segments)]
     owners = [bisect_right(ends, cut) for cut in cuts]

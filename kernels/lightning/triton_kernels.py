@@ -41,6 +41,13 @@ def _reach(slope):
 
 
 @triton.jit
+def _cells(states, n, h, stride_n, stride_h, stride_k, stride_v, columns_k, columns_v):
+    """Where the elements of the state of row n and head h lie."""
+    at = states + n.to(tl.int64) * stride_n + h * stride_h
+    return at + columns_k[:, None] * stride_k + columns_v[None, :] * stride_v
+
+
+@triton.jit
 def _load_rows(base, stride, valid, columns, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.arange(0, C)
     mask = (
@@ -254,15 +261,13 @@ def attend(
                 end = _cut(num_chunks, f if REVERSE else f + 1, num_fine)
                 away = tl.abs(cut_token - tl.load(starts + end))
                 row = f - PER if REVERSE else f
-                at = partial + row.to(tl.int64) * partial_f + h * partial_h
-                at += columns_k[:, None] * partial_k + columns_v[None, :] * partial_v
+                at = _cells(partial, row, h, partial_f, partial_h, partial_k, partial_v, columns_k, columns_v)
                 state += tl.load(at, mask=inside, other=0.0) * tl.exp(-slope * away)
             if HAS_INITIAL:
                 away = document_end - cut_token if REVERSE else cut_token - document_start
                 n = tl.load(rows + document) if INITIAL_MAPPED else document
                 if begun & (n >= 0) & (away * slope <= REACH):
-                    at = initial + n.to(tl.int64) * initial_n + h * initial_h
-                    at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                    at = _cells(initial, n, h, initial_n, initial_h, initial_k, initial_v, columns_k, columns_v)
                     state += tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.exp(-slope * away)
 
     # The next chunk's place is carried from step to step: loaded in the same step as the tensors whose addresses it
@@ -292,8 +297,7 @@ def attend(
             if enters:
                 n = tl.load(owners + m)
                 n = tl.load(rows + n) if INITIAL_MAPPED else n
-                at = initial + n.to(tl.int64) * initial_n + h * initial_h
-                at += columns_k[:, None] * initial_k + columns_v[None, :] * initial_v
+                at = _cells(initial, n, h, initial_n, initial_h, initial_k, initial_v, columns_k, columns_v)
                 state = tl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(tl.float32)
         else:
             from_state = tl.where(enters, 0.0, from_state)
@@ -312,6 +316,5 @@ def attend(
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
                 n = tl.load(owners + m)
                 n = tl.load(rows + n) if FINAL_MAPPED else n
-                at = final + n.to(tl.int64) * final_n + h * final_h
-                at += columns_k[:, None] * final_k + columns_v[None, :] * final_v
+                at = _cells(final, n, h, final_n, final_h, final_k, final_v, columns_k, columns_v)
                 tl.store(at, state, mask=inside & (n >= 0) if FINAL_MAPPED else inside)

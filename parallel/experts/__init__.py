@@ -94,7 +94,7 @@ class ExpertParallel:
             inputs = (x_TD, weights_TK, experts_TK, gate_up_e2fD, down_eDf)
             if self.etp.size == 1 or not len(x_TD):
                 return expert_mlp(*inputs, implementation=implementation)
-            return sliced_experts(*inputs, self.etp, cut.shares, implementation)
+            return sliced_experts(*inputs, self.etp, cut.split(len(x_TD)), implementation)
         labels_TK, num_labels = cut.labels(experts_TK)
         rows = plan_rows(labels_TK, num_labels, implementation=implementation)
         pending = start_plan(cut, rows.offsets_E, self.ep, self.etp)

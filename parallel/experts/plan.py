@@ -52,8 +52,12 @@ class Cut:
     @cached_property
     def columns(self) -> list[slice]:
         """Of each group, at least one."""
-        total, C = sum(self.shares), self.num_columns
-        ends = [(2 * C * done + total) // (2 * total) for done in accumulate(self.shares)]
+        return self.split(self.num_columns)
+
+    def split(self, size: int) -> list[slice]:
+        """A range in the groups' shares, as nearly as it goes."""
+        total = sum(self.shares)
+        ends = [(2 * size * done + total) // (2 * total) for done in accumulate(self.shares)]
         return [slice(*edges) for edges in pairwise([0, *ends])]
 
     def experts(self, columns: slice) -> slice:

@@ -16,7 +16,7 @@ choices per token, D hidden, E experts, f a rank's share of their hidden size, r
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -40,12 +40,11 @@ def sliced_experts(
     gate_up_E2fD: Tensor,
     down_EDf: Tensor,
     etp: Lane,
-    shares: list[int],
+    groups: list[slice],
     implementation: str,
 ) -> Tensor:
-    """``y_t = sum_k weight_tk * expert_tk(x_t)`` of this rank's tokens, in groups of these shares of them."""
-    ends = [len(x_TD) * done // sum(shares) for done in accumulate(shares)]
-    groups = [slice(*edges) for edges in pairwise([0, *ends]) if edges[0] < edges[1]]
+    """``y_t = sum_k weight_tk * expert_tk(x_t)`` of this rank's tokens, in groups of them; empty ones are left out."""
+    groups = [tokens for tokens in groups if tokens.start < tokens.stop]
     inputs = (x_TD, weights_TK, experts_TK, gate_up_E2fD, down_EDf)
     return _SlicedExperts.apply(*inputs, etp, groups, implementation)
 

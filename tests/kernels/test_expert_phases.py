@@ -33,6 +33,15 @@ def _reference(x, dy, gate_up, down, ends):
     return [y, *torch.autograd.grad(y, leaves, dy.double())]
 
 
+def _inputs(rows, E, D, hidden, dtype):
+    """x, the gradient of y, and both weights."""
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
+
+    return randn(rows, D), randn(rows, D), randn(E, 2 * hidden, D, scale=0.25), randn(E, D, hidden, scale=0.2)
+
+
 IMPLEMENTATIONS = [
     ("loop", torch.float64),
     ("loop", torch.bfloat16),
@@ -48,11 +57,7 @@ def test_phases_equal_autograd(implementation, dtype, ends):
         pytest.importorskip("triton")
     torch.manual_seed(sum(ends))
     R, E, D, hidden = ends[-1], len(ends), 16, 24
-
-    def randn(*shape, scale=1.0):
-        return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
-
-    x, dy, gate_up, down = randn(R, D), randn(R, D), randn(E, 2 * hidden, D, scale=0.25), randn(E, D, hidden, scale=0.2)
+    x, dy, gate_up, down = _inputs(R, E, D, hidden, dtype)
     offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     how = {"implementation": implementation}
     y, kept = experts_forward(x, gate_up, down, offsets, **how)
@@ -73,11 +78,7 @@ def test_phases_of_tokens_equal_autograd(poisoned_empty, implementation, dtype, 
         pytest.importorskip("triton")
     torch.manual_seed(0)
     T, K, E, D, hidden = 37, 2, 5, 16, 24
-
-    def randn(*shape, scale=1.0):
-        return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
-
-    x, dy, gate_up, down = randn(T, D), randn(T, D), randn(E, 2 * hidden, D, scale=0.25), randn(E, D, hidden, scale=0.2)
+    x, dy, gate_up, down = _inputs(T, E, D, hidden, dtype)
     weights = torch.rand(T, K, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
     experts = torch.stack([torch.randint(3, (T,)), torch.randint(3, 5, (T,))], 1)
     experts[torch.rand(T, K) < {"all": 0.0, "some": 0.4, "none": 1.1}[chosen]] = -1

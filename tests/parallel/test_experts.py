@@ -101,10 +101,15 @@ def test_equals_one_rank_in_float64(sizes):
         assert max(errors.values()) < 1e-10, errors
 
 
+def _alone(**how):
+    """This rank's group of itself."""
+    return GroupCommunicator(dist.new_group([dist.get_rank()], use_local_synchronization=True, **how))
+
+
 def _uneven(grid, tokens_of_ranks):
     """Of ranks on the ep axis, each with its own number of tokens: the worst error."""
     ep = GroupCommunicator(grid.group("dp"))
-    etp = GroupCommunicator(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    etp = _alone()
     x, weights, experts, gate_up, down, dy = _case(len(tokens_of_ranks), "uneven", torch.float64)
     kept = torch.arange(x.shape[1]) < torch.tensor(tokens_of_ranks)[:, None]
     case = (x, weights, experts.where(kept[..., None], -1), gate_up, down, dy)
@@ -124,7 +129,7 @@ def test_ranks_with_different_numbers_of_tokens():
 def _columns_first(grid):
     """Tokens as a transposed view."""
     etp = GroupCommunicator(grid.group("dp"))
-    ep = GroupCommunicator(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    ep = _alone()
     x, weights, experts, gate_up, down, _ = _case(2, "drops", torch.float64)
     layer = ExpertParallel(ep, etp, num_experts=EXPERTS, token_groups=2)
     mine = x[etp.rank].T.contiguous().T
@@ -253,7 +258,7 @@ def _on_nccl(grid, axis, dtype):
     rank = dist.get_rank()
     torch.cuda.set_device(rank)
     both = GroupCommunicator(dist.new_group(backend="nccl"))
-    alone = GroupCommunicator(dist.new_group([rank], backend="nccl", use_local_synchronization=True))
+    alone = _alone(backend="nccl")
     communicators = [both, alone] if axis == "ep" else [alone, both]
     return _worst_errors(communicators, dtype, groups=(1, 2, 4), device="cuda", **WIDE)
 
