@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py --link emulated --ranks 2 4 8 [--rate nvlink network] [--json FILE] [--trace FILE]
     torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
+    python benchmarks/experts.py --plot PICTURE.svg TRACE ...                # needs no GPU
 
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
 ``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
@@ -226,6 +227,39 @@ def write_trace(path: Path, run: Callable[[], object]) -> None:
         json.dump({"traceEvents": kept}, file)
 
 
+def plot(picture: Path, traces: list[Path]) -> None:
+    """Products above, transfers below, over time, of traces that :func:`write_trace` wrote."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "experts"
+    import matplotlib.pyplot as plt
+
+    colors = {"transfer": "tab:red", "matrix product": "tab:blue", "other kernel": "tab:gray"}
+    size = (10, 1.5 * len(traces) + 0.6)
+    figure, axes = plt.subplots(len(traces), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, path in zip(axes[:, 0], traces, strict=True):
+        with gzip.open(path, "rt") as file:
+            events = json.load(file)["traceEvents"]
+        lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+        ran = [event for event in events if event["ph"] == "X" and "spin_kernel" not in event["name"]]
+        begin = min(event["ts"] for event in ran)
+        spans = {kind: [] for kind in colors}
+        for event in ran:
+            kind = "matrix product" if "gemm" in event["name"].lower() else "other kernel"
+            kind = "transfer" if lanes[event["tid"]] == "transfers" else kind
+            if event["dur"] > 5:  # microseconds; less does not show
+                spans[kind].append(((event["ts"] - begin) * 1e-3, event["dur"] * 1e-3))
+        for kind, color in colors.items():
+            height = (0 if kind == "transfer" else 1, 0.9)
+            axis.broken_barh(spans[kind], height, color=color, edgecolor="white", linewidth=0.2, label=kind)
+        axis.set_yticks([0.45, 1.45], ["transfers", "products"])
+        axis.set_title(path.name.split(".")[0], fontsize=9)
+    axis.set_xlabel("milliseconds, forward and backward")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(picture, metadata={"Date": None})
+
+
 def show(row: dict) -> None:
     text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
     print(text, flush=True)
@@ -249,7 +283,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", type=Path, help="Chrome traces of balanced routing and most groups, FILE-*.json.gz")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar=("PICTURE", "TRACE"), help="draw what --trace wrote")
     options = parser.parse_args()
+    if options.plot:
+        plot(options.plot[0], options.plot[1:])
+        return
     on_gpu = torch.cuda.is_available()
     options.device = "cuda" if on_gpu else "cpu"
     options.dtype = torch.bfloat16 if on_gpu else torch.float32

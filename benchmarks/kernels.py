@@ -6,9 +6,11 @@
 Peers: ``pip install flash-linear-attention lightning-attn``.
 
 ``--op`` says what is measured; ``fused_ops.py`` has all but lightning attention, to which the other arguments apply.
-The floor is the bytes an op must read and write once, over the copy rate measured in the same run. Times are medians
-of CUDA graph replays (``graph``: the device alone) and of plain calls (``eager``: with the launches of one training
-step). Errors are relative, against the chunked implementation in float64, at 8192 tokens and 8 heads.
+The floor is the bytes an op must read and write once, over the copy rate measured in the same run. Times are medians:
+of the device alone (ours: replays of a CUDA graph; peers: the sum of their kernels, without gaps) and of plain calls
+(``eager``: with the launches of one training step). Ours reads q, k and v as views of one projection; peers are given
+them in the layout they want, not timed. Errors are relative, against the chunked implementation in float64, at 8192
+tokens and 8 heads.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from collections.abc import Callable
 
 import fused_ops
 import torch
-from timing import copy_rate, graph_times, times
+from timing import copy_rate, graph_times, kernel_times, times
 from torch import Tensor
 
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 
 DIM = 128
-ATTENTION_2 = "lightning-attention-2"  # one document only, and head-major tensors, which it is given
+ATTENTION_2 = "lightning-attention-2"  # one document only
 
 
 def random_lengths(tokens: int, documents: int) -> list[int]:
@@ -74,6 +76,9 @@ def head_major(x_THK: Tensor) -> Tensor:
     return x_THK.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+LAYOUTS = {"fla": Tensor.contiguous, ATTENTION_2: head_major}  # what spares an implementation a copy
+
+
 def lightning_inputs(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
     """q, k and v as views into one projection laid out per head, as the model has them, and the output's gradient."""
     qkv_THQ = torch.randn(tokens, heads, 3 * DIM, device="cuda", dtype=dtype)
@@ -81,9 +86,12 @@ def lightning_inputs(tokens: int, heads: int, dtype: torch.dtype = torch.bfloat1
 
 
 def lightning_calls(
-    run: Callable, leaves: list[Tensor], d_out: Tensor, slopes_H: Tensor, documents: Documents
+    name: str, run: Callable, qkv: list[Tensor], d_out: Tensor, slopes_H: Tensor, documents: Documents
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward pass alone, without autograd, and both passes."""
+    """The forward pass alone, without autograd, and both passes, of inputs in the layout the implementation wants."""
+    lay_out = LAYOUTS.get(name, Tensor.detach)
+    leaves = [lay_out(x).detach().requires_grad_() for x in qkv]
+    d_out = lay_out(d_out)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -93,6 +101,11 @@ def lightning_calls(
         return torch.autograd.grad(run(*leaves, slopes_H, documents), leaves, d_out)
 
     return forward, both
+
+
+def device_times(name: str, call: Callable[[], object]) -> float:
+    """Milliseconds on the device: ours as a graph, gaps included; of the others, which a graph may refuse, kernels."""
+    return graph_times(call) if name == "triton" else kernel_times([call])[0]
 
 
 def lightning_errors(run: Callable) -> dict[str, float]:
@@ -117,21 +130,14 @@ def lightning_errors(run: Callable) -> dict[str, float]:
 def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
     rows = []
     implementations = lightning_implementations(arguments.peer)
-    print("| lightning, error of | o | dq | dk | dv |\n| --- | --- | --- | --- | --- |")
-    errors = {}
-    for name, run in implementations.items():
-        if name == ATTENTION_2:
-            errors[name] = {}
-            continue
-        errors[name] = lightning_errors(run)
-        print(f"| {name} | " + " | ".join(f"{error:.2e}" for error in errors[name].values()) + " |", flush=True)
+    print("| name | tokens | heads | docs | forward ms (x floor; eager) | f+b ms (x floor; eager) |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for tokens in arguments.tokens:
         for heads in arguments.heads:
             for count in arguments.documents:
                 tensor = tokens * heads * DIM * 2
                 floors = {"forward": 4 * tensor / rate * 1e3, "both": 11 * tensor / rate * 1e3}
-                q, k, v, d_out = lightning_inputs(tokens, heads)
-                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                *qkv, d_out = lightning_inputs(tokens, heads)
                 slopes_H = lightning_slopes(heads, 0, 80).cuda()
                 documents = Documents.from_lengths(random_lengths(tokens, count), "cuda")
                 for name, run in implementations.items():
@@ -139,29 +145,32 @@ def lightning(arguments: argparse.Namespace, rate: float) -> list[dict]:
                         continue  # its weights between chunks are quadratic in their number
                     if (name == "fla" and arguments.peer_untuned) or (name == ATTENTION_2 and count > 1):
                         continue
-                    mine, grad = leaves, d_out
-                    if name == ATTENTION_2:
-                        mine, grad = [head_major(x.detach()).requires_grad_() for x in leaves], head_major(d_out)
-
-                    forward, both = lightning_calls(run, mine, grad, slopes_H, documents)
+                    forward, both = lightning_calls(name, run, qkv, d_out, slopes_H, documents)
                     row = {"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "documents": count}
                     for label, call in (("forward", forward), ("both", both)):
                         row[f"{label}_eager_ms"] = times(call)
-                        row[f"{label}_ms"] = graph_times(call) if name == "triton" else row[f"{label}_eager_ms"]
+                        row[f"{label}_ms"] = device_times(name, call)
                         row[f"{label}_over_floor"] = row[f"{label}_ms"] / floors[label]
-                    rows.append(row | {f"error_{key}": value for key, value in errors[name].items()})
+                    rows.append(row)
+                    show(row)
                     torch.cuda.empty_cache()
+    print("| lightning, error of | o | dq | dk | dv |\n| --- | --- | --- | --- | --- |")
+    for name, run in implementations.items():
+        if name == ATTENTION_2:
+            continue
+        errors = lightning_errors(run)  # after the times: a peer is tuned at the first shape it sees
+        print(f"| {name} | " + " | ".join(f"{error:.2e}" for error in errors.values()) + " |", flush=True)
+        for row in rows:
+            if row["name"] == name:
+                row |= {f"error_{key}": value for key, value in errors.items()}
     return rows
 
 
-def show(rows: list[dict]) -> None:
-    print("| name | tokens | heads | docs | forward ms (x floor; eager) | f+b ms (x floor; eager) |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = [row["name"], row["tokens"], row["heads"], row["documents"]]
-        for label in ("forward", "both"):
-            cells.append(f"{row[f'{label}_ms']:.3f} ({row[f'{label}_over_floor']:.2f}; {row[f'{label}_eager_ms']:.3f})")
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+def show(row: dict) -> None:
+    cells = [row["name"], row["tokens"], row["heads"], row["documents"]]
+    for label in ("forward", "both"):
+        cells.append(f"{row[f'{label}_ms']:.3f} ({row[f'{label}_over_floor']:.2f}; {row[f'{label}_eager_ms']:.3f})")
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> None:
@@ -186,7 +195,6 @@ def main() -> None:
     for op in arguments.op:
         if op == "lightning":
             rows += lightning(arguments, rate)
-            show(rows)
         else:
             rows += fused_ops.OPS[op](rate)
     if arguments.json:

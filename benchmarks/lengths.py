@@ -4,7 +4,7 @@
     python benchmarks/lengths.py --plot FILE PICTURE.svg       # needs no GPU
 
 bfloat16, head dim 128, one document. Lightning attention: 64 heads, fewer where their tensors do not fit (a token's
-time is scaled to 64); device time by graph replay; floor: 4 tensors read or written forward, 11 with backward, at the
+time is scaled to 64); device time; floor: 4 tensors read or written forward, 11 with backward, at the
 copy rate of the run. Softmax attention: 64 query heads, 8 of keys and values, ours and FlashAttention-4's own entry
 point in turns; floor: its FLOP at the rate of a dense 8192^3 product in the run.
 """
@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 from softmax import PEER, rows
-from timing import copy_rate, gemm_rate, graph_times, times
+from timing import copy_rate, gemm_rate
 
-from kernels import DIM, lightning_calls, lightning_implementations, lightning_inputs
+from kernels import DIM, device_times, lightning_calls, lightning_implementations, lightning_inputs
 from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.kernels.softmax import flash4
@@ -42,14 +41,13 @@ def heads_that_fit(tokens: int) -> int:
 def lightning_point(tokens: int, peer: bool) -> list[dict]:
     heads = heads_that_fit(tokens)
     *qkv, d_out = lightning_inputs(tokens, heads)
-    leaves = [x.detach().requires_grad_() for x in qkv]
     slopes_H, documents = lightning_slopes(heads, 0, 80).cuda(), Documents.from_lengths([tokens], "cuda")
     found = lightning_implementations(peer)
-    runs = {"ours": found["triton"]} | ({FLA: found["fla"]} if peer and tokens <= LONGEST_PEER else {})
+    runs = {"ours": "triton"} | ({FLA: "fla"} if peer and tokens <= LONGEST_PEER else {})
     points = []
     for name, run in runs.items():
-        clock = graph_times if name == "ours" else partial(times, repeats=8)
-        ms = [clock(call) for call in lightning_calls(run, leaves, d_out, slopes_H, documents)]
+        calls = lightning_calls(run, found[run], qkv, d_out, slopes_H, documents)
+        ms = [device_times(run, call) for call in calls]
         scaled = [HEADS / heads * x * 1e6 / tokens for x in ms]
         points.append({"op": "lightning", "name": name, "tokens": tokens, "heads": heads, "ms": ms, "ns": scaled})
     return points
