@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py --link emulated --ranks 2 4 8 [--rate nvlink network] [--json FILE] [--trace FILE]
     torchrun --nproc-per-node 2 benchmarks/experts.py --link nccl
-    python benchmarks/experts.py --plot PICTURE.svg TRACE ...                # needs no GPU
+    python benchmarks/experts.py --plot TRACE ... PICTURE.svg                # needs no GPU
 
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
 ``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from drawing import save, subplots
 from link import RATES, EmulatedLink, FreeLink
 from timing import in_turn
 from torch import Tensor
@@ -227,18 +228,11 @@ def write_trace(path: Path, run: Callable[[], object]) -> None:
         json.dump({"traceEvents": kept}, file)
 
 
-def plot(picture: Path, traces: list[Path]) -> None:
+def plot(traces: list[Path], picture: Path) -> None:
     """Products above, transfers below, over time, of traces that :func:`write_trace` wrote."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "experts"
-    import matplotlib.pyplot as plt
-
     colors = {"transfer": "tab:red", "matrix product": "tab:blue", "other kernel": "tab:gray"}
-    size = (10, 1.5 * len(traces) + 0.6)
-    figure, axes = plt.subplots(len(traces), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for axis, path in zip(axes[:, 0], traces, strict=True):
+    figure, axes = subplots(len(traces), 1, (10, 1.5 * len(traces) + 0.6), sharex=True)
+    for axis, path in zip(axes, traces, strict=True):
         with gzip.open(path, "rt") as file:
             events = json.load(file)["traceEvents"]
         lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -255,9 +249,8 @@ def plot(picture: Path, traces: list[Path]) -> None:
             axis.broken_barh(spans[kind], height, color=color, edgecolor="white", linewidth=0.2, label=kind)
         axis.set_yticks([0.45, 1.45], ["transfers", "products"])
         axis.set_title(path.name.split(".")[0], fontsize=9)
-    axis.set_xlabel("milliseconds, forward and backward")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(picture, metadata={"Date": None})
+    axes[-1].set_xlabel("milliseconds, forward and backward")
+    save(figure, axes[0], picture)
 
 
 def show(row: dict) -> None:
@@ -283,10 +276,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", type=Path, help="Chrome traces of balanced routing and most groups, FILE-*.json.gz")
-    parser.add_argument("--plot", type=Path, nargs="+", metavar=("PICTURE", "TRACE"), help="draw what --trace wrote")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar=("TRACE", "PICTURE"), help="draw what --trace wrote")
     options = parser.parse_args()
     if options.plot:
-        plot(options.plot[0], options.plot[1:])
+        *traces, picture = options.plot
+        if not traces:
+            parser.error(f"--plot {picture}: takes one trace or more, and then the picture")
+        plot(traces, picture)
         return
     on_gpu = torch.cuda.is_available()
     options.device = "cuda" if on_gpu else "cpu"

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 import torch
+from drawing import save, subplots
 from softmax import PEER, rows
 from timing import copy_rate, gemm_rate
 
@@ -92,15 +93,9 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def plot(source: Path, picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lengths"
-    import matplotlib.pyplot as plt
-
     found = json.loads(source.read_text())
     machine, points = found["machine"], found["points"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    figure, axes = subplots(1, 2, (10, 4.6), sharey=True)
     for axis, (index, title) in zip(axes, enumerate(["forward", "forward + backward"]), strict=True):
         for op, color, dark in [("lightning", "tab:blue", "navy"), ("softmax", "tab:red", "black")]:
             of_op = [point for point in points if point["op"] == op]
@@ -118,9 +113,8 @@ def plot(source: Path, picture: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nanoseconds per token, 64 heads of 128")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(f"{machine['name']}, bf16", fontsize=10)
-    figure.savefig(picture, metadata={"Date": None})
+    save(figure, axes[0], picture)
 
 
 def main() -> None:

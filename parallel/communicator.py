@@ -74,21 +74,17 @@ class GroupCommunicator:
         self._is_nccl = "cuda:nccl" in dist.get_backend_config(group)
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
-        x = x.contiguous()
-        out = x.new_empty(self.size, *x.shape) if out is None else out
-        if not self._is_nccl and x.is_cuda:  # gloo
-            host = self.all_gather(x.cpu())
-            return Pending(lambda: out.copy_(host.wait()))
-        work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
-        return Pending(lambda: (work.wait(), out)[1])
+        return self._start(_all_gather, x, x.new_empty(self.size, *x.shape) if out is None else out)
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        return self._start(_reduce_scatter, x, x.new_empty(x.shape[1:]) if out is None else out)
+
+    def _start(self, collective: Callable, x: Tensor, out: Tensor) -> Pending:
         x = x.contiguous()
-        out = torch.empty_like(x[0]) if out is None else out
         if not self._is_nccl and x.is_cuda:  # gloo
-            host = self.reduce_scatter(x.cpu())
+            host = self._start(collective, x.cpu(), out.new_empty(out.shape, device="cpu"))
             return Pending(lambda: out.copy_(host.wait()))
-        work = _reduce_scatter(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        work = collective(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
     def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:

@@ -93,11 +93,8 @@ class _ExpertRows(torch.autograd.Function):
         gate_up_e2fD, down_eDf, x_MD, *gate_up_m2f = ctx.saved_tensors
         plan, how = ctx.plan, {"implementation": ctx.implementation}
         f = down_eDf.shape[2]
-        dy_MD, act_Mf, d_gate_up_M2f = (
-            torch.empty_like(x_MD),
-            x_MD.new_empty(len(x_MD), f),
-            x_MD.new_empty(len(x_MD), 2 * f),
-        )
+        dy_MD = torch.empty_like(x_MD)
+        act_Mf, d_gate_up_M2f = (x_MD.new_empty(len(x_MD), width) for width in (f, 2 * f))
 
         def compute(index: int, dy_mD: Tensor) -> Tensor:
             group: Group = plan.groups[index]
