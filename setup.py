@@ -1,26 +1,18 @@
 """Packaging: the top-level folders become one importable package, ``minimax_train``.
 
-The folders are named for what they hold; their import names are nested (``minimax_train.kernels`` and so on) so that
-installing this distribution never shadows other people's ``kernels`` or ``parallel``.
+The folders are named for what they hold. Links in ``minimax_train/`` nest their import names
+(``minimax_train.kernels`` and so on), so that installing this distribution never shadows other people's ``kernels``
+or ``parallel``, and every module's import path is a file path.
 """
 
 from setuptools import find_packages, setup
-
-ROOMS = ("parallel", "kernels", "launch", "configs")
-
-packages = ["minimax_train", *(f"minimax_train.{name}" for name in find_packages("minimax_train"))]
-package_dir = {"minimax_train": "minimax_train"}
-for room in ROOMS:
-    package_dir[f"minimax_train.{room}"] = room
-    packages += [f"minimax_train.{room}", *(f"minimax_train.{room}.{name}" for name in find_packages(room))]
 
 setup(
     name="minimax-train",
     version="0.1.0",
     description="Pretraining of hybrid linear-attention mixture-of-experts models",
     python_requires=">=3.11",
-    packages=packages,
-    package_dir=package_dir,
+    packages=find_packages(include=["minimax_train", "minimax_train.*"]),
     package_data={
         "minimax_train.configs": ["*.yaml", "*/*.yaml"],
         "minimax_train.launch": ["*.sh", "*.sbatch"],

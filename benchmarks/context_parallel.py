@@ -28,13 +28,13 @@ import torch.distributed as dist
 from link import RATES, EmulatedLink, FreeLink
 from timing import alternating_times, kernel_times
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
-from minimax_train.parallel.layout import SequenceLayout
-from minimax_train.parallel.linear import SCAN_PIECES, count_near_heads, lightning_attention_cp
-from minimax_train.parallel.softmax import softmax_attention_cp
+from minimax_train.parallel.context.layout import SequenceLayout
+from minimax_train.parallel.context.lightning import SCAN_PIECES, count_near_heads, lightning_attention_cp
+from minimax_train.parallel.context.softmax import softmax_attention_cp
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
 

@@ -26,7 +26,7 @@ import torch
 from timing import copy_rate, graph_times, kernel_times, times
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 
 DIM = 128

@@ -21,7 +21,7 @@ from softmax import PEER, rows
 from timing import copy_rate, gemm_rate
 
 from kernels import DIM, device_times, lightning_calls, lightning_implementations, lightning_inputs
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.kernels.softmax import flash4
 

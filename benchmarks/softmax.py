@@ -16,7 +16,7 @@ import torch
 from timing import times_in_turns
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.softmax import flash4, softmax_attention
 
 H, G, K = 64, 8, 128

@@ -27,9 +27,9 @@ from minimax_train.files import replace_text
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
-from minimax_train.parallel import linear, softmax
+from minimax_train.parallel.context import lightning, softmax
+from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, nearest_divisors
-from minimax_train.parallel.layout import LAYOUTS, SequenceLayout
 from minimax_train.recipe import RecipeConfig
 
 CONFIG_DIR = Path(configs.__file__).parent
@@ -70,7 +70,7 @@ class ParallelConfig:
         accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the products"
         require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
         require_choice("parallel.layout", self.layout, LAYOUTS)
-        require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *linear.METHODS))
+        require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *lightning.METHODS))
         require_choice("parallel.softmax_cp", self.softmax_cp, (AUTO, *softmax.METHODS))
 
     @property

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimax_train.data import MicroBatch
-from minimax_train.kernels.cross_entropy import IGNORE_INDEX
+from minimax_train.documents import IGNORE_INDEX
 from minimax_train.model import ModelLoss
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 

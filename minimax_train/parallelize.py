@@ -18,10 +18,10 @@ from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.attention.tokens import TokenExchange
 from minimax_train.model.sharding import Linear, declared_shardings, local
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.context.lightning import lightning_attention_cp
+from minimax_train.parallel.context.softmax import softmax_attention_cp
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import WORLD, ProcessGrid
-from minimax_train.parallel.linear import lightning_attention_cp
-from minimax_train.parallel.softmax import softmax_attention_cp
 from minimax_train.parallel.tensor import gather_project, gather_tokens, merge_log_sums, scatter_sum, sum_over
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.cross_entropy.plain import TEMPORARIES, softmax_gradient_plain
-from minimax_train.kernels.cross_entropy.vocabulary import IGNORE_INDEX, VocabularyShard
+from minimax_train.kernels.cross_entropy.vocabulary import VocabularyShard
 from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
 
-__all__ = ["BUDGET", "IGNORE_INDEX", "IMPLEMENTATIONS", "VocabularyShard", "choose_chunks", "linear_cross_entropy"]
+__all__ = ["BUDGET", "IMPLEMENTATIONS", "VocabularyShard", "choose_chunks", "linear_cross_entropy"]
 
 BUDGET = 1792 * 2**20  # bytes
 # Tokens: a processor without kernels of its own is better off in its caches than near the budget.

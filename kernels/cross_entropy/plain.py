@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.cross_entropy.vocabulary import IGNORE_INDEX, VocabularyShard, shared_losses
+from minimax_train.documents import IGNORE_INDEX
+from minimax_train.kernels.cross_entropy.vocabulary import VocabularyShard, shared_losses
 
 WHOLE = VocabularyShard(0, 1, lambda log_sum_C: log_sum_C)
 TEMPORARIES = 3  # float32 tensors of [C, V] at once

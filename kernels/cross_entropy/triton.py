@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from minimax_train.documents import IGNORE_INDEX
 from minimax_train.kernels.cross_entropy import triton_kernels
-from minimax_train.kernels.cross_entropy.vocabulary import IGNORE_INDEX, VocabularyShard, shared_losses
+from minimax_train.kernels.cross_entropy.vocabulary import VocabularyShard, shared_losses
 
 # Logits at hand: rows by columns. Few tokens are in flight at 32 warps each, so that what they have read fits in L2.
 TILE = (4, 8192)

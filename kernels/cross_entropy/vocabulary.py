@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from minimax_train.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

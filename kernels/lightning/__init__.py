@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minimax_train.documents import Documents
 from minimax_train.kernels.dispatch import AUTO, choose
-from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
 from minimax_train.kernels.lightning.naive import lightning_attention_naive
 from minimax_train.kernels.lightning.parts import Parts, PlainParts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.documents import Chunks, Documents
+from minimax_train.documents import Chunks, Documents
 
 CHUNK = {"cpu": 64, "cuda": 256}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 
 
 def lightning_attention_naive(

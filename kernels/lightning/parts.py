@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 
 # What has decayed below exp(-REACH) is dropped: less of the state it would join than rounding takes, by its dtype.
 REACH = {torch.float32: 17.0, torch.float64: 37.0}

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.documents import Documents, to_device
+from minimax_train.documents import Documents, to_device
 from minimax_train.kernels.lightning import triton_kernels
 
 

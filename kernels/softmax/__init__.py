@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from minimax_train.documents import Documents
 from minimax_train.kernels.dispatch import AUTO
-from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.softmax import naive
 from minimax_train.kernels.softmax.dispatch import (
     IMPLEMENTATIONS,

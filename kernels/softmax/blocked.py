@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 
 BLOCK = 512
 

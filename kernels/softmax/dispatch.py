@@ -11,8 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from minimax_train.documents import Documents
 from minimax_train.kernels.dispatch import AUTO, choose
-from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.softmax import blocked, flash, flash4, naive
 
 IMPLEMENTATIONS = {"naive": naive, "blocked": blocked, "flash": flash, "flash4": flash4}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 
 # A longest query of one token would take the kernel's decoding path, which lays the log-sum-exp out differently.
 SHORTEST = 2

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 
 
 @cache

@@ -17,9 +17,9 @@ from minimax_train.convert.checkpoint import (
     write_origin,
     write_parameters,
 )
-from minimax_train.convert.config import from_hf_config
 from minimax_train.convert.decays import SLOPES, decay_name, decay_outputs, decays, lightning_layers
 from minimax_train.convert.draft import draft_of
+from minimax_train.convert.hf_config import from_hf_config
 from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, fused_shape, put
 from minimax_train.convert.shards import TensorFolder
 from minimax_train.convert.tokenizer import copy_tokenizer

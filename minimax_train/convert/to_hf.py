@@ -19,9 +19,9 @@ from minimax_train.convert.checkpoint import (
     read_origin,
     read_sequence_length,
 )
-from minimax_train.convert.config import Surroundings, from_hf_config, parse, to_hf_config
 from minimax_train.convert.decays import decay_outputs
 from minimax_train.convert.draft import draft_of
+from minimax_train.convert.hf_config import Surroundings, from_hf_config, parse, to_hf_config
 from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, take
 from minimax_train.convert.shards import Output, write_shards
 from minimax_train.convert.tokenizer import copy_tokenizer, special_token_ids

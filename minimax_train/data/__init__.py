@@ -3,12 +3,10 @@
 from minimax_train.data.batch import MicroBatch
 from minimax_train.data.config import DataConfig
 from minimax_train.data.loader import RowLoader, build_train_loader, merge_states
-from minimax_train.data.packing import IGNORE_INDEX
 from minimax_train.data.tokenizer import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.data.validation import ValidationRows, build_validation_rows
 
 __all__ = [
-    "IGNORE_INDEX",
     "DataConfig",
     "MicroBatch",
     "RowLoader",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimax_train.data.packing import IGNORE_INDEX, Row
-from minimax_train.kernels.documents import Documents, to_device
-from minimax_train.parallel.layout import SequenceLayout, SequenceShard
+from minimax_train.data.packing import Row
+from minimax_train.documents import IGNORE_INDEX, Documents, to_device
+from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minimax_train.data.streams import DocumentStream
-from minimax_train.kernels.cross_entropy import IGNORE_INDEX
+from minimax_train.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """The hybrid model: lightning and softmax attention, mixture of experts, DeepNorm."""
 
-from minimax_train.model.config import KernelConfig, ModelConfig, ParameterCount, count_parameters
+from minimax_train.model.config import ModelConfig, ParameterCount, count_parameters
 from minimax_train.model.initialization import initialize
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.model import HybridModel, ModelLoss
 
 __all__ = [

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minimax_train.errors import require, require_choice, require_positive
-from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, silu, softmax
-from minimax_train.kernels.dispatch import NEEDS_CUDA
 
 LIGHTNING, SOFTMAX = "L", "S"
 SCOPES = ("row", "global", "rank")
@@ -142,58 +139,6 @@ class ModelConfig:
     def initial_gain(self) -> float:
         """DeepNorm's beta, ``(8 N)^(-1/4)``: Xavier gain of value, output and expert projections."""
         return (8 * self.num_layers) ** -0.25
-
-
-@dataclass
-class KernelConfig:
-    """Which implementation of each op runs; ``auto`` picks the best one for the device and dtype.
-
-    Attributes:
-        lightning, softmax: the two attentions.
-        experts: the experts' matrix products and what lies between them.
-        router: the router's projection, softmax, choice and counts.
-        norm: every RMSNorm, with the residual before it or the gate after it.
-        rope: rotary embedding.
-        silu: SiLU of lightning attention's q, k and v.
-        loss: softmax and gradient of the cross-entropy.
-    """
-
-    lightning: str = "auto"
-    softmax: str = "auto"
-    experts: str = "auto"
-    router: str = "auto"
-    norm: str = "auto"
-    rope: str = "auto"
-    silu: str = "auto"
-    loss: str = "auto"
-
-    def __post_init__(self) -> None:
-        for op, implementations in self._implementations().items():
-            require_choice(f"kernels.{op}", getattr(self, op), ("auto", *implementations))
-
-    def check_device(self, device_type: str) -> None:
-        """Refuse an implementation that the device cannot run.
-
-        Raises:
-            ConfigError: naming those it can.
-        """
-        for op, implementations in self._implementations().items():
-            able = [name for name in implementations if device_type == "cuda" or name not in NEEDS_CUDA]
-            accepted = f"needs a GPU; on {device_type} it must be one of {', '.join(['auto', *able])}"
-            require(getattr(self, op) in ("auto", *able), f"kernels.{op}", getattr(self, op), accepted)
-
-    @staticmethod
-    def _implementations() -> dict[str, Mapping[str, object]]:
-        return {
-            "lightning": lightning.IMPLEMENTATIONS,
-            "softmax": softmax.IMPLEMENTATIONS,
-            "experts": experts.IMPLEMENTATIONS,
-            "router": experts.ROUTER_IMPLEMENTATIONS,
-            "norm": norm.IMPLEMENTATIONS,
-            "rope": rope.IMPLEMENTATIONS,
-            "silu": silu.IMPLEMENTATIONS,
-            "loss": cross_entropy.IMPLEMENTATIONS,
-        }
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from minimax_train.kernels.experts import (
     router_logits,
 )
 from minimax_train.model.attention.context import TokenContext, TokenPieces, TokenPools
-from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.config import ModelConfig
 from minimax_train.model.initialization import Initializer, xavier
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.sharding import Linear, Sharding, local
 
 

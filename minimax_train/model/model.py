@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minimax_train.documents import Documents
 from minimax_train.kernels.cross_entropy import VocabularyShard, linear_cross_entropy
-from minimax_train.kernels.documents import Documents
 from minimax_train.kernels.rope import rotary_table
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.config import ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
 from minimax_train.model.sharding import Linear, Sharding, local
-from minimax_train.parallel.layout import SequenceShard
+from minimax_train.parallel.context.layout import SequenceShard
 
 
 class ModelLoss(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
-from minimax_train.model.config import KernelConfig
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.sharding import local
 
 

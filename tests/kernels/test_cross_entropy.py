@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minimax_train.documents import IGNORE_INDEX
 from minimax_train.kernels import cross_entropy
-from minimax_train.kernels.cross_entropy import IGNORE_INDEX, VocabularyShard, choose_chunks, linear_cross_entropy
+from minimax_train.kernels.cross_entropy import VocabularyShard, choose_chunks, linear_cross_entropy
 from support.compare import relative_error
 
 HAS_GPU = torch.cuda.is_available()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_parts, lightning_slopes
 
 SLOPES = [0.917, 1e-5, 0.05]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_parts
 from support.compare import relative_error
 

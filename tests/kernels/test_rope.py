@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.rope import rotary_table, rotate_heads
 from support.compare import relative_error
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.silu import silu_qkv
 from support.compare import relative_error

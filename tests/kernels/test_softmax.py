@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.softmax import blocked, softmax_attention
 from support.compare import relative_error
 

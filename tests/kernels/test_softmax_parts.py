@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.softmax import (
     attention_backward,
     attention_forward,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
+from minimax_train.parallel.context.layout import SequenceLayout
+from minimax_train.parallel.context.lightning import lightning_attention_cp
+from minimax_train.parallel.context.softmax import softmax_attention_cp
 from minimax_train.parallel.experts import ExpertParallel, lanes, layer, pipeline, plan, sliced
-from minimax_train.parallel.layout import SequenceLayout
-from minimax_train.parallel.linear import lightning_attention_cp
-from minimax_train.parallel.softmax import softmax_attention_cp
 from support.streams import Link, Streams
 
 GRIDS = [(1, 2), (1, 3), (2, 1), (2, 2)]

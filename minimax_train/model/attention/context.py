@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.documents import Documents, to_device
-from minimax_train.parallel.layout import SequenceLayout, SequenceShard
+from minimax_train.documents import Documents, to_device
+from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
 
 
 @dataclass(frozen=True)

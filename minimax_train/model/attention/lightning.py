@@ -15,8 +15,9 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_slope
 from minimax_train.kernels.silu import silu_qkv
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.config import ModelConfig
 from minimax_train.model.initialization import Constant, Initializer, xavier
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import GatedRMSNorm
 from minimax_train.model.sharding import Linear, Sharding
 

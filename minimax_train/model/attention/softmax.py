@@ -12,8 +12,9 @@ from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.config import KernelConfig, ModelConfig
+from minimax_train.model.config import ModelConfig
 from minimax_train.model.initialization import Initializer, xavier
+from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.sharding import Linear, Sharding
 
 

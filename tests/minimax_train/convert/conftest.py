@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from minimax_train.convert.checkpoint import read_model_config
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.model import HybridModel, ModelConfig, initialize
 
 VOCABULARY = 97

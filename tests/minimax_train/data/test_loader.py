@@ -12,7 +12,7 @@ import torch
 from minimax_train.data import DataConfig, build_train_loader, merge_states, sources
 from minimax_train.data.packing import RowPacker
 from minimax_train.data.streams import DocumentStream
-from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.parallel.context.layout import SequenceLayout
 from support.data import WordTokenizer, random_documents, rows_of, write_shards
 
 NUM_STREAMS = 4

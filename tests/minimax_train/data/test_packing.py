@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimax_train.data.packing import IGNORE_INDEX, RowPacker
+from minimax_train.data.packing import RowPacker
 from minimax_train.data.streams import DocumentStream
+from minimax_train.documents import IGNORE_INDEX
 from support.data import EOS, ListSource, WordTokenizer, documents
 
 

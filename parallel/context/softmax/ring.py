@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from minimax_train.kernels.softmax import attention_backward, attention_forward
 from minimax_train.kernels.softmax.merge import merge_
 from minimax_train.parallel.communicator import Communicator, Pending
-from minimax_train.parallel.softmax.plan import RankPlan, Round
+from minimax_train.parallel.context.softmax.plan import RankPlan, Round
 
 
 class _KeyValues:
@@ -170,6 +170,6 @@ def ring_attention(
     All ranks issue their exchanges in one order, that of the rounds, whether or not they take part in one: no two can
     wait for each other.
 
-    Arguments and result as in :func:`minimax_train.parallel.softmax.softmax_attention_cp`.
+    Arguments and result as in :func:`minimax_train.parallel.context.softmax.softmax_attention_cp`.
     """
     return _RingAttention.apply(q_THK, k_TGK, v_TGV, plan, communicator, scale, implementation)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.parallel.communicator import Communicator
-from minimax_train.parallel.layout import SequenceShard
-from minimax_train.parallel.softmax.allgather import allgather_attention, gather_plan
-from minimax_train.parallel.softmax.cost import METHODS, choose_method
-from minimax_train.parallel.softmax.plan import rank_plan
-from minimax_train.parallel.softmax.ring import ring_attention
+from minimax_train.parallel.context.layout import SequenceShard
+from minimax_train.parallel.context.softmax.allgather import allgather_attention, gather_plan
+from minimax_train.parallel.context.softmax.cost import METHODS, choose_method
+from minimax_train.parallel.context.softmax.plan import rank_plan
+from minimax_train.parallel.context.softmax.ring import ring_attention
 
 __all__ = ["METHODS", "choose_method", "softmax_attention_cp"]
 

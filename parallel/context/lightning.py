@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_train.documents import to_device
 from minimax_train.kernels.dispatch import AUTO
-from minimax_train.kernels.documents import to_device
 from minimax_train.kernels.lightning import lightning_attention, lightning_parts
 from minimax_train.kernels.lightning.parts import REACH, Parts
 from minimax_train.parallel.communicator import Communicator, Pending
-from minimax_train.parallel.layout import Chunk, SequenceShard
+from minimax_train.parallel.context.layout import Chunk, SequenceShard
 
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8

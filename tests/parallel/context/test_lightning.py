@@ -5,12 +5,12 @@ from itertools import accumulate
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
-from minimax_train.parallel import linear
 from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.layout import SequenceLayout
-from minimax_train.parallel.linear import choose_method, lightning_attention_cp
+from minimax_train.parallel.context import lightning
+from minimax_train.parallel.context.layout import SequenceLayout
+from minimax_train.parallel.context.lightning import choose_method, lightning_attention_cp
 from support.compare import relative_error
 from support.distributed import run_ranks
 from support.mixes import random_mix
@@ -69,7 +69,7 @@ def test_states_are_summed_for_those_who_take_them(kind, lengths):
         shard = layout.shard(Documents.from_lengths(lengths), rank)
         for backwards in (False, True):
             edges = [c.start if backwards else c.end for c in shard.mine]
-            giving = linear._giving_segments(shard, backwards=backwards)
+            giving = lightning._giving_segments(shard, backwards=backwards)
             assert [n is not None for n in giving] == [edge not in ends for edge in edges]
             for m, n in enumerate(giving):
                 if n is not None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
-from minimax_train.parallel.layout import SequenceLayout
+from minimax_train.documents import Documents
+from minimax_train.parallel.context.layout import SequenceLayout
 from support.mixes import random_mix
 
 

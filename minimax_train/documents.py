@@ -1,4 +1,4 @@
-"""Where packed documents start and end on the token axis: the one description every kernel takes.
+"""Where packed documents start and end on the token axis: what data, kernels and ranks all describe a batch by.
 
 Shape legend: T tokens, N documents, M chunks, C tokens per chunk.
 """
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# The label of a token that has no next token in its document: it adds nothing to the loss.
+IGNORE_INDEX = -100
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.layout import SequenceLayout
-from minimax_train.parallel.softmax import choose_method, softmax_attention_cp
-from minimax_train.parallel.softmax.allgather import gather_plan
-from minimax_train.parallel.softmax.cost import IN_NODE, Rates, estimate
-from minimax_train.parallel.softmax.plan import local_lengths, rank_plan, ring_plan
+from minimax_train.parallel.context.layout import SequenceLayout
+from minimax_train.parallel.context.softmax import choose_method, softmax_attention_cp
+from minimax_train.parallel.context.softmax.allgather import gather_plan
+from minimax_train.parallel.context.softmax.cost import IN_NODE, Rates, estimate
+from minimax_train.parallel.context.softmax.plan import local_lengths, rank_plan, ring_plan
 from support.distributed import run_ranks
 from support.mixes import random_mix
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.minimax.modeling_minimax import MiniMaxRotaryEmbedding
 
-from minimax_train.convert.config import FLOAT32_MAX, Surroundings, from_hf_config, to_hf_config
+from minimax_train.convert.hf_config import FLOAT32_MAX, Surroundings, from_hf_config, to_hf_config
 from minimax_train.kernels.rope import rotary_table
 from minimax_train.model.config import deep_norm_alpha
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from minimax_train.kernels.documents import Documents
-from minimax_train.parallel.layout import Chunk, SequenceShard
+from minimax_train.documents import Documents
+from minimax_train.parallel.context.layout import Chunk, SequenceShard
 
 
 @dataclass(frozen=True)

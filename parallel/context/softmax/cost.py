@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from minimax_train.parallel.layout import SequenceShard
-from minimax_train.parallel.softmax.allgather import gather_plan
-from minimax_train.parallel.softmax.plan import local_lengths, ring_plan
+from minimax_train.parallel.context.layout import SequenceShard
+from minimax_train.parallel.context.softmax.allgather import gather_plan
+from minimax_train.parallel.context.softmax.plan import local_lengths, ring_plan
 
 METHODS = ("ring", "allgather", "auto")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.documents import Documents
+from minimax_train.documents import Documents
 from minimax_train.kernels.softmax import attention_backward, attention_forward
 from minimax_train.parallel.communicator import Communicator
-from minimax_train.parallel.layout import SequenceShard
-from minimax_train.parallel.softmax.plan import first_shared_chunk
+from minimax_train.parallel.context.layout import SequenceShard
+from minimax_train.parallel.context.softmax.plan import first_shared_chunk
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,6 @@ def allgather_attention(
     Nothing is merged and no transfer overlaps. The backward pass gathers again and reduces the gradients of keys and
     values in float32.
 
-    Arguments and result as in :func:`minimax_train.parallel.softmax.softmax_attention_cp`.
+    Arguments and result as in :func:`minimax_train.parallel.context.softmax.softmax_attention_cp`.
     """
     return _AllGatherAttention.apply(q_THK, k_TGK, v_TGV, plan, communicator, scale, implementation)
