@@ -128,7 +128,9 @@ class RowLoader:
             while len(self._ready) < num_rows and not stopped():
                 stream = self._to_pack % self._num_streams
                 packer = self._packers[stream]
-                self._ready.append(_Packed(packer.next_row(), stream, packer.state_dict()))
+                row = packer.next_row()
+                assert row is not None, "streams that train repeat for ever"
+                self._ready.append(_Packed(row, stream, packer.state_dict()))
                 self._to_pack += self._dp_size
 
         self._background.start(work)
