@@ -148,7 +148,7 @@ class Trainer:
             with self.phase("backward"):
                 self.engine.backward(loss + config.model.aux_loss_coefficient * aux_loss)
             sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.dropped, out.entropy)]))
-            load_LE.append(out.load_LE)
+            load_LE.append(out.tokens_per_expert_LE)
         with self.phase("reduce"):
             total, load = torch.stack(sums).sum(0), torch.stack(load_LE).sum(0)
             dist.all_reduce(total, group=self.grid.group(WORLD))

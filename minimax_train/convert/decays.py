@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from minimax_train.convert.names import attention_names
 from minimax_train.convert.shards import Output
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.model import ModelConfig
-from minimax_train.model.config import LIGHTNING
 
 SLOPES = "slope_rate"
 
@@ -25,7 +25,7 @@ def decay_name(layer: int, buffer: str) -> str:
 
 
 def lightning_layers(config: ModelConfig) -> list[int]:
-    return [layer for layer, kind in enumerate(config.layer_kinds) if kind == LIGHTNING]
+    return [layer for layer, names in enumerate(attention_names(config)) if names.has_decays]
 
 
 def decay_outputs(config: ModelConfig, block_size: int, dtype: torch.dtype) -> Iterator[Output]:
