@@ -8,23 +8,23 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
-from minimax_train import engines
 from minimax_train.config import Config, ParallelConfig
+from minimax_train.engines import ENGINES, Engine
 from minimax_train.kernels.experts import expert_mlp
-from minimax_train.model import HybridModel, initialize
+from minimax_train.model import HybridModel
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.ranks import ModelRanks
-from minimax_train.model.sharding import declared_shardings
+from minimax_train.model.sharding import parameter_layouts
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallel.tensor import TensorParallel
+from minimax_train.phases import Phases
 
 
-def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> HybridModel:
-    """The run's model: built without memory, sharded, then given memory and initial weights.
+def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases: Phases) -> Engine:
+    """The run's model in the hands of its engine: built without memory, its parameters split, then sharded and filled.
 
     The weights depend on ``seed`` alone, not on the number of ranks.
     """
@@ -40,54 +40,37 @@ def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> Hybr
     with torch.device("meta"):
         model = HybridModel(config.model, config.kernels, ranks, recompute=config.recipe.activation_checkpointing)
     split_parameters(model, grid)
-    engines.shard(model, config.engine, grid)
-    model.to_empty(device=device)
-    initialize(model, config.seed)
-    return model
+    return ENGINES[config.engine.name](model, config, grid, device, phases)
 
 
 def context_methods(config: ParallelConfig) -> dict[str, str]:
-    """How the attentions share packed sequences, by the keys their kinds name."""
+    """How each kind of attention works on packed sequences that ranks share, by the keys that say so."""
     return {key: getattr(config, key) for kind in ATTENTIONS.values() for key in kind.cp or ()}
 
 
 def count_sums(grid: ProcessGrid) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Sums of counts over all ranks that hold tokens of a packed sequence, or of the micro-batch."""
-    axes = {"row": "cp_tp", "global": WORLD}
+    """Sums over all ranks that hold tokens of a packed sequence, or of the micro-batch."""
+    axes = {"row": "cp_tp", "global": "dp_cp_tp"}
     return {scope: partial(_all_reduce, grid.group(axis)) for scope, axis in axes.items() if grid.size(axis) > 1}
 
 
 def expert_layer(config: Config, grid: ProcessGrid) -> Callable[..., Tensor]:
-    """The experts of a layer, on whatever ranks they are."""
+    """The experts of a layer, on whatever ranks they are; one object for all layers."""
     if grid.size("ep") * grid.size("etp") == 1:
         return expert_mlp
     ep, etp = GroupCommunicator(grid.group("ep")), GroupCommunicator(grid.group("etp"))
     return ExpertParallel(ep, etp, num_experts=config.model.num_experts, token_groups=config.parallel.token_groups)
 
 
-def _all_reduce(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
-    dist.all_reduce(counts, group=group)
-    return counts
-
-
 def split_parameters(model: HybridModel, grid: ProcessGrid) -> None:
     """Every parameter that the model says some axis splits becomes a DTensor over those axes of the grid."""
-    for name, sharding in declared_shardings(model).items():
-        splits = {axis: dim for axis, dim in sharding.items() if grid.size(axis) > 1}
-        if not splits:
-            continue
+    for name, layout in parameter_layouts(model).items():
         module, _, attribute = name.rpartition(".")
         owner = model.get_submodule(module)
         whole = getattr(owner, attribute)
-        shape = list(whole.shape)
-        for axis, dim in splits.items():
-            shape[dim] //= grid.size(axis)
-        part = DTensor.from_local(
-            whole.new_empty(shape),
-            grid.mesh(*splits),
-            [Shard(dim) for dim in splits.values()],
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-        setattr(owner, attribute, nn.Parameter(part))
+        setattr(owner, attribute, nn.Parameter(layout.wrap(grid, whole.new_empty)))
+
+
+def _all_reduce(group: dist.ProcessGroup, counts: Tensor) -> Tensor:
+    dist.all_reduce(counts, group=group)
+    return counts

@@ -113,6 +113,7 @@ class HybridModel(nn.Module):
         *,
         num_rows: int = 1,
         shard: SequenceShard | None = None,
+        rope_base: float | None = None,
     ) -> Tensor | ModelLoss:
         """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels.
 
@@ -122,8 +123,10 @@ class HybridModel(nn.Module):
             labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
             num_rows: how many packed sequences, all of one length.
             shard: which of their tokens these are, when context-parallel ranks share them.
+            rope_base: base of the rotary frequencies; the one the model began with if None.
         """
-        cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, self.config.rope_base)
+        base = self.config.rope_base if rope_base is None else rope_base
+        cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, base)
         context = TokenContext(documents, shard, cos_TR, sin_TR)
         spans = TokenSpans.of(documents, shard, num_rows, self.ranks)
         x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))

@@ -85,7 +85,7 @@ def registered(monkeypatch):
 
 def _train(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
-    steps = [trainer.train_step() for _ in range(3)]
+    steps = [trainer.metrics(trainer.train_step()) for _ in range(3)]
     return [(step["loss"], step["grad_norm"]) for step in steps]
 
 
