@@ -9,11 +9,15 @@ this rank has, C any number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_train.kernels.cross_entropy import VocabularyShard
 from minimax_train.parallel.communicator import Communicator
 
 
@@ -25,8 +29,8 @@ class TensorParallel:
     """
 
     def __init__(self, communicator: Communicator | None = None) -> None:
-        self._communicator = communicator
-        self.rank, self.size = (communicator.rank, communicator.size) if communicator else (0, 1)
+        self.rank, self.size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+        self._communicator = communicator if self.size > 1 else None
 
     def local_range(self, size: int) -> range:
         """This rank's heads, or vocabulary entries, of ``size`` that the ranks share equally."""
@@ -35,11 +39,15 @@ class TensorParallel:
 
     def gather(self, x_tD: Tensor) -> Tensor:
         """``[t, D] -> [T, D]``: all ranks' tokens in rank order. Backward: :meth:`scatter_sum`."""
-        return x_tD if self.size == 1 else _Move.apply(x_tD, self._communicator, _gathered, _scattered)
+        return self._move(x_tD, _gathered, _scattered)
 
     def scatter_sum(self, y_TD: Tensor) -> Tensor:
         """``[T, D] -> [t, D]``: the sum over ranks, of this rank's tokens. Backward: :meth:`gather`."""
-        return y_TD if self.size == 1 else _Move.apply(y_TD, self._communicator, _scattered, _gathered)
+        return self._move(y_TD, _scattered, _gathered)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, on every rank. Backward: the same sum, of the gradients."""
+        return self._move(x, _summed, _summed)
 
     def project(self, x_tD: Tensor, *weights_WD: Tensor) -> tuple[Tensor, ...]:
         """``[t, D] -> [T, W]`` of each weight: all ranks' tokens in rank order, times ``[D, W]``.
@@ -50,17 +58,19 @@ class TensorParallel:
         Args:
             weights_WD: one or more, the dtype of x.
         """
-        if self.size == 1:
+        if self._communicator is None:
             return tuple(F.linear(x_tD, weight_WD) for weight_WD in weights_WD)
         return _GatherProject.apply(x_tD, self._communicator, *weights_WD)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, on every rank. Backward: the same sum, of the gradients."""
-        return x if self.size == 1 else _Move.apply(x, self._communicator, _summed, _summed)
+    def vocabulary(self, size: int) -> VocabularyShard | None:
+        """This rank's part of a vocabulary, None where that is all of it."""
+        if self._communicator is None:
+            return None
+        merge = partial(_merged_log_sums, communicator=self._communicator)
+        return VocabularyShard(self.local_range(size).start, self.size, merge)
 
-    def merge_log_sums(self, log_sum_C: Tensor) -> Tensor:
-        """``log sum exp`` over ranks, on every rank; not differentiable."""
-        return log_sum_C if self.size == 1 else self._communicator.all_gather(log_sum_C).wait().logsumexp(0)
+    def _move(self, x: Tensor, move: Callable, mirror: Callable) -> Tensor:
+        return x if self._communicator is None else _Move.apply(x, self._communicator, move, mirror)
 
 
 def _gathered(x_tD: Tensor, communicator: Communicator) -> Tensor:
@@ -73,6 +83,10 @@ def _scattered(y_TD: Tensor, communicator: Communicator) -> Tensor:
 
 def _summed(x: Tensor, communicator: Communicator) -> Tensor:
     return communicator.all_gather(x).wait().sum(0)
+
+
+def _merged_log_sums(log_sum_C: Tensor, communicator: Communicator) -> Tensor:
+    return communicator.all_gather(log_sum_C).wait().logsumexp(0)
 
 
 class _Move(torch.autograd.Function):

@@ -66,61 +66,36 @@ class ModelConfig:
     residual_scale: float | None = None
 
     def __post_init__(self) -> None:
+        def check(name: str, holds: bool, accepted: str) -> None:
+            require(holds, f"model.{name}", getattr(self, name), accepted)
+
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_base")
         require_positive("model", self, *sizes, "num_experts", "experts_per_token", "expert_hidden_size", "norm_eps")
-        pattern, layers = self.layer_pattern, self.num_layers
-        known = set(pattern) <= set(ATTENTIONS)
-        require(
-            known and 0 < len(pattern) <= layers and layers % len(pattern) == 0,
-            "model.layer_pattern",
-            pattern,
-            f"must be made of {' and '.join(map(str, ATTENTIONS.values()))}, and its length {len(pattern)} "
-            f"must divide model.num_layers={layers}",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"must divide model.num_heads={self.num_heads}",
-        )
-        require(
-            self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim,
-            "model.rotary_dim",
-            self.rotary_dim,
-            f"must be even and between 0 and model.head_dim={self.head_dim}",
-        )
-        require(
-            self.experts_per_token <= self.num_experts,
-            "model.experts_per_token",
-            self.experts_per_token,
-            f"must be at most model.num_experts={self.num_experts}",
-        )
-        require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            "model.capacity_factor",
-            self.capacity_factor,
-            "must be greater than 0, or null for no limit",
-        )
+        length, layers = len(self.layer_pattern), self.num_layers
+        fits = set(self.layer_pattern) <= set(ATTENTIONS) and 0 < length <= layers and layers % length == 0
+        kinds = " and ".join(map(str, ATTENTIONS.values()))
+        divides = f"its length {length} must divide model.num_layers={layers}"
+        check("layer_pattern", fits, f"must be made of {kinds}, and {divides}")
+        fits = self.num_heads % self.num_kv_heads == 0
+        check("num_kv_heads", fits, f"must divide model.num_heads={self.num_heads}")
+        fits = self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim
+        check("rotary_dim", fits, f"must be even and between 0 and model.head_dim={self.head_dim}")
+        fits = self.experts_per_token <= self.num_experts
+        check("experts_per_token", fits, f"must be at most model.num_experts={self.num_experts}")
+        has_capacity, has_aux_loss = self.capacity_factor is not None, self.aux_loss_coefficient > 0
+        fits = not has_capacity or self.capacity_factor > 0
+        check("capacity_factor", fits, "must be greater than 0, or null for no limit")
         require_choice("model.capacity_scope", self.capacity_scope, SCOPES)
         require_choice("model.aux_loss_scope", self.aux_loss_scope, SCOPES)
-        require(
-            self.aux_loss_coefficient >= 0,
-            "model.aux_loss_coefficient",
-            self.aux_loss_coefficient,
-            "must be 0 or greater",
-        )
-        for scope, used, reason in [
-            ("capacity_scope", self.capacity_factor is not None, "model.capacity_factor=null: nothing is dropped"),
-            ("aux_loss_scope", self.aux_loss_coefficient > 0, "model.aux_loss_coefficient=0: there is no such loss"),
-        ]:
-            value = getattr(self, scope)
-            require(used or value == SCOPES[0], f"model.{scope}", value, f"must be {SCOPES[0]} with {reason}")
-        require(
-            self.residual_scale is None or self.residual_scale > 0,
-            "model.residual_scale",
-            self.residual_scale,
-            f"must be greater than 0, or null for DeepNorm's {deep_norm_alpha(self.num_layers):.4f}",
-        )
+        check("aux_loss_coefficient", self.aux_loss_coefficient >= 0, "must be 0 or greater")
+        without = f"must be {SCOPES[0]} with model"
+        fits = has_capacity or self.capacity_scope == SCOPES[0]
+        check("capacity_scope", fits, f"{without}.capacity_factor=null: nothing is dropped")
+        fits = has_aux_loss or self.aux_loss_scope == SCOPES[0]
+        check("aux_loss_scope", fits, f"{without}.aux_loss_coefficient=0: there is no such loss")
+        fits = self.residual_scale is None or self.residual_scale > 0
+        default = f"{deep_norm_alpha(layers):.4f}"
+        check("residual_scale", fits, f"must be greater than 0, or null for DeepNorm's {default}")
 
     @property
     def attentions(self) -> list[AttentionKind]:

@@ -16,8 +16,8 @@ class KernelConfig:
 
     Attributes:
         lightning, softmax: the two attentions.
-        experts: the experts' GEMMs and what lies between them.
-        router: the router's projection, softmax, assignments and counts.
+        experts: the experts' matrix products and what lies between them.
+        router: the router's projection, softmax, choice and counts.
         norm: every RMSNorm, with the residual before it or the gate after it.
         rope: rotary embedding.
         silu: SiLU of lightning attention's q, k and v.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimax_train.documents import Documents
-from minimax_train.kernels.cross_entropy import VocabularyShard, linear_cross_entropy
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.rope import rotary_table
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import ModelConfig
@@ -102,8 +102,7 @@ class HybridModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = Linear(config.hidden_size, config.vocab_size)
-        tp, start = ranks.tp, ranks.tp.local_range(config.vocab_size).start
-        self.vocabulary = VocabularyShard(start, tp.size, tp.merge_log_sums) if tp.size > 1 else None
+        self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
 
     def forward(
         self,

@@ -41,12 +41,12 @@ class AttentionKind:
             this rank, and with the tokens of ``context``.
         parameters: how many a layer has, from the sizes alone.
         flops: of a layer's forward pass for one token, a multiply-add being two, norms and activations left out; from
-            the sizes and the mean number of keys in a causal token's reach, itself included: ``(n + 1) / 2`` in
-            documents of n tokens.
-        tp: the sizes in ``model`` that tensor-parallel ranks share, so that their number must divide each; None where
-            the attention cannot be split.
-        cp: the keys of ``parallel`` that say how context-parallel ranks share a packed sequence, with what each may be
-            besides ``auto``; empty where there is one way, None where the attention cannot be split.
+            the sizes and the mean number of tokens that a token sees in a causal attention, itself included: in
+            documents of n tokens ``(n + 1) / 2``.
+        tp: the keys of ``model`` whose values tensor parallelism splits, and ``parallel.tp`` must divide; None where
+            the attention cannot be split over ranks.
+        cp: the keys of ``parallel`` that choose how context parallelism is done, with what each may be besides
+            ``auto``; empty where there is one way, None where a packed sequence cannot be split over ranks.
         hugging_face: None where transformers has no such attention.
     """
 

@@ -67,10 +67,9 @@ class LightningAttention(nn.Module):
         inputs = (q_THK, k_THK, v_THK, slopes_H)
         if context.shard is None:
             return lightning_attention(*inputs, context.documents, implementation=self.implementation)[0]
-        method = ranks.cp_methods.get("linear_cp", AUTO)
-        return lightning_attention_cp(
-            *inputs, context.shard, ranks.cp, method=method, implementation=self.implementation
-        )
+        assert ranks.cp is not None
+        options = {"method": ranks.cp_methods.get("linear_cp", AUTO), "implementation": self.implementation}
+        return lightning_attention_cp(*inputs, context.shard, ranks.cp, **options)
 
     def initializers(self) -> dict[str, Initializer]:
         D, K = self.config.hidden_size, self.config.head_dim

@@ -55,6 +55,7 @@ class SoftmaxAttention(nn.Module):
         options = {"scale": self.config.head_dim**-0.5, "implementation": self.implementation}
         if context.shard is None:
             return softmax_attention(*inputs, context.documents, **options)[0]
+        assert self.ranks.cp is not None
         method = self.ranks.cp_methods.get("softmax_cp", AUTO)
         return softmax_attention_cp(*inputs, context.shard, self.ranks.cp, method=method, **options)
 
