@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from minimax_train.files import replace_text
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
-from minimax_train.parallel.context import lightning, softmax
+from minimax_train.model.attention import ATTENTIONS
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, nearest_divisors
 from minimax_train.recipe import RecipeConfig, StepPlan
@@ -70,8 +71,9 @@ class ParallelConfig:
         accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the products"
         require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
         require_choice("parallel.layout", self.layout, LAYOUTS)
-        require_choice("parallel.linear_cp", self.linear_cp, (AUTO, *lightning.METHODS))
-        require_choice("parallel.softmax_cp", self.softmax_cp, (AUTO, *softmax.METHODS))
+        for kind in ATTENTIONS.values():
+            for key, methods in (kind.cp or {}).items():
+                require_choice(f"parallel.{key}", getattr(self, key), (AUTO, *methods))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -140,13 +142,18 @@ class Config:
         require(capacity >= 1, "model.capacity_factor", model.capacity_factor, accepted)
 
     def _check_splits(self) -> None:
-        """Refuse a grid whose axes do not divide what they split."""
+        """Refuse a grid whose axes do not divide what they split, or would split what cannot be."""
         model, parallel = self.model, self.parallel
+        kinds = dict.fromkeys(model.attentions)
+        for axis, kind in itertools.product(("tp", "cp"), kinds):
+            ranks = parallel.sizes[axis]
+            accepted = f"must be 1 with {kind} in model.layer_pattern={model.layer_pattern!r}: it cannot be split"
+            require(ranks == 1 or getattr(kind, axis) is not None, f"parallel.{axis}", ranks, accepted)
+        heads = dict.fromkeys(name for kind in kinds for name in kind.tp or ())
         tokens = self.recipe.micro_batch_size * self.data.sequence_length // parallel.cp
         micro_batch = f"the {tokens} tokens of a micro-batch on a context-parallel rank"
         for axis, what, size in [
-            ("tp", f"model.num_heads={model.num_heads}", model.num_heads),
-            ("tp", f"model.num_kv_heads={model.num_kv_heads}", model.num_kv_heads),
+            *(("tp", f"model.{name}={getattr(model, name)}", getattr(model, name)) for name in heads),
             ("tp", f"model.vocab_size={model.vocab_size}", model.vocab_size),
             ("tp", micro_batch, tokens),
             ("ep", f"model.num_experts={model.num_experts}", model.num_experts),
