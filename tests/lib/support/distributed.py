@@ -5,9 +5,11 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,24 @@ def run_ranks(
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout_s)
+        started = last = time.monotonic()
+        pause = 0.0
+        while (running := [p.sentinel for p in processes if p.is_alive()]) and last - started < timeout_s:
+            connection.wait(running, timeout=1)
+            pause, last = max(pause, time.monotonic() - last), time.monotonic()
         hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        if hanging or (errors and last - started > TIMEOUT.total_seconds()):
+            # Where every rank was, and whether none of them could run: a machine that is paused for longer than the
+            # timeout fails collectives that nothing is wrong with.
+            errors += [f"{path.name}:\n{path.read_text()}" for path in sorted(Path(folder).glob("stacks-*"))]
+            errors.append(
+                f"ranks {hanging} still ran after {last - started:.0f} s; longest pause of this process: {pause:.0f} s"
+            )
         assert not errors, "\n".join(errors)
-        assert not hanging, f"ranks {hanging} did not finish in {timeout_s} s"
         assert not any(codes), f"ranks ended with exit codes {codes}; a signal's is negative"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
@@ -80,6 +91,8 @@ def _rank(
 ) -> None:
     try:
         faulthandler.enable()
+        stacks = open(Path(folder) / f"stacks-{rank}", "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(TIMEOUT.total_seconds() - 10, file=stacks)
         torch.set_num_threads(1)
         if isinstance(function, tuple):
             function = _load(*function)
