@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -54,7 +54,20 @@ class Chunks:
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class Derived:
+    """Something that keeps what is computed from it: made at the first request, shared by all layers, gone with it."""
+
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, kw_only=True)
+
+    def derive(self, key: Hashable, make: Callable[[Self], Any]) -> Any:
+        """``make(self)``, computed once per key. A result that refers to ``self`` would keep both from being freed."""
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Derived):
     """The documents packed on one token axis: document n is tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``.
 
     Held on the host as well as on the compute device, so that nothing waits for the device to learn a length.
@@ -63,14 +76,13 @@ class Documents:
     Attributes:
         cu_seqlens: int32 ``[N + 1]`` on the compute device, the form varlen kernels take.
         cu_seqlens_cpu: the same on the host.
-        first_positions: position of each document's first token, host integers: 0 unless these are pieces of documents
+        first_positions: position of each document's first token, host integers: 0 unless these are parts of documents
             that began elsewhere.
     """
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
     first_positions: tuple[int, ...]
-    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_lengths(
@@ -128,12 +140,6 @@ class Documents:
     def chunks(self, size: int) -> Chunks:
         """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
         return self.derive(("chunks", size), lambda documents: documents._cut(size))
-
-    def derive(self, key: Hashable, make: Callable[[Documents], Any]) -> Any:
-        """``make(self)``, made at the first request for ``key`` and kept for all layers."""
-        if key not in self._derived:
-            self._derived[key] = make(self)
-        return self._derived[key]
 
     def _cut(self, size: int) -> Chunks:
         lengths_N = self.cu_seqlens_cpu.diff().long()
