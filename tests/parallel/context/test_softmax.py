@@ -20,6 +20,7 @@ from support.distributed import run_ranks
 from support.mixes import random_mix
 
 SCALE = 0.4
+SIZES = Sizes(heads=64, kv_heads=8, key_dim=128, value_dim=128, element_bytes=2)
 
 
 def _sequence(tokens, seed, dtype, heads):
@@ -87,6 +88,37 @@ def test_sums_in_bfloat16_are_wide(kind):
     """The reference sees the same rounded inputs; eight roundings of a running sum would show."""
     for worst in run_ranks(_compare_many, 4, kind, 9, range(7, 15), torch.bfloat16, (4, 1, 8, 8), 0.1):
         assert max(worst.values()) < 5e-3, worst
+
+
+def _compare_one(grid, kind, dtype, lengths, heads, implementation="auto", device="cpu"):
+    """The error of each method on one mix of documents, and the distances of each round."""
+    communicator = GroupCommunicator(grid.group("dp"))
+    whole = Documents.from_lengths(lengths)
+    sequence = _sequence(whole.num_tokens, 1, dtype, heads)
+    expected = _reference(sequence, lengths)
+    shard = SequenceLayout(kind, communicator.size).shard(whole.to(device), communicator.rank)
+    how = {"implementation": implementation, "device": device}
+    errors = {
+        method: _worst_error(_shared(sequence, shard, communicator, method=method, **how), expected, shard)
+        for method in ("ring", "allgather")
+    }
+    return errors, ring_plan(shard).rounds
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "lengths", "rounds"),
+    [
+        ("contiguous", 7, [7 * 13], ((1,), (2,), (3,), (4,), (5,), (6,))),
+        ("contiguous", 8, [17, 1, 100, 2], ((1,), (2,), (3,), (4,), (5,), (6,))),
+        ("zigzag", 6, [12 * 11], ((1,), (2,), (3,), (4,), (5,))),
+        ("zigzag", 6, [5, 44, 35], ((1, 2), (3, 4), (5,))),
+        ("zigzag", 8, [2, 30, 16], ((1, 2), (3, 4), (5,), (6,), (7,))),
+    ],
+)
+def test_rings_of_several_rounds(kind, ranks, lengths, rounds):
+    for errors, found in run_ranks(_compare_one, ranks, kind, torch.float64, lengths, (6, 2, 5, 7)):
+        assert found == rounds
+        assert max(errors.values()) < 1e-10, errors
 
 
 def test_one_rank_needs_no_one():
@@ -212,10 +244,36 @@ def test_documents_of_4k_send_under_5_percent_of_the_full_ring(kind, ranks):
     assert sum(shares) / len(shares) < 0.03 and max(shares) < 0.07
 
 
+def test_plans_are_made_once_per_shard_and_die_with_it(monkeypatch):
+    """With twenty micro-batches in flight, as in a pipeline, and two layers that take turns on them."""
+    made = []
+
+    def counted(make):
+        return lambda shard, *rest: (made.append(make.__name__), make(shard, *rest))[1]
+
+    makers = (plan._make_ring_plan, plan._make_rank_plan, allgather._make_gather_plan, cost.estimate)
+    for module, make in zip((plan, plan, allgather, cost), makers, strict=True):
+        monkeypatch.setattr(module, make.__name__, counted(make))
+    documents = [Documents.from_lengths([40 + n, 56 - n]) for n in range(20)]
+    shards = [SequenceLayout("zigzag", 4).shard(d, 1) for d in documents]
+    other_sizes = replace(SIZES, heads=32)
+    for _ in range(2):
+        for shard in shards:
+            assert rank_plan(shard) is rank_plan(shard) and gather_plan(shard) is gather_plan(shard)
+            assert ring_plan(shard) is ring_plan(shard.to("cpu"))
+            choose_method(shard, SIZES), choose_method(shard, other_sizes)
+    assert {name: made.count(name) for name in made} == {
+        "_make_ring_plan": 20,
+        "_make_rank_plan": 20,
+        "_make_gather_plan": 20,
+        "estimate": 40,
+    }
+    alive = [weakref.ref(x) for shard in shards for x in (shard, ring_plan(shard), rank_plan(shard))]
+    del shard, shards
+    assert not any(x() for x in alive)
+
+
 # ---------------------------------------------------------------------------------------------- choosing
-
-
-SIZES = Sizes(heads=64, kv_heads=8, key_dim=128, value_dim=128, element_bytes=2)
 
 
 def _machine(bytes_per_s, latency_s=1e-4):
@@ -284,24 +342,26 @@ def test_refusals():
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 
-def _compare_on_gpu(grid, kind, dtype, implementation, lengths, heads):
-    communicator = GroupCommunicator(grid.group("dp"))
-    whole = Documents.from_lengths(lengths)
-    sequence = _sequence(whole.num_tokens, 1, dtype, heads)
-    expected = _reference(sequence, lengths)
-    shard = SequenceLayout(kind, communicator.size).shard(whole.to("cuda"), communicator.rank)
-    how = {"implementation": implementation, "device": "cuda"}
-    return {
-        method: _worst_error(_shared(sequence, shard, communicator, method=method, **how), expected, shard)
-        for method in ("ring", "allgather")
-    }
+LENGTHS, GPU_HEADS = [1, 130, 1500, 7, 410], (8, 2, 64, 64)
+TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 def test_four_processes_on_one_gpu(kind, dtype, tolerance):
     """Transfers go through gloo and the host; the kernels are those a real run would choose."""
-    lengths = [1, 130, 1500, 7, 410]
-    for worst in run_ranks(_compare_on_gpu, 4, kind, dtype, "auto", lengths, (8, 2, 64, 64), start="spawn"):
-        assert max(worst.values()) < tolerance, worst
+    for errors, _ in run_ranks(_compare_one, 4, kind, dtype, LENGTHS, GPU_HEADS, "auto", "cuda", start="spawn"):
+        assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("lengths", [LENGTHS, [2048], [512] * 4])
+def test_two_gpus(kind, dtype, tolerance, lengths):
+    """Transfers go over NCCL; of documents that end on chunk edges nothing is sent."""
+    where = {"start": "spawn", "device": "cuda"}
+    for errors, _ in run_ranks(_compare_one, 2, kind, dtype, lengths, GPU_HEADS, "auto", "cuda", **where):
+        assert max(errors.values()) < tolerance, errors
