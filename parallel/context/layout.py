@@ -35,7 +35,7 @@ class Chunk:
         index: number in token order.
         rank: the rank that holds it.
         place: how many chunks come before it on the token axis of that rank.
-        edges: where its segments start and end: its first token, every document start inside, its end.
+        edges: its start, every document start inside, its end: where its segments meet.
         document_start: where the document of its first token starts, maybe in an earlier chunk.
         document_end: where the document of its last token ends, maybe in a later chunk.
     """
@@ -178,7 +178,7 @@ class SequenceShard(Derived):
         return replace(self, whole=self.whole.to(device))
 
     def earlier_chunks(self, chunk: Chunk) -> tuple[Chunk, ...]:
-        """The chunks before this one that hold tokens of its first segment's document: their last segments."""
+        """The chunks before this one that hold tokens of its first token's document: each in its last segment."""
         return self.chunks[chunk.document_start // self.chunk_size : chunk.index]
 
     def local(self, segment: tuple[int, int]) -> slice:

@@ -5,7 +5,9 @@ import pytest
 from minimax_train.parallel.cost import H200, NETWORK, NVLINK
 
 
-@pytest.mark.parametrize(("num_bytes", "measured_s"), [(64e6, 0.26e-3), (1e9, 2.98e-3), (2**26, 264e-6), (2**28, 886e-6)])
+@pytest.mark.parametrize(
+    ("num_bytes", "measured_s"), [(64e6, 0.26e-3), (1e9, 2.98e-3), (2**26, 264e-6), (2**28, 886e-6)]
+)
 def test_send_receives_over_nvlink(num_bytes, measured_s):
     assert NVLINK.send_receive_s(num_bytes) == pytest.approx(measured_s, rel=0.04)
 

@@ -173,8 +173,8 @@ def ring_attention(
     that a rank computes for another's keys and values are sent back to it while the next round is computed. The kernel
     rounds them to the dtype of the inputs, their rank sums them in float32.
 
-    All ranks start their transfers in the same order, that of the rounds, also for a round in which they have no part:
-    so no two ranks can wait for each other.
+    All ranks start their transfers in the same order (the keys and values of a round, then the gradients of the round
+    before it), so no two can wait for each other.
 
     Arguments and result as in :func:`minimax_train.parallel.context.softmax.softmax_attention_cp`.
     """
