@@ -38,15 +38,10 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_parts
 from minimax_train.kernels.lightning.parts import REACH, Parts
 from minimax_train.parallel.communicator import Communicator, Pending
 from minimax_train.parallel.context.layout import Chunk, SequenceShard
+from minimax_train.parallel.cost import H200, Machine
 
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
-
-# Seconds to start a transfer, and bytes per second into one GPU. Within a node: a line through all-gathers of 16 and
-# 256 MB between two H200 over NVLink. Between nodes: a 400 Gb/s network card per GPU, not measured.
-LATENCY_S = 40e-6
-NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 263e9, 50e9
-RANKS_PER_NODE = 8
 
 
 def lightning_attention_cp(
@@ -85,22 +80,23 @@ def lightning_attention_cp(
     return _SharedLightning.apply(q_THK, k_THK, v_THV, slopes_H, exchange, lightning_parts(q_THK, implementation))
 
 
-def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
+def choose_method(state_bytes: int, num_chunks: int, num_ranks: int, machine: Machine = H200) -> str:
     """``lasp_plus`` or ``scan``, whichever the cost model gives less time for.
 
     The all-gather takes one start and moves every other rank's states into each rank; the scan takes a start per hop
     and per piece, and moves one state per chunk through each rank:
 
-        lasp_plus:  latency + (ranks - 1) / ranks * chunks * state / rate
-        scan:       (chunks - 1 + pieces - 1) * (latency + state / pieces / rate)
+        lasp_plus:  an all-gather of chunks / ranks * state
+        scan:       (chunks - 1 + pieces - 1) send-receives of state / pieces
 
     Args:
         state_bytes: one chunk's state of the far heads on this rank.
         num_chunks, num_ranks: of the layout.
+        machine: the cost model.
     """
-    rate = NODE_BYTES_PER_S if num_ranks <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
-    gather = LATENCY_S + (num_ranks - 1) / num_ranks * num_chunks * state_bytes / rate
-    scan = (num_chunks + SCAN_PIECES - 2) * (LATENCY_S + state_bytes / SCAN_PIECES / rate)
+    link = machine.link(num_ranks)
+    gather = link.all_gather_s(num_chunks / num_ranks * state_bytes, num_ranks)
+    scan = (num_chunks + SCAN_PIECES - 2) * link.send_receive_s(state_bytes / SCAN_PIECES)
     return "lasp_plus" if gather <= scan else "scan"
 
 
@@ -224,7 +220,8 @@ def _start_gathered_sum(
     x_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
 ) -> Callable[[], Tensor]:
     pending = communicator.all_gather(x_MHKV)
-    reach_MJ = _reach(shard, x_MHKV.device, backwards=backwards)
+    device = x_MHKV.device
+    reach_MJ = shard.derive(("reach", device, backwards), lambda shard: _reach(shard, device, backwards=backwards))
     tokens_MJ = reach_MJ.clamp(min=0).to(x_MHKV.dtype) * shard.chunk_size
     weight_HMJ = torch.exp(-slopes_H.to(x_MHKV.dtype)[:, None, None] * tokens_MJ) * (reach_MJ >= 0)
 
@@ -235,7 +232,6 @@ def _start_gathered_sum(
     return finish
 
 
-@lru_cache(maxsize=8)
 def _reach(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Tensor:
     """Chunks between each of this rank's chunks and each chunk before it (backwards: after it) in its document.
 

@@ -12,6 +12,11 @@ def test_send_receives_over_nvlink(num_bytes, measured_s):
     assert NVLINK.send_receive_s(num_bytes) == pytest.approx(measured_s, rel=0.04)
 
 
+@pytest.mark.parametrize(("bytes_per_rank", "measured_s"), [(2**22, 58e-6), (2**24, 102e-6), (2**28, 1060e-6)])
+def test_all_gathers_over_nvlink(bytes_per_rank, measured_s):
+    assert NVLINK.all_gather_s(bytes_per_rank, 2) == pytest.approx(measured_s, rel=0.04)
+
+
 def test_transfers():
     assert NVLINK.send_receive_s(0) == NVLINK.all_gather_s(0, 8) == NVLINK.all_gather_s(1e6, 1) == 0
     # Seven other ranks' bytes arrive.
