@@ -11,11 +11,11 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.parallel.communicator import Communicator
 from minimax_train.parallel.context.layout import SequenceShard
 from minimax_train.parallel.context.softmax.allgather import allgather_attention, gather_plan
-from minimax_train.parallel.context.softmax.cost import METHODS, Sizes, choose_method
+from minimax_train.parallel.context.softmax.cost import Sizes, choose_method
 from minimax_train.parallel.context.softmax.plan import rank_plan
 from minimax_train.parallel.context.softmax.ring import ring_attention
 
-__all__ = ["METHODS", "softmax_attention_cp"]
+METHODS = ("ring", "allgather")
 
 
 def softmax_attention_cp(
@@ -61,5 +61,5 @@ def softmax_attention_cp(
     elif method == "allgather":
         attend, plan = allgather_attention, gather_plan(shard)
     else:
-        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join(METHODS)}")
+        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
     return attend(q_THK, k_TGK, v_TGV, plan, communicator, scale=scale, implementation=implementation)

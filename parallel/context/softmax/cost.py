@@ -9,7 +9,6 @@ from minimax_train.parallel.context.softmax.allgather import gather_plan
 from minimax_train.parallel.context.softmax.plan import local_lengths, ring_plan
 from minimax_train.parallel.cost import H200, Machine
 
-METHODS = ("ring", "allgather", "auto")
 # Most memory that gathered keys and values and their float32 gradients may take.
 MOST_GATHERED_BYTES = 8 * 2**30
 # Merging one element in 16-bit arithmetic: cast (read 2, write 4 bytes), then lerp (read 4 + 4, write 4).

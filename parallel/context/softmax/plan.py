@@ -1,17 +1,15 @@
 """Who attends to whose keys, and what is sent for it: computed once per batch, on the host, alike on every rank.
 
-Take the queries of a chunk and the keys of an earlier one. Only one document can have tokens in both. They are the
-first segment of the later chunk and the last segment of the earlier one, and all those queries see all those keys: a
-dense *rectangle* of scores. Between two ranks that hold several chunks, these rectangles make a single one, whose
-queries and whose keys are each contiguous on their rank's token axis: a document that has tokens in both chunks of a
-rank covers the end of the first and the start of the second, which are neighbours there.
+Take the queries of a chunk and the keys of an earlier one. At most one document has tokens in both: in the first
+segment of the later chunk and in the last segment of the earlier one. All those queries see all those keys: a dense
+*rectangle* of scores. Between two ranks that hold several chunks, these rectangles make a single one, whose queries and
+whose keys are each contiguous on their rank's token axis: a document that has tokens in two chunks of a rank covers the
+end of the first and the start of the second, which are neighbours there.
 
 A transfer goes from the rank that holds the keys directly to the rank that reads them, and only what is read is sent.
 Transfers are ordered by distance: at distance d, rank r sends to rank r + d and receives from rank r - d (modulo their
 number). Consecutive distances make one *round*, whose transfers travel together, as long as no rank receives more
 tokens in it than it holds itself; distances at which no document is shared are left out.
-
-Shape legend: T tokens on each rank, S tokens on the whole axis.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ class RankPlan:
     """What one rank does.
 
     Attributes:
-        local: the documents among which the rank's attention to its own tokens is causal, as by :func:`local_lengths`.
+        local: its tokens as documents (:func:`local_lengths`); attention among them is causal.
         rounds: one per round of the ring, possibly without reads or sends.
         queries_merged: the queries of all its rectangles, as disjoint token ranges in order.
         keys_sent: the keys that other ranks read, likewise. Every range that is read or sent lies inside one of these.

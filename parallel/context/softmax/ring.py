@@ -22,12 +22,12 @@ class _RingAttention(Function):
     @staticmethod
     def forward(ctx, q_THK, k_TGK, v_TGV, plan: RankPlan, communicator: Communicator, scale, implementation):
         how = {"scale": scale, "implementation": implementation}
-        fetch = _fetch(0, plan, k_TGK, v_TGV, communicator)
+        wait_for_keys = _send_keys(0, plan, k_TGK, v_TGV, communicator)
         out_THV, lse_TH = attention_forward(q_THK, k_TGK, v_TGV, plan.local, plan.local, causal=True, **how)
         out = _WideRanges(out_THV, plan.queries_merged, lse_TH.dtype)
         for index, this in enumerate(plan.rounds):
-            key_values = fetch()
-            fetch = _fetch(index + 1, plan, k_TGK, v_TGV, communicator)
+            key_values = wait_for_keys()
+            wait_for_keys = _send_keys(index + 1, plan, k_TGK, v_TGV, communicator)
             for read in this.reads:
                 queries = read.rectangle.queries
                 part = attention_forward(
@@ -44,17 +44,17 @@ class _RingAttention(Function):
     def backward(ctx, grad_out_THV):
         q_THK, k_TGK, v_TGV, out_THV, lse_TH = ctx.saved_tensors
         plan, communicator, how = ctx.plan, ctx.communicator, ctx.how
-        fetch = _fetch(0, plan, k_TGK, v_TGV, communicator)
+        wait_for_keys = _send_keys(0, plan, k_TGK, v_TGV, communicator)
         gradients = attention_backward(
             grad_out_THV, q_THK, k_TGK, v_TGV, out_THV, lse_TH, plan.local, plan.local, causal=True, **how
         )
         ranges = (plan.queries_merged, plan.keys_sent, plan.keys_sent)
         grad_q, *grad_kv = (_WideRanges(x, r, lse_TH.dtype) for x, r in zip(gradients, ranges, strict=True))
-        add_returned = None
+        add_gradients = None
         for index, this in enumerate(plan.rounds):
-            key_values = fetch()
-            fetch = _fetch(index + 1, plan, k_TGK, v_TGV, communicator)
-            returned = {}
+            key_values = wait_for_keys()
+            wait_for_keys = _send_keys(index + 1, plan, k_TGK, v_TGV, communicator)
+            sends = {}
             for read in this.reads:
                 queries = read.rectangle.queries
                 part_q, *part_kv = attention_backward(
@@ -69,16 +69,16 @@ class _RingAttention(Function):
                     **how,
                 )
                 grad_q[queries].add_(part_q)
-                returned[read.source] = torch.cat(part_kv, -1)
-            if add_returned:
-                add_returned()
-            add_returned = _return(returned, this, *grad_kv, communicator)
-        if add_returned:
-            add_returned()
+                sends[read.source] = torch.cat(part_kv, -1)
+            if add_gradients:
+                add_gradients()
+            add_gradients = _send_gradients(sends, this, *grad_kv, communicator)
+        if add_gradients:
+            add_gradients()
         return *(x.finish() for x in (grad_q, *grad_kv)), None, None, None, None
 
 
-def _fetch(
+def _send_keys(
     index: int, plan: RankPlan, k_TGK: Tensor, v_TGV: Tensor, communicator: Communicator
 ) -> Callable[[], dict[int, tuple[Tensor, ...]]]:
     """Start a round's transfer of keys and values: send what others read, receive what this rank reads.
@@ -103,7 +103,7 @@ def _fetch(
     return wait
 
 
-def _return(
+def _send_gradients(
     sends: Mapping[int, Tensor], this: Round, grad_k: _WideRanges, grad_v: _WideRanges, communicator: Communicator
 ) -> Callable[[], None]:
     """Start sending the gradients of a round's keys and values back to their ranks.

@@ -332,7 +332,7 @@ def test_refusals():
 
     q, k, v, _ = _sequence(4, 0, torch.float64, (2, 1, 3, 3))
     shard = SequenceLayout("contiguous", 1).shard(Documents.from_lengths([4]), 0)
-    with pytest.raises(ValueError, match=r"parallel.softmax_cp='tree': must be one of ring, allgather, auto"):
+    with pytest.raises(ValueError, match=r"parallel.softmax_cp='tree': must be one of auto, ring, allgather"):
         softmax_attention_cp(q, k, v, shard, Alone(), scale=1.0, method="tree")
     two = SequenceLayout("contiguous", 2).shard(Documents.from_lengths([8]), 1)
     with pytest.raises(ValueError, match=r"shard is of rank 1 of 2.*communicator of rank 0 of 1"):
