@@ -159,7 +159,7 @@ def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
     inputs = make_inputs(tokens, heads, options)
 
     def rate(pairs: int, milliseconds: float) -> float:
-        return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 matrix products forward, 5 backward
+        return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 GEMMs forward, 5 backward
 
     for ranks in options.ranks:
         # As much work as each rank has on one document over all of them.
