@@ -1,6 +1,6 @@
 """Where packed documents start and end on the token axis: what data, kernels and ranks all describe a batch by.
 
-Shape legend: T tokens, N documents, M chunks, C tokens per chunk.
+Shape legend: T tokens, N documents.
 """
 
 from __future__ import annotations
@@ -23,34 +23,6 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Chunks:
-    """Documents cut in chunks of at most C tokens, each chunk inside one document, in token order.
-
-    Attributes:
-        size: C.
-        starts_M, lengths_M: first token and token count of each chunk, int64.
-        documents_M: the document each chunk lies in, int64.
-    All on the device of the documents.
-    """
-
-    size: int
-    starts_M: Tensor
-    lengths_M: Tensor
-    documents_M: Tensor
-
-    @cached_property
-    def tokens_MC(self) -> Tensor:
-        """Token index of each chunk slot, int64; slots past the chunk's length repeat its last token."""
-        slots_C = torch.arange(self.size, device=self.starts_M.device)
-        return self.starts_M[:, None] + torch.minimum(slots_C, self.lengths_M[:, None] - 1)
-
-    @cached_property
-    def valid_MC(self) -> Tensor:
-        """Whether the slot holds a token, bool."""
-        return torch.arange(self.size, device=self.starts_M.device) < self.lengths_M[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,18 +108,3 @@ class Documents(Derived):
         shift_N = to_device(torch.tensor(self.first_positions), self.device) - self.cu_seqlens[:-1]
         shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=self.device) + shift_T
-
-    def chunks(self, size: int) -> Chunks:
-        """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
-        return self.derive(("chunks", size), lambda documents: documents._cut(size))
-
-    def _cut(self, size: int) -> Chunks:
-        lengths_N = self.cu_seqlens_cpu.diff().long()
-        chunks_N = (lengths_N + size - 1) // size
-        documents_M = torch.arange(len(self)).repeat_interleave(chunks_N)
-        first_M = (chunks_N.cumsum(0) - chunks_N)[documents_M]
-        offset_M = (torch.arange(len(documents_M)) - first_M) * size
-        starts_M = self.cu_seqlens_cpu[:-1].long()[documents_M] + offset_M
-        lengths_M = (lengths_N[documents_M] - offset_M).clamp(max=size)
-        parts = (starts_M, lengths_M, documents_M)
-        return Chunks(size, *(to_device(part, self.device) for part in parts))

@@ -82,7 +82,7 @@ def _problems_of_attention(streams, attend, kind, ranks=3):
 
 def _lightning(method):
     def attend(q, k, v, shard, link):
-        # Near and far heads.
+        # A head with a short memory and one with a long memory.
         slopes = torch.tensor([9.0, 0.1])
         return lightning_attention_cp(q, k, v, slopes, shard, link, method=method, implementation="chunked")
 

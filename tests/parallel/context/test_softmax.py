@@ -16,7 +16,7 @@ from minimax_train.parallel.context.softmax.allgather import gather_plan
 from minimax_train.parallel.context.softmax.cost import Sizes, choose_method, estimate
 from minimax_train.parallel.context.softmax.plan import local_lengths, rank_plan, ring_plan
 from minimax_train.parallel.cost import Line, LinkRates, Machine
-from support.distributed import run_ranks
+from support.distributed import GPU_LINKS, run_gpu_ranks, run_ranks
 from support.mixes import random_mix
 
 SCALE = 0.4
@@ -90,16 +90,15 @@ def test_sums_in_bfloat16_are_wide(kind):
         assert max(worst.values()) < 5e-3, worst
 
 
-def _compare_one(grid, kind, dtype, lengths, heads, implementation="auto", device="cpu"):
+def _compare_one(grid, kind, dtype, lengths, heads, device="cpu"):
     """The error of each method on one mix of documents, and the distances of each round."""
     communicator = GroupCommunicator(grid.group("dp"))
     whole = Documents.from_lengths(lengths)
     sequence = _sequence(whole.num_tokens, 1, dtype, heads)
     expected = _reference(sequence, lengths)
     shard = SequenceLayout(kind, communicator.size).shard(whole.to(device), communicator.rank)
-    how = {"implementation": implementation, "device": device}
     errors = {
-        method: _worst_error(_shared(sequence, shard, communicator, method=method, **how), expected, shard)
+        method: _worst_error(_shared(sequence, shard, communicator, device, method=method), expected, shard)
         for method in ("ring", "allgather")
     }
     return errors, ring_plan(shard).rounds
@@ -342,26 +341,16 @@ def test_refusals():
 # ---------------------------------------------------------------------------------------------- on a GPU
 
 
-LENGTHS, GPU_HEADS = [1, 130, 1500, 7, 410], (8, 2, 64, 64)
-TOLERANCES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+def _compare_on_gpu(grid, kind, dtype):
+    mixes = [[1, 130, 1500, 7, 410], [2048], [512] * 4]  # of the last, documents end on chunk edges: nothing is sent
+    return [_compare_one(grid, kind, dtype, lengths, (8, 2, 64, 64), "cuda")[0] for lengths in mixes]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("link", GPU_LINKS)
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_four_processes_on_one_gpu(kind, dtype, tolerance):
-    """Transfers go through gloo and the host; the kernels are those a real run would choose."""
-    for errors, _ in run_ranks(_compare_one, 4, kind, dtype, LENGTHS, GPU_HEADS, "auto", "cuda", start="spawn"):
-        assert max(errors.values()) < tolerance, errors
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-@pytest.mark.parametrize("lengths", [LENGTHS, [2048], [512] * 4])
-def test_two_gpus(kind, dtype, tolerance, lengths):
-    """Transfers go over NCCL; of documents that end on chunk edges nothing is sent."""
-    where = {"start": "spawn", "device": "cuda"}
-    for errors, _ in run_ranks(_compare_one, 2, kind, dtype, lengths, GPU_HEADS, "auto", "cuda", **where):
-        assert max(errors.values()) < tolerance, errors
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_equals_one_rank_on_gpus(link, kind, dtype, tolerance):
+    """The kernels are those a real run would choose."""
+    for errors in run_gpu_ranks(_compare_on_gpu, link, kind, dtype):
+        assert max(max(of_mix.values()) for of_mix in errors) < tolerance, errors
