@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,7 +26,20 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class Derived:
+    """Something that keeps what is computed from it: made at the first request, shared by all layers, gone with it."""
+
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, kw_only=True)
+
+    def derive(self, key: Hashable, make: Callable[[Self], Any]) -> Any:
+        """``make(self)``, computed once per key. A result that refers to ``self`` would keep both from being freed."""
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Derived):
     """The documents packed on one token axis: document n is tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``.
 
     Held on the host as well as on the compute device, so that nothing waits for the device to learn a length.
@@ -35,14 +48,13 @@ class Documents:
     Attributes:
         cu_seqlens: int32 ``[N + 1]`` on the compute device, the form varlen kernels take.
         cu_seqlens_cpu: the same on the host.
-        first_positions: position of each document's first token, host integers: 0 unless these are pieces of documents
+        first_positions: position of each document's first token, host integers: 0 unless these are parts of documents
             that began elsewhere.
     """
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
     first_positions: tuple[int, ...]
-    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_lengths(
@@ -96,9 +108,3 @@ class Documents:
         shift_N = to_device(torch.tensor(self.first_positions), self.device) - self.cu_seqlens[:-1]
         shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=self.device) + shift_T
-
-    def derive(self, key: Hashable, make: Callable[[Documents], Any]) -> Any:
-        """``make(self)``, made at the first request for ``key`` and kept for all layers."""
-        if key not in self._derived:
-            self._derived[key] = make(self)
-        return self._derived[key]

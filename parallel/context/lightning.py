@@ -46,15 +46,10 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_state
 from minimax_train.kernels.lightning.state_passing import DECAY_CUTOFF, StatePassing
 from minimax_train.parallel.communicator import Communicator, Pending
 from minimax_train.parallel.context.layout import Chunk, SequenceShard
+from minimax_train.parallel.cost import H200, Machine
 
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
-
-# Seconds to start a transfer, and bytes per second into one GPU. Within a node: a line through all-gathers of 16 and
-# 256 MB between two H200 over NVLink. Between nodes: a 400 Gb/s network card per GPU, not measured.
-LATENCY_S = 40e-6
-NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 263e9, 50e9
-RANKS_PER_NODE = 8
 
 
 def lightning_attention_cp(
@@ -93,22 +88,23 @@ def lightning_attention_cp(
     return _ContextParallelLightning.apply(q_THK, k_THK, v_THV, slopes_H, shard, communicator, method, phases)
 
 
-def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
+def choose_method(state_bytes: int, num_chunks: int, num_ranks: int, machine: Machine = H200) -> str:
     """``lasp_plus`` or ``scan``, whichever the cost model gives less time for.
 
     The all-gather takes one start and moves every other rank's states into each rank; the scan takes a start per hop
     and per piece, and moves one state per chunk through each rank:
 
-        lasp_plus:  latency + (ranks - 1) / ranks * chunks * state / rate
-        scan:       (chunks - 1 + pieces - 1) * (latency + state / pieces / rate)
+        lasp_plus:  an all-gather of chunks / ranks * state
+        scan:       (chunks - 1 + pieces - 1) send-receives of state / pieces
 
     Args:
         state_bytes: one chunk's state of the long-memory heads on this rank.
         num_chunks, num_ranks: of the layout.
+        machine: the cost model.
     """
-    rate = NODE_BYTES_PER_S if num_ranks <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
-    gather = LATENCY_S + (num_ranks - 1) / num_ranks * num_chunks * state_bytes / rate
-    scan = (num_chunks + SCAN_PIECES - 2) * (LATENCY_S + state_bytes / SCAN_PIECES / rate)
+    link = machine.link(num_ranks)
+    gather = link.all_gather_s(num_chunks / num_ranks * state_bytes, num_ranks)
+    scan = (num_chunks + SCAN_PIECES - 2) * link.send_receive_s(state_bytes / SCAN_PIECES)
     return "lasp_plus" if gather <= scan else "scan"
 
 
@@ -227,8 +223,9 @@ def _start_all_gather(
     local_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
 ) -> Callable[[], Tensor]:
     """Gather the local states of all chunks; one matrix product sums what this rank's chunks need."""
-    pending = communicator.all_gather(local_MHKV)
-    distance_MJ = _distances(shard, local_MHKV.device, backwards=backwards)
+    pending, device = communicator.all_gather(local_MHKV), local_MHKV.device
+    key = ("distances", device, backwards)
+    distance_MJ = shard.derive(key, lambda shard: _distances(shard, device, backwards=backwards))
     tokens_MJ = distance_MJ.clamp(min=0).to(local_MHKV.dtype) * shard.chunk_size
     weight_HMJ = torch.exp(-slopes_H.to(local_MHKV.dtype)[:, None, None] * tokens_MJ) * (distance_MJ >= 0)
 
@@ -239,7 +236,6 @@ def _start_all_gather(
     return finish
 
 
-@lru_cache(maxsize=8)
 def _distances(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Tensor:
     """Chunks between each of this rank's chunks and each chunk before it (backwards: after it) in its document.
 
