@@ -21,8 +21,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minimax_train.documents import Documents
-
 # What has decayed below exp(-DECAY_CUTOFF) is dropped, by dtype of the state: less of it than rounding takes.
 DECAY_CUTOFF = {torch.float32: 17.0, torch.float64: 37.0}
 
@@ -31,24 +29,19 @@ class StatePassing(ABC):
     """One implementation of the phases.
 
     q, k, v, slopes and documents are as for :func:`minimax_train.kernels.lightning.lightning_attention`. States are
-    float32 (float64 for float64 inputs) and belong to the documents ``state_of``; those of all others are zero.
+    float32 (float64 for float64 inputs) and belong to the documents ``state_of``, a tuple of indices; those of all
+    other documents are zero. ``split_states`` is what ``local_states`` returned beside its states.
     """
 
     @abstractmethod
     def local_states(
-        self,
-        y_THK: Tensor,
-        z_THV: Tensor,
-        slopes_H: Tensor,
-        documents: Documents,
-        state_of: tuple[int | None, ...],
-        *,
-        reverse: bool,
+        self, y_THK, z_THV, slopes_H, documents, state_of, *, reverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Of each document the sum of ``y_t z_t^T``, decayed to its last token, ``[M, H, K, V]``; zero for None.
+        """Of each document the sum of ``y_t z_t^T``, decayed to its last token, ``[M, H, K, V]``.
 
         Of k and v that is the local part of the final state. In reverse, of q and the gradient of the output, it is
-        decayed to the place before the first token: the local part of the gradient of the initial state.
+        decayed to the place before the first token: the local part of the gradient of the initial state. An index of
+        None asks for a state of zero.
 
         Returns:
             The states, and the local states at the boundaries of the kernel's own splits, if it has any: ``forward``
@@ -56,17 +49,7 @@ class StatePassing(ABC):
         """
 
     @abstractmethod
-    def forward(
-        self,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THV: Tensor,
-        slopes_H: Tensor,
-        documents: Documents,
-        initial_MHKV: Tensor,
-        state_of: tuple[int, ...],
-        split_states: Tensor | None,
-    ) -> Tensor:
+    def forward(self, q_THK, k_THK, v_THV, slopes_H, documents, initial_MHKV, state_of, split_states) -> Tensor:
         """Output ``[T, H, V]``, given initial states."""
 
     def backward_q(self, grad_THV, k_THK, v_THV, slopes_H, documents, initial_MHKV, state_of, split_states) -> Tensor:
@@ -77,16 +60,7 @@ class StatePassing(ABC):
 
     @abstractmethod
     def backward_kv(
-        self,
-        grad_THV: Tensor,
-        q_THK: Tensor,
-        k_THK: Tensor,
-        v_THV: Tensor,
-        slopes_H: Tensor,
-        documents: Documents,
-        grad_final_MHKV: Tensor,
-        state_of: tuple[int, ...],
-        grad_split_states: Tensor | None,
+        self, grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, grad_final_MHKV, state_of, grad_split_states
     ) -> tuple[Tensor, Tensor]:
         """Gradients of k and v, from those of the output and of the final states."""
 

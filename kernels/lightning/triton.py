@@ -180,11 +180,12 @@ class _Call(NamedTuple):
         return cls(slopes_H, documents, tile, splits, per_split, table, hopper, state_of, state_rows)
 
     @property
-    def _cut(self) -> tuple[int, int, int]:
+    def _counts(self) -> tuple[int, int, int]:
+        """Tiles, sub-splits, and sub-splits per split."""
         return self.table.count, self.splits * self.per_split, self.per_split
 
     @property
-    def _where(self) -> tuple[Tensor, ...]:
+    def _tables(self) -> tuple[Tensor, ...]:
         table = self.table
         return (self.slopes_H, table.starts, table.infos, table.document_ids, self.state_rows)
 
@@ -235,12 +236,12 @@ class _Call(NamedTuple):
             hopper, shape = self._hopper(K, V)
             hopper.subsplit_states[H, num_states](
                 *hopper.descriptors((y_THK, shape["C"], shape["BK"]), (z_THV, shape["C"], shape["BV"])),
-                *where, *self._cut, H=H, REVERSE=reverse, STAGES=hopper.STAGES_LOCAL, num_warps=8, **shape,
+                *where, *self._counts, H=H, REVERSE=reverse, STAGES=hopper.STAGES_LOCAL, num_warps=8, **shape,
             )  # fmt: skip
             return local_FHKV
         shape = self._portable(K, V, y_THK.dtype)
         triton_kernels.subsplit_states[_ceil_div(V, shape["BV"]), H, num_states](
-            y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], *self._cut, H=H, REVERSE=reverse, **shape
+            y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], *self._counts, H=H, REVERSE=reverse, **shape
         )
         return local_FHKV
 
@@ -290,13 +291,13 @@ class _Call(NamedTuple):
         states = (initial_NHKV, final_NHKV, local_FHKV)
         strides, flags = self._states(*states, initial_mapped=initial_mapped)
         flags |= {"REVERSE": reverse, "FINAL_MAPPED": final_mapped}
-        where = (*self._where, self.documents.cu_seqlens)
+        where = (*self._tables, self.documents.cu_seqlens)
         if self._tma_takes(x_THK, y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
             hopper.attend[H, self.splits](
                 *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV // 2), (out_THV, C, BV // 2)),
-                out_THV, *self._pointers(*states), *where, *out_THV.stride()[:2], *strides, T, *self._cut,
+                out_THV, *self._pointers(*states), *where, *out_THV.stride()[:2], *strides, T, *self._counts,
                 STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
             )  # fmt: skip
             return out_THV
@@ -304,7 +305,7 @@ class _Call(NamedTuple):
         triton_kernels.attend[_ceil_div(V, shape["BV"]), H, self.splits](
             x_THK, y_THK, z_THV, out_THV, *states, *where,
             *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *strides,
-            *self._cut, H=H, **shape, **flags,
+            *self._counts, H=H, **shape, **flags,
         )  # fmt: skip
         return out_THV
 
@@ -341,8 +342,8 @@ class _Call(NamedTuple):
         runs = self.documents.derive(("lightning runs", C, self.state_of), lambda d: _runs(d, C, self.state_of))
         hopper.attend_dk_dv[H, self.splits](
             *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)), dk_THK, dv_THV,
-            *self._pointers(*states), *self._where, runs, self.documents.cu_seqlens,
-            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *strides, T, *self._cut,
+            *self._pointers(*states), *self._tables, runs, self.documents.cu_seqlens,
+            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *strides, T, *self._counts,
             STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape, **flags,
         )  # fmt: skip
         return dk_THK, dv_THV

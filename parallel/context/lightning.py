@@ -134,7 +134,7 @@ class _ContextParallelLightning(torch.autograd.Function):
         grad_k, grad_v = phases.backward_kv(
             grad_THV, q_THK, k_THK, v_THV, *where, grad_final_MHKV, last, grad_split_states
         )
-        return grad_q, grad_k, grad_v, *[None] * 5
+        return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
 def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -175,17 +175,17 @@ def _start_exchange(
     """
     where, H = (shard, communicator), len(slopes_H)
     short = 0 if method == "ring" else count_short_memory_heads(slopes_H, shard.chunk_size, local_MHKV.dtype)
-    long_MHKV, long_slopes = local_MHKV[:, short:], slopes_H[short:]
+    long_MHKV, slopes_H = local_MHKV[:, short:], slopes_H[short:]
     if method == AUTO and short < H:
         method = choose_method(long_MHKV[0].nbytes, len(shard.chunks), communicator.size)
     started = []
     if short:
         started.append(_start_from_neighbours(local_MHKV[:, :short], *where, backwards=backwards))
     if short < H and method == "lasp_plus":
-        started.append(_start_all_gather(long_MHKV, long_slopes, *where, backwards=backwards))
+        started.append(_start_all_gather(long_MHKV, slopes_H, *where, backwards=backwards))
     elif short < H:
         pieces = 1 if method == "ring" else SCAN_PIECES
-        started.append(lambda: _pass_along(long_MHKV, long_slopes, *where, pieces, backwards=backwards))
+        started.append(lambda: _pass_along(long_MHKV, slopes_H, *where, pieces, backwards=backwards))
     return lambda: torch.cat([finish() for finish in started], 1) if len(started) > 1 else started[0]()
 
 
@@ -205,16 +205,16 @@ def _start_from_neighbours(
     """The initial state of each of this rank's chunks is the local state of the one before it (backwards: after it)."""
     initial_MHKV = torch.empty_like(local_MHKV, memory_format=torch.contiguous_format)
     sends, receives = {}, {}
-    for m, chunk in enumerate(shard.mine):
+    for chunk in shard.mine:
         source, target = _neighbours(chunk, shard, backwards=backwards)
         if source is None:
-            initial_MHKV[m] = 0
+            initial_MHKV[chunk.place] = 0
         elif source.rank == shard.rank:
-            initial_MHKV[m] = local_MHKV[shard.mine.index(source)]
+            initial_MHKV[chunk.place] = local_MHKV[source.place]
         else:
-            receives[source.rank] = initial_MHKV[m]
+            receives[source.rank] = initial_MHKV[chunk.place]
         if target is not None and target.rank != shard.rank:
-            sends[target.rank] = local_MHKV[m]
+            sends[target.rank] = local_MHKV[chunk.place]
     pending = communicator.exchange(sends, receives)
     return lambda: (pending.wait(), initial_MHKV)[1]
 
@@ -242,17 +242,12 @@ def _distances(shard: SequenceShard, device: torch.device, *, backwards: bool) -
     Returns:
         int64 ``[M, J]``, -1 where no document is shared; J in the order of an all-gather: by rank, then as they lie.
     """
-    gathered = {c.index: j for j, c in enumerate(sorted(shard.chunks, key=lambda c: (c.rank, c.index)))}
-    distance_MJ = torch.full((len(shard.mine), len(gathered)), -1)
-    for m, chunk in enumerate(shard.mine):
-        source, _ = _neighbours(chunk, shard, backwards=backwards)
-        between = 0
-        while source is not None:
-            distance_MJ[m, gathered[source.index]] = between
-            between += 1
-            is_passed_on = source.is_inside_one_document
-            source = _neighbours(source, shard, backwards=backwards)[0] if is_passed_on else None
-    return to_device(distance_MJ, device)
+    distance_MJ, order = [], sorted(shard.chunks, key=lambda c: (c.rank, c.index))
+    for chunk in shard.mine:
+        first, end = chunk.document_start // shard.chunk_size, -(-chunk.document_end // shard.chunk_size)
+        sources = range(chunk.index + 1, end) if backwards else range(first, chunk.index)
+        distance_MJ.append([abs(c.index - chunk.index) - 1 if c.index in sources else -1 for c in order])
+    return to_device(torch.tensor(distance_MJ), device)
 
 
 def _pass_along(
@@ -270,7 +265,7 @@ def _pass_along(
     initial_MHKV = torch.zeros_like(local_MHKV)
     sent: list[Pending] = []
     for chunk in shard.mine[::-1] if backwards else shard.mine:
-        m = shard.mine.index(chunk)
+        m = chunk.place
         source, target = _neighbours(chunk, shard, backwards=backwards)
         for piece in heads:
             if source is not None and source.rank != shard.rank:
@@ -281,7 +276,7 @@ def _pass_along(
             if chunk.is_inside_one_document:
                 final_hKV = final_hKV + decay_H11[piece] * initial_MHKV[m, piece]
             if target.rank == shard.rank:
-                initial_MHKV[shard.mine.index(target), piece] = final_hKV
+                initial_MHKV[target.place, piece] = final_hKV
             else:
                 sent.append(communicator.exchange({target.rank: final_hKV}, {}))
     for pending in sent:
