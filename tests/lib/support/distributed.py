@@ -13,6 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -20,6 +21,11 @@ from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 
 TIMEOUT = timedelta(seconds=150)
+# How ranks use GPUs: four share one over gloo, their transfers staged through the host; over NCCL two have one each.
+GPU_LINKS = [
+    "gloo",
+    pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+]
 
 
 def run_ranks(
@@ -70,6 +76,12 @@ def run_ranks(
         assert not errors, "\n".join(errors)
         assert not any(codes), f"ranks ended with exit codes {codes}; a signal's is negative"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def run_gpu_ranks(function: Callable[..., Any], link: str, *arguments: Any) -> list[Any]:
+    """:func:`run_ranks` with GPUs, whose current device is each rank's; ``link``: one of ``GPU_LINKS``."""
+    world_size, device = {"gloo": (4, "cpu"), "nccl": (2, "cuda")}[link]
+    return run_ranks(function, world_size, *arguments, start="spawn", device=device)
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:
