@@ -71,7 +71,7 @@ def test_refused_before_anything_starts(given, message):
 
 
 def test_a_capacity_that_drops_everything_is_refused():
-    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a packed sequence, two sequences on 4 ranks, 8 such groups of ranks."""
+    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a sequence, two sequences on 4 ranks, 8 times."""
     sizes = ["data.sequence_length=64", "recipe.micro_batch_size=2", "recipe.global_batch_size=16"]
     sizes += ["parallel.cp=2", "parallel.tp=2", "data.num_streams=8"]
     for scope, tokens, where in [
