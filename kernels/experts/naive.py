@@ -30,7 +30,7 @@ def route_naive(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     probabilities, weights, experts = [], [], []
     for logits_E in logits_TE:
         exponentials_E = (logits_E - logits_E.max()).exp()
-        best = sorted(range(len(logits_E)), key=lambda e: -float(logits_E[e]))[:k]
+        best = sorted(range(len(logits_E)), key=lambda e: -logits_E[e].item())[:k]
         probabilities.append(exponentials_E / exponentials_E.sum())
         weights.append(exponentials_E[best] / sum(exponentials_E[e] for e in best))
         experts.append(best)

@@ -158,9 +158,7 @@ def test_first_and_last_group_are_half_as_large(size, groups):
     ranges = split_groups(size, groups)
     assert [r.start for r in ranges] == [0, *(r.stop for r in ranges[:-1])] and ranges[-1].stop == size
     weights = [1, *[2] * (groups - 2), 1][:groups]
-    assert all(
-        abs((r.stop - r.start) - size * w / sum(weights)) <= 1 for r, w in zip(ranges, weights, strict=True)
-    )
+    assert all(abs((r.stop - r.start) - size * w / sum(weights)) <= 1 for r, w in zip(ranges, weights, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_groups_share_the_tokens_for_every_rank(experts, ep, groups):
 @pytest.mark.parametrize("groups", [1, 2, 3, 5])
 @pytest.mark.parametrize("most", [0, 3, 40])
 def test_every_token_meets_its_expert_and_comes_back(experts, ep, etp, groups, most):
-    """Ranks with different numbers of tokens, some with none; a token is the number of its expert and one of its own."""
+    """Ranks with different numbers of tokens, some with none; a token is its expert's number and one of its own."""
     buckets, g = ExpertBuckets(experts, ep, groups), torch.Generator().manual_seed(most)
     ranks = [(i, j) for i in range(ep) for j in range(etp)]
     sources, counts = {}, torch.zeros(etp, ep, buckets.count, dtype=torch.int64)
