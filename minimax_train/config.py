@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +21,7 @@ from yaml import YAMLError
 from minimax_train import configs
 from minimax_train.checkpoint.config import CheckpointConfig
 from minimax_train.data.config import DataConfig
-from minimax_train.engines import FSDPConfig
+from minimax_train.engines import ENGINES, EngineConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
 from minimax_train.files import replace_text
 from minimax_train.kernels.dispatch import AUTO
@@ -30,7 +30,7 @@ from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.parallel.context import lightning, softmax
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, nearest_divisors
-from minimax_train.recipe import RecipeConfig
+from minimax_train.recipe import RecipeConfig, StepPlan
 
 CONFIG_DIR = Path(configs.__file__).parent
 
@@ -94,7 +94,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig
-    engine: FSDPConfig
+    engine: EngineConfig
     recipe: RecipeConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
@@ -193,6 +193,8 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+for _name, _engine in ENGINES.items():
+    ConfigStore.instance().store(group="engine_schema", name=_name, node=_engine.config_type)
 
 
 def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> Config:
@@ -228,9 +230,25 @@ def read_config(path: str | Path) -> Config:
         ConfigError: when the file is missing or does not hold a configuration of this version.
     """
     try:
-        return _instantiate(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        saved, schema = OmegaConf.load(path), OmegaConf.structured(Config)
+        name = OmegaConf.select(saved, "engine.name")
+        require_choice("engine.name", name, tuple(ENGINES))
+        schema.engine = OmegaConf.structured(ENGINES[name].config_type)
+        return _instantiate(OmegaConf.merge(schema, saved))
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
+
+
+def config_at(config: Config, plan: StepPlan) -> Config:
+    """The configuration that a run at this step would begin with: a checkpoint's, for who uses it on its own."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, rope_base=plan.rope_base),
+        data=dataclasses.replace(config.data, sequence_length=plan.sequence_length),
+        recipe=dataclasses.replace(
+            config.recipe, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size
+        ),
+    )
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -254,7 +272,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _instantiate(tree: DictConfig) -> Config:
-    _refuse_unknown(OmegaConf.to_container(tree))
+    _refuse_unknown(OmegaConf.to_container(tree), tree.engine.name)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ConfigError(f"{missing[0]}: no value given; it has no default, so pass {missing[0]}=...")
@@ -273,37 +291,43 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     key = re.sub(r"\[.*", "", match[1])  # of a list, not of its element
     given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
     parent, _, name = key.rpartition(".")
-    fields = _fields_of(parent)
+    engines = [item.partition("=")[2] for item in overrides if item.startswith("engine=")]
+    engine = engines[-1] if engines and engines[-1] in ENGINES else EngineConfig.name
+    fields = _fields_of(parent, engine)
     if fields and name not in fields:
-        return _unknown_key(key, given)
+        return _unknown_key(key, given, fields)
     wanted = f" (accepted: {fields[name]})" if fields else ""
     return f"{given}: {_first_line(causes[-1])}{wanted}"
 
 
-def _fields_of(path: str) -> dict[str, str]:
-    """Field names and types of the group at a dotted path; nothing when there is no such group."""
+def _fields_of(path: str, engine: str) -> dict[str, str]:
+    """Field names and types of the group at a dotted path; nothing when there is no such group.
+
+    Args:
+        engine: the name of the run's.
+    """
     kind: Any = Config
     for name in filter(None, path.split(".")):
         kind = get_type_hints(kind).get(name)
+        kind = ENGINES[engine].config_type if kind is EngineConfig else kind
         if not dataclasses.is_dataclass(kind):
             return {}
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
-def _refuse_unknown(tree: dict[str, Any], path: str = "") -> None:
+def _refuse_unknown(tree: dict[str, Any], engine: str, path: str = "") -> None:
     """Hydra's ``+key=value`` adds keys past the types; none of them would be read."""
-    fields = _fields_of(path)
+    fields = _fields_of(path, engine)
     for name, value in tree.items():
         key = f"{path}.{name}".lstrip(".")
         if fields and name not in fields:
-            raise ConfigError(_unknown_key(key, key))
+            raise ConfigError(_unknown_key(key, key, fields))
         if isinstance(value, dict):
-            _refuse_unknown(value, key)
+            _refuse_unknown(value, engine, key)
 
 
-def _unknown_key(key: str, given: str) -> str:
+def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
     parent, _, name = key.rpartition(".")
-    fields = _fields_of(parent)
     close = difflib.get_close_matches(name, fields, n=1)
     hint = f" Did you mean {f'{parent}.{close[0]}'.lstrip('.')}?" if close else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"

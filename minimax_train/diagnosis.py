@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minimax_train.data import MicroBatch
-from minimax_train.evaluation import run_model
 from minimax_train.model.sharding import local
 
 _SHOWN = 5
 
 
-def describe_non_finite(model: nn.Module, parameters: Mapping[str, Tensor], batches: Iterable[MicroBatch]) -> str:
-    """Name the parameters, their gradients and the module outputs that hold NaN or infinity.
+def describe_non_finite(
+    parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], outputs: Iterable[str]
+) -> str:
+    """Name what holds NaN or infinity on any rank; called by all ranks together, and the same on all of them.
 
-    Runs the forward pass of the batches once more; called by all ranks together, and the same on all of them.
+    Args:
+        parameters, gradients: this rank's, by parameter name.
+        outputs: names of this rank's modules whose outputs do (:func:`non_finite_outputs`).
     """
     found = {
         "parameters": [name for name, p in parameters.items() if not _is_finite(p)],
-        "gradients": [name for name, p in parameters.items() if p.grad is not None and not _is_finite(p.grad)],
-        "outputs, in order of computation": _outputs(model, batches),
+        "gradients": [name for name, gradient in gradients.items() if not _is_finite(gradient)],
+        "outputs, in order of computation": list(outputs),
     }
     everywhere: list[dict[str, list[str]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, found)
@@ -39,7 +41,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(local(tensor).isfinite().all())
 
 
-def _outputs(model: nn.Module, batches: Iterable[MicroBatch]) -> list[str]:
+@contextmanager
+def non_finite_outputs(model: nn.Module) -> Iterator[dict[str, None]]:
+    """Inside, every forward pass adds the modules whose outputs hold NaN or infinity, in order of computation."""
     names: dict[str, None] = {}
 
     def hook(name: str):
@@ -52,10 +56,7 @@ def _outputs(model: nn.Module, batches: Iterable[MicroBatch]) -> list[str]:
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
-            for batch in batches:
-                run_model(model, batch)
+        yield names
     finally:
         for handle in handles:
             handle.remove()
-    return list(names)

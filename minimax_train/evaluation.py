@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from minimax_train.data import MicroBatch
+from minimax_train.config import Config
+from minimax_train.data import MicroBatch, Tokenizer, build_validation_sequences
 from minimax_train.documents import IGNORE_INDEX
-from minimax_train.model import ModelLoss
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.engines import Engine
+from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.recipe import StepPlan
 
 
-def run_model(model: nn.Module, batch: MicroBatch) -> ModelLoss:
-    """Loss of a micro-batch that is on the model's device."""
-    return model(batch.tokens_T, batch.documents, batch.labels_T, num_rows=batch.num_rows, shard=batch.shard)
+class Evaluation:
+    """The held-out documents, packed as the step plan says; the first evaluation of a length packs them.
 
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Sequence[MicroBatch], grid: ProcessGrid, device: torch.device
-) -> dict[str, float]:
-    """Mean loss in nats per held-out token, over all ranks.
-
-    Returns:
-        ``validation_loss``, and ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the
-        least loss any unigram model can have on them.
+    Args:
+        plan: of the step to come, whose sequences are packed at once, so that what cannot be read ends a run before it
+            trains.
     """
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    counts_V = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    for batch in batches:
-        labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
-        counts_V += labels_T.bincount(minlength=len(counts_V))
-        batch = batch.to(device)
-        loss += run_model(model, batch).token_loss.double()
-    counts_V = counts_V.to(device)
-    dist.all_reduce(loss, group=grid.group(WORLD))
-    dist.all_reduce(counts_V, group=grid.group("dp_cp"))
-    return {"validation_loss": float(loss) / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, grid: ProcessGrid, plan: StepPlan) -> None:
+        self.config, self.tokenizer, self.grid = config, tokenizer, grid
+        self._packed_for: tuple[int, int] | None = None
+        self._micro_batches: list[MicroBatch] = []
+        self.micro_batches(plan)
+
+    def micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
+        """This rank's, on the host."""
+        wanted = plan.sequence_length, plan.micro_batch_size
+        if self._packed_for != wanted:
+            held_out = build_validation_sequences(
+                self.config.data,
+                self.tokenizer,
+                num_sequences=self.config.recipe.eval_rows,
+                sequence_length=plan.sequence_length,
+                dp_rank=self.grid.rank("dp"),
+                dp_size=self.grid.size("dp"),
+            )
+            batches = held_out.micro_batches(plan.micro_batch_size)
+            self._micro_batches = [batch.split(self.config.layout, self.grid.rank("cp")) for batch in batches]
+            self._packed_for = wanted
+        return self._micro_batches
+
+    def run(self, engine: Engine, plan: StepPlan) -> dict[str, float]:
+        """Mean loss in nats per held-out token, over all ranks.
+
+        Returns:
+            ``validation_loss``, and ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the
+            least loss any unigram model can have on them.
+        """
+        batches = self.micro_batches(plan)
+        counts_V = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
+        for batch in batches:
+            labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
+            counts_V += labels_T.bincount(minlength=len(counts_V))
+        dist.all_reduce(counts_V, group=self.grid.group("dp_cp"))
+        loss = engine.evaluate(batches, plan)
+        return {"validation_loss": loss / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
 
 
 def _entropy(counts_V: Tensor) -> float:

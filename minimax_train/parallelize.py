@@ -7,26 +7,26 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
-from minimax_train import engines
 from minimax_train.config import Config, ParallelConfig
+from minimax_train.engines import ENGINES, Engine
 from minimax_train.kernels.cross_entropy import VocabularyShard
-from minimax_train.model import HybridModel, initialize
+from minimax_train.model import HybridModel
 from minimax_train.model.attention import LightningAttention
 from minimax_train.model.attention.context import TokenContext, TokenShare
 from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.sharding import Linear, declared_shardings, local
+from minimax_train.model.sharding import Linear, local, parameter_layouts
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.context.lightning import lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallel.tensor import gather_project, gather_tokens, merge_log_sums, scatter_sum, sum_over
+from minimax_train.phases import Phases
 
 
-def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> HybridModel:
-    """The run's model: built without memory, sharded, then given memory and initial weights.
+def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases: Phases) -> Engine:
+    """The run's model in the hands of its engine: built without memory, parallelised, then sharded and filled.
 
     The weights depend on ``seed`` alone, not on the number of ranks.
     """
@@ -42,39 +42,22 @@ def build_model(config: Config, grid: ProcessGrid, device: torch.device) -> Hybr
         parallelize_experts(model, grid, config.parallel)
     for block in model.layers:
         block.recompute = config.recipe.activation_checkpointing
-    engines.shard(model, config.engine, grid)
-    model.to_empty(device=device)
-    initialize(model, config.seed)
-    return model
+    return ENGINES[config.engine.name](model, config, grid, device, phases)
 
 
 def split_parameters(model: HybridModel, grid: ProcessGrid) -> None:
     """Every parameter that the model says some axis splits becomes a DTensor over those axes of the grid."""
-    for name, sharding in declared_shardings(model).items():
-        splits = {axis: dim for axis, dim in sharding.items() if grid.size(axis) > 1}
-        if not splits:
-            continue
+    for name, layout in parameter_layouts(model).items():
         module, _, attribute = name.rpartition(".")
         owner = model.get_submodule(module)
         whole = getattr(owner, attribute)
-        shape = list(whole.shape)
-        for axis, dim in splits.items():
-            shape[dim] //= grid.size(axis)
-        part = DTensor.from_local(
-            whole.new_empty(shape),
-            grid.mesh(*splits),
-            [Shard(dim) for dim in splits.values()],
-            run_check=False,
-            shape=whole.shape,
-            stride=whole.stride(),
-        )
-        setattr(owner, attribute, nn.Parameter(part))
+        setattr(owner, attribute, nn.Parameter(layout.wrap(grid, whole.new_empty)))
 
 
 def share_counts(model: HybridModel, grid: ProcessGrid) -> None:
     """Let the expert layers count choices over all ranks that hold tokens of a row, or of the micro-batch."""
     model.share = TokenShare(grid.rank("tp"), grid.size("tp"), grid.rank("dp"), grid.size("dp"))
-    axes = {"row": "cp_tp", "global": WORLD}
+    axes = {"row": "cp_tp", "global": "dp_cp_tp"}
     sums = {scope: partial(_all_reduce, grid.group(axis)) for scope, axis in axes.items() if grid.size(axis) > 1}
     for block in model.layers:
         block.experts.sum_over_ranks = sums

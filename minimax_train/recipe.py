@@ -1,11 +1,17 @@
-"""The training recipe: how much data per step, for how many steps, at which learning rate."""
+"""The training recipe: what is trained on in each step, and how."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from minimax_train.errors import require, require_choice, require_positive
+from minimax_train.progress import Progress
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
 
 DECAY_SHAPES = ("exponential", "linear", "cosine")
 
@@ -16,8 +22,9 @@ class RecipeConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
-        global_batch_size: rows per step over all ranks.
-        micro_batch_size: rows a rank runs forward and backward at a time; gradients accumulate over the rest.
+        global_batch_size: packed sequences per step over all ranks.
+        micro_batch_size: packed sequences a rank runs forward and backward at a time; gradients accumulate over the
+            rest.
         learning_rate: reached after ``warmup_steps`` of linear warm-up and kept until ``decay_steps`` before the end.
         min_learning_rate: reached at the last step, by a decay of ``decay_shape``.
         weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
@@ -91,3 +98,61 @@ class RecipeConfig:
         if self.decay_shape == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         return peak + (floor - peak) * progress
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one optimizer step trains on, and how; the trainer, the loader, the model, evaluation and checkpoints read
+    it.
+
+    Attributes:
+        learning_rate: of this step.
+        global_batch_size: packed sequences over all data-parallel ranks.
+        micro_batch_size: packed sequences a rank runs forward and backward at a time.
+        sequence_length: tokens of a packed sequence.
+        rope_base: base of the rotary frequencies.
+        data_weights: share of the packed sequences by data source; they sum to 1.
+        stage: name of the part of the recipe this step belongs to.
+    """
+
+    learning_rate: float
+    global_batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    rope_base: float
+    data_weights: Mapping[str, float]
+    stage: str
+
+    @property
+    def tokens(self) -> int:
+        """Of the step, over all ranks."""
+        return self.global_batch_size * self.sequence_length
+
+    def micro_batches(self, dp_size: int) -> int:
+        """How many of them each of ``dp_size`` data-parallel ranks runs."""
+        return self.global_batch_size // (self.micro_batch_size * dp_size)
+
+
+class Recipe:
+    """The plan of every step of a run: what its configuration begins with."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def at(self, progress: Progress, state: Mapping[str, Any]) -> StepPlan:
+        """The plan of the step after ``progress``.
+
+        Args:
+            state: what a policy has learned on the way, such as a batch size doubled by the loss; ``progress.policy``
+                in a checkpoint. The schedule of this recipe depends on the step alone.
+        """
+        config, recipe = self._config, self._config.recipe
+        return StepPlan(
+            learning_rate=recipe.learning_rate_at(progress.step),
+            global_batch_size=recipe.global_batch_size,
+            micro_batch_size=recipe.micro_batch_size,
+            sequence_length=config.data.sequence_length,
+            rope_base=config.model.rope_base,
+            data_weights={config.data.source: 1.0},
+            stage="pretraining",
+        )

@@ -16,8 +16,8 @@ from minimax_train.files import CONFIG, TOKENIZER
 from minimax_train.parallel.grid import ProcessGrid
 
 # What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
-# saved position would not survive.
-_FIXED = ("model.", "data.tokenizer", "seed")
+# saved position would not survive. The RoPE base belongs to the step plan.
+_FIXED, _PLANNED = ("model.", "data.tokenizer", "seed"), ("model.rope_base",)
 
 
 def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -> Tokenizer:
@@ -86,7 +86,8 @@ def _refuse_other_tokens(config: Config, tokenizer: Tokenizer) -> None:
 
 def _refuse_changes(before: Config, now: Config) -> None:
     old, new = flatten(before), flatten(now)
-    changed = [key for key in new if key.startswith(_FIXED) and old.get(key) != new[key]]
+    fixed = [key for key in new if key.startswith(_FIXED) and key not in _PLANNED]
+    changed = [key for key in fixed if old.get(key) != new[key]]
     if changed:
         changes = ", ".join(f"{key}={new[key]!r} (was {old.get(key)!r})" for key in changed)
         raise ConfigError(f"run_dir={now.run_dir!r}: a resumed run cannot change {changes}")

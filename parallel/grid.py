@@ -8,7 +8,7 @@ The same ranks are laid out twice, each time with the last axis fastest:
 so that the sizes of one side do not bind those of the other. With 8 ranks, tp=2, cp=2, ep=4:
 
     rank     0  1  2  3  4  5  6  7
-    dp       0  0  0  0  1  1  1  1       rows are split over dp, a row's tokens over cp, then over tp
+    dp       0  0  0  0  1  1  1  1       packed sequences are split over dp, their tokens over cp, then tp
     cp       0  0  1  1  0  0  1  1
     tp       0  1  0  1  0  1  0  1
     edp      0  0  0  0  1  1  1  1       gradients of an expert's weights are summed over edp
@@ -26,11 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
+# Axes taken together: the ranks that hold the same part of a dense parameter that tp splits, the ranks that share
+# packed sequences, and the ranks that hold the same dense parameter where no axis splits it.
+JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), "dp_cp_tp": DENSE}
+# All ranks of the run: sums of a whole model. As long as no axis splits the layers they are those of dp_cp_tp.
 WORLD = "world"
-# Axes taken together: what parameters split over tp are replicated over, the ranks that share rows, and all ranks.
-JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), WORLD: DENSE}
-# Processors that an experts' transfer may hold: it runs beside products, which get the others. The measurements of
-# docs/expert-parallelism.md, of two GPUs and emulated ones, were made with this bound.
+# SMs that an expert layer's transfer may hold: it runs beside GEMMs, which get the others. The measurements of
+# docs/results.md, of two GPUs and emulated ones, were made with this bound.
 EXPERT_TRANSFER_CTAS = 16
 
 
@@ -38,9 +40,9 @@ EXPERT_TRANSFER_CTAS = 16
 class ProcessGrid:
     """The ranks of a run on named axes: those of ``DENSE`` and ``EXPERT``, and ``JOINED`` ones.
 
-    Every rank holds tokens of its own: rows are split over dp, a row over cp and then tp. So the gradient of a
-    parameter that no axis splits is summed over ``world``, of one that tp splits over ``dp_cp``, and of experts over
-    ``edp``.
+    Every rank holds tokens of its own: packed sequences are split over dp, their tokens over cp and then tp. So the
+    gradient of a parameter that no axis splits is summed over ``dp_cp_tp``, of one that tp splits over ``dp_cp``, and
+    of experts over ``edp``.
     """
 
     dense: DeviceMesh
@@ -71,6 +73,7 @@ class ProcessGrid:
         sizes = (world_size // (ep * etp), ep, etp)
         expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
+        joined[WORLD] = joined["dp_cp_tp"]
         grid = cls(dense, expert, joined)
         # Groups made out of the default one do not take its timeout over.
         for axis in (*DENSE, *EXPERT, *JOINED):
@@ -104,13 +107,13 @@ class ProcessGrid:
 
 
 def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:
-    """How NCCL is to run transfers that lie beside products: one that becomes ready gets processors as soon as any is
-    free, rather than when the products that were queued before it are done.
+    """How NCCL is to run transfers beside GEMMs: one that becomes ready gets SMs as soon as any is free, rather than
+    when the GEMMs that were queued before it are done.
 
     Every group needs options of its own: making the group writes in them.
 
     Args:
-        max_ctas: the most processors a transfer may hold; None for NCCL's own choice.
+        max_ctas: the most SMs a transfer may hold; None for NCCL's own choice.
     """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     if max_ctas is not None:

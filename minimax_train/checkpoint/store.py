@@ -2,8 +2,8 @@
 
 run_dir/checkpoints/step-00000200/
     *.distcp .metadata      parameters and optimizer state by parameter name, loadable on any number of ranks
-    progress.json           step, tokens, and the position of every data stream
-    config.yaml tokenizer/  what is needed to use the checkpoint on its own
+    progress.json           step, tokens, the position of every data stream, what the recipe has learned
+    config.yaml tokenizer/  what is needed to use the checkpoint on its own; sizes and RoPE base as of its step
 """
 
 from __future__ import annotations
@@ -11,34 +11,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor
 
 from minimax_train.errors import ConfigError, require
 from minimax_train.files import CONFIG, TOKENIZER, UNFINISHED
+from minimax_train.progress import Progress
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: optimizer steps taken.
-        tokens: tokens trained on.
-        data: state of the data loader, all ranks' streams together.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    data: dict[str, Any] | None = None
 
 
 class CheckpointStore:
@@ -52,8 +38,13 @@ class CheckpointStore:
         """The newest finished checkpoint."""
         return (_finished(self.folder) or [None])[-1]
 
-    def save(self, progress: Progress, model: nn.Module, optimizer_state: dict) -> Path:
-        """Write a checkpoint, then remove those over the number kept."""
+    def save(self, progress: Progress, state: dict[str, Any], config: str) -> Path:
+        """Write a checkpoint, then remove those over the number kept.
+
+        Args:
+            state: from :meth:`minimax_train.engines.Engine.snapshot`.
+            config: YAML of the configuration at this step.
+        """
         path = self.folder / f"step-{progress.step:08d}"
         draft = path.with_name(path.name + UNFINISHED)
         if self.is_first:
@@ -61,10 +52,10 @@ class CheckpointStore:
                 shutil.rmtree(left)
             draft.mkdir(parents=True)
         dist.barrier()
-        dcp.save({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=draft)
+        dcp.save(state, checkpoint_id=draft)
         if self.is_first:
             (draft / "progress.json").write_text(json.dumps(asdict(progress)))
-            shutil.copy(self.run_dir / CONFIG, draft)
+            (draft / CONFIG).write_text(config)
             shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
             _remove(path)
             draft.rename(path)
@@ -73,21 +64,20 @@ class CheckpointStore:
         dist.barrier()
         return path
 
-    def load(self, path: Path, model: nn.Module, optimizer_state: dict) -> Progress:
-        """Fill model and optimizer state in place, whatever number of ranks wrote them."""
-        dcp.load({"model": model.state_dict(), "optimizer": optimizer_state}, checkpoint_id=path)
+    def load(self, path: Path, state: dict[str, Any]) -> Progress:
+        """Fill an engine's snapshot in place, whatever number of ranks wrote the checkpoint."""
+        dcp.load(state, checkpoint_id=path)
         return Progress(**json.loads((path / "progress.json").read_text()))
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill the parameters alone from a checkpoint.
+def load_weights(path: Path, model: dict[str, Tensor]) -> None:
+    """Fill parameters alone, by name, from a checkpoint.
 
     Raises:
         ConfigError: when it lacks a parameter, or holds it in another shape.
     """
-    state = model.state_dict()
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for name, parameter in state.items():
+    for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
         held = "no such parameter" if size is None else f"one of {tuple(size)}"
         require(
@@ -96,7 +86,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
             str(path),
             f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}",
         )
-    dcp.load({"model": state}, checkpoint_id=path)
+    dcp.load({"model": model}, checkpoint_id=path)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,6 +1,6 @@
-"""A micro-batch: rows on one token axis.
+"""A micro-batch: packed sequences on one token axis.
 
-Shape legend: T tokens of the micro-batch, rows times the sequence length; S tokens of a row.
+Shape legend: T tokens of the micro-batch; S tokens of a packed sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimax_train.data.packing import Row
+from minimax_train.data.packing import PackedSequence
 from minimax_train.documents import IGNORE_INDEX, Documents, to_device
 from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
 
@@ -39,14 +39,14 @@ class MicroBatch:
     shard: SequenceShard | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row]) -> MicroBatch:
-        """Rows of the same length, one after the other."""
-        labels_T = np.concatenate([row.labels_S for row in rows])
+    def concatenate(cls, sequences: Sequence[PackedSequence]) -> MicroBatch:
+        """Packed sequences of the same length, one after the other."""
+        labels_T = np.concatenate([sequence.labels_S for sequence in sequences])
         return cls(
-            tokens_T=torch.from_numpy(np.concatenate([row.tokens_S for row in rows])),
+            tokens_T=torch.from_numpy(np.concatenate([sequence.tokens_S for sequence in sequences])),
             labels_T=torch.from_numpy(labels_T),
-            documents=Documents.from_lengths(list(chain.from_iterable(row.lengths for row in rows))),
-            num_rows=len(rows),
+            documents=Documents.from_lengths(list(chain.from_iterable(sequence.lengths for sequence in sequences))),
+            num_rows=len(sequences),
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
         )
 

@@ -19,7 +19,7 @@ _READ_ONLY_BY = {
 
 @dataclass
 class DataConfig:
-    """Where documents come from and how they become rows; the defaults need no network and no files.
+    """Where documents come from and how they become packed sequences; the defaults need no network and no files.
 
     Attributes:
         source: ``stdlib`` (the Python standard library's own sources), ``files`` or ``hub``.
@@ -31,7 +31,7 @@ class DataConfig:
         text_column: the column that holds the text (json, parquet, hub).
         tokenizer: ``train`` for a byte-level BPE trained on the training documents, or a Hugging Face name or folder.
         tokenizer_documents: how many documents the BPE is trained on.
-        sequence_length: row length in tokens.
+        sequence_length: tokens of a packed sequence, where a run begins.
         num_streams: streams the documents are dealt into, a multiple of the data-parallel size. It belongs to the
             run: another number is another order of the data.
         shuffle_documents: block size of the shuffle in documents, per stream; 1 switches it off.

@@ -1,6 +1,6 @@
-"""Documents packed in rows of exactly the same length, without padding and without losing a target.
+"""Documents packed in sequences of exactly the same length, without padding and without losing a target.
 
-Shape legend: S tokens of a row.
+Shape legend: S tokens of a packed sequence.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from minimax_train.documents import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """One packed row.
+class PackedSequence:
+    """Whole documents, but the first and the last, which may be cut.
 
     Attributes:
         tokens_S: token ids, int64.
         labels_S: the next token of the same document, ``IGNORE_INDEX`` for a document's last, int64.
-        lengths: lengths of the row's segments, which add up to S. A document cut at a row's end is a segment of each.
+        lengths: tokens of each document in here, which add up to S. A document cut at the end is in two sequences.
     """
 
     tokens_S: np.ndarray
@@ -28,21 +28,21 @@ class Row:
     lengths: list[int]
 
 
-class RowPacker:
-    """Packs one stream: a document that does not fit is cut at the row's end and goes on in the next row.
+class SequencePacker:
+    """Packs one stream: a document that does not fit is cut and goes on in the next sequence.
 
     The label of a token before the cut is the token after it, so every token but a document's last has its target.
     """
 
-    def __init__(self, stream: DocumentStream, sequence_length: int) -> None:
-        self._stream, self._sequence_length = stream, sequence_length
+    def __init__(self, stream: DocumentStream) -> None:
+        self._stream = stream
         self._before = stream.state_dict()  # the position that gives the current document again
         self._document: np.ndarray | None = None
         self._offset = 0  # tokens of the current document already packed
 
-    def next_row(self) -> Row | None:
-        """The next row; None when the stream ended. A last row that is not full is completed: see :func:`filler`."""
-        pieces, missing = [], self._sequence_length
+    def next_sequence(self, length: int) -> PackedSequence | None:
+        """The next ``length`` tokens; None when the stream ended. Where it ends before: completed by :func:`filler`."""
+        pieces, missing = [], length
         while missing:
             document = self._current()
             if document is None:
@@ -58,10 +58,10 @@ class RowPacker:
             if self._offset == len(document):
                 self._before, self._document, self._offset = self._stream.state_dict(), None, 0
         tokens_S, labels_S = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return Row(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces])
+        return PackedSequence(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces])
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last row: the stream's before the current document, and the offset in it."""
+        """The position after the last sequence: the stream's before the current document, and the offset in it."""
         return {**self._before, "offset": self._offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -77,5 +77,5 @@ class RowPacker:
 
 
 def filler(length: int, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels of a segment that has no target: evaluation completes its last row with it, training never."""
+    """Tokens and labels of a document without targets: evaluation completes its last sequence with it."""
     return np.full(length, token, dtype=np.int64), np.full(length, IGNORE_INDEX, dtype=np.int64)

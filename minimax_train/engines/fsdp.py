@@ -1,56 +1,48 @@
 """The default engine: PyTorch FSDP2 shards parameters, gradients and AdamW's state.
 
-Each parameter over all ranks that hold the same part of it: what no axis of the grid splits over all ranks, what tp
-splits over dp x cp, experts over edp. So no rank holds anything twice, and every sum over a gradient's elements is the
-sum of all ranks' shards.
+Each parameter is sharded over all ranks that hold the same part of it (:meth:`ParameterLayout.replicas`): what no axis
+splits over dp x cp x tp, what tp splits over dp x cp, experts over edp. So no rank holds anything twice, and every sum
+over a gradient's elements is the sum of all ranks' shards.
+
+Shape legend: L layers, E experts.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim.adamw import adamw
 
+from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
+from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
 from minimax_train.errors import require_choice
-from minimax_train.model import HybridModel
-from minimax_train.model.sharding import local
+from minimax_train.model import HybridModel, initialize
+from minimax_train.model.sharding import local, parameter_layouts
 from minimax_train.parallel.grid import WORLD, ProcessGrid
-from minimax_train.recipe import RecipeConfig
-
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
-class FSDPConfig:
+class FSDPConfig(EngineConfig):
     """``engine=fsdp``.
 
     Attributes:
-        name: ``fsdp``.
-        precision: dtype of compute. ``bfloat16`` keeps float32 master weights and reduces gradients in float32;
-            ``auto`` is bfloat16 on GPU and float32 on CPU.
-        reshard_after_forward: free each block's gathered weights after its forward pass and gather them again for
-            its backward pass (ZeRO-3); false keeps them in between (ZeRO-2).
+        reshard_after_forward: free each block's gathered weights after its forward pass and gather them again for its
+            backward pass (ZeRO-3); false keeps them in between (ZeRO-2).
     """
 
-    name: str = "fsdp"
-    precision: str = "auto"
     reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_choice("engine.name", self.name, ("fsdp",))
-        require_choice("engine.precision", self.precision, ("auto", *PRECISIONS))
-
-    def compute_dtype(self, device_type: str) -> torch.dtype:
-        if self.precision == "auto":
-            return torch.bfloat16 if device_type == "cuda" else torch.float32
-        return PRECISIONS[self.precision]
 
 
 def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
@@ -62,8 +54,10 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
     master = torch.promote_types(compute, torch.float32)
     model.to(master)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
+    replicas = {name: layout.replicas(grid) for name, layout in parameter_layouts(model).items()}
 
-    def apply(module: nn.Module, axis: str, *, reshard: bool) -> None:
+    def apply(prefix: str, axis: str, *, reshard: bool) -> None:
+        module = model.get_submodule(prefix)
         place = partial(_placement, ranks=grid.size(axis))
         fully_shard(
             module, mesh=grid.mesh(axis), reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
@@ -72,16 +66,23 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no factors
 
+    def axis_of(prefix: str, *but: str) -> str:
+        """The ranks that hold the same part of a module's parameters, those of some of its parts left aside."""
+        (axis,) = {axis for name, axis in replicas.items() if name.startswith(prefix) and not name.startswith(but)}
+        return axis
+
     reshard = config.reshard_after_forward
-    for block in model.layers:
-        if grid.size("tp") > 1:
-            apply(block.attention, "dp_cp", reshard=reshard)
-        if grid.size("ep") * grid.size("etp") > 1:
-            apply(block.experts.mlp, "edp", reshard=reshard)
-        apply(block, WORLD, reshard=reshard)
-    if grid.size("tp") > 1:
-        apply(model.norm, WORLD, reshard=False)
-    apply(model, "dp_cp" if grid.size("tp") > 1 else WORLD, reshard=False)  # embedding and head
+    for layer in range(len(model.layers)):
+        block, parts = f"layers.{layer}", (f"layers.{layer}.attention.", f"layers.{layer}.experts.mlp.")
+        whole = axis_of(f"{block}.", *parts)
+        for part in parts:
+            if (axis := axis_of(part)) != whole:
+                apply(part.rstrip("."), axis, reshard=reshard)
+        apply(block, whole, reshard=reshard)
+    vocabulary = axis_of("embedding.")  # and the head
+    if axis_of("norm.") != vocabulary:
+        apply("norm", axis_of("norm."), reshard=False)
+    apply("", vocabulary, reshard=False)
 
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
@@ -92,57 +93,148 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     return Shard(free[0] if free else 0)
 
 
-class FSDPEngine:
-    """Backward passes, gradient norm, AdamW step and optimizer state of a sharded model."""
+class FSDPEngine(Engine):
+    """FSDP2 and AdamW (fused)."""
 
-    def __init__(self, model: FSDPModule, recipe: RecipeConfig, grid: ProcessGrid) -> None:
-        self.grid = grid
+    config_type = FSDPConfig
+
+    def __init__(self, model, config, grid, device, phases) -> None:
+        self.model, self.config, self.grid, self.device, self.phases = model, config, grid, device, phases
+        layouts = parameter_layouts(model)
+        self._replicas = {name: grid.size(layout.replicas(grid)) for name, layout in layouts.items()}
+        shard(model, config.engine, grid)
+        model.to_empty(device=device)
+        initialize(model, config.seed)
         # Kept from the start: after a forward pass without backward the model shows its gathered weights instead.
-        self.parameters = dict(model.named_parameters())
-        groups = defaultdict(list)  # one fused update cannot mix meshes
-        for parameter in self.parameters.values():
-            groups[parameter.dim() >= 2, parameter.device_mesh].append(parameter)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": p, "weight_decay": recipe.weight_decay * decays} for (decays, _), p in groups.items()],
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_eps,
-            fused=True,
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.optimizer_state = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for name, parameter in self.parameters.items()
+        }
+        self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
+
+    def run(self, micro_batches, plan) -> StepSums:
+        # Counted on the device: the host waits neither for it nor for other ranks.
+        targets = torch.full((), sum(batch.num_targets for batch in micro_batches), device=self.device)
+        dist.all_reduce(targets, group=self.grid.group("dp_cp"))
+        targets.clamp_(min=1)
+        sums, tokens_per_expert_LE = [], []
+        for batch in micro_batches:
+            with self.phases("forward"):
+                out = self._forward(batch, plan)
+                loss = out.token_loss / targets
+                aux_loss = out.aux_loss / plan.global_batch_size
+            with self.phases("backward"):
+                (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
+            sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.entropy, out.dropped)]))
+            tokens_per_expert_LE.append(out.load_LE)
+        total = torch.stack(sums).sum(0)
+        self._loss = total[:2].sum()
+        return StepSums(*total, torch.stack(tokens_per_expert_LE).sum(0))
+
+    def _forward(self, batch, plan):
+        return self.model(
+            batch.tokens_T,
+            batch.documents,
+            batch.labels_T,
+            num_rows=batch.num_rows,
+            shard=batch.shard,
+            rope_base=plan.rope_base,
         )
-        self.gradient_clip = recipe.gradient_clip
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch; the whole batch's loss is the sum over micro-batches and ranks."""
-        loss.backward()
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepReport:
+        with self.phases("optimizer"):
+            gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+            norm = self._gradient_norm(list(gradients.values()))
+            self._freeze_unless(norm.isfinite())
+            if (clip := self.config.recipe.gradient_clip) is not None:
+                scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_(list(gradients.values()), scale.to(next(iter(gradients.values())).dtype))
+            self._update(gradients, learning_rate)
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            weights = [local(p) for p in self.parameters.values()]
+            largest = torch.stack(torch._foreach_norm([w for w in weights if w.numel()], math.inf)).double().sum()
+            dist.all_reduce(largest, group=self.grid.group(WORLD))
+            self._freeze_unless(largest.isfinite())
+            return StepReport(norm, self._frozen == 0)
 
-    def gradient_norm(self) -> float:
-        """L2 norm of the whole model's gradient, over all ranks."""
-        norms = torch._foreach_norm(self._gradients())
-        total = torch.stack(norms).double().square().sum()
+    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        """L2 norm of the whole model's gradient, over all ranks; NaN where any rank's loss is not finite."""
+        total = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        total = total.where(self._loss.isfinite(), math.nan)
         dist.all_reduce(total, group=self.grid.group(WORLD))
-        return math.sqrt(float(total))
+        return total.sqrt()
 
-    def step(self, learning_rate: float, gradient_norm: float) -> None:
-        """Clip, update the weights, forget the gradients."""
-        assert math.isfinite(gradient_norm)
-        if self.gradient_clip is not None:
-            torch._foreach_mul_(self._gradients(), min(1.0, self.gradient_clip / (gradient_norm + 1e-6)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _freeze_unless(self, finite: Tensor) -> None:
+        self._frozen.masked_fill_(~finite, 1.0)
 
-    def _gradients(self) -> list[Tensor]:
-        """This rank's shards."""
-        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+    def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
+        """AdamW on this rank's shards; nothing where ``_frozen`` is 1. Norms and biases do not decay."""
+        recipe = self.config.recipe
+        for decays in (True, False):
+            names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]
+            states = [self.optimizer_state[name] for name in names]
+            adamw(
+                [local(self.parameters[name]) for name in names],
+                [gradients[name] for name in names],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=self._frozen,
+                amsgrad=False,
+                beta1=recipe.adam_beta1,
+                beta2=recipe.adam_beta2,
+                lr=learning_rate,
+                weight_decay=recipe.weight_decay * decays,
+                eps=recipe.adam_eps,
+                maximize=False,
+            )
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state by parameter name: the live tensors, so that loading a checkpoint into them is enough."""
-        for parameter in self.parameters.values():
-            if not self.optimizer.state[parameter]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
+    def totals(self, sums: StepSums) -> StepSums:
+        *scalars, tokens_per_expert_LE = sums
+        total, tokens_per_expert_LE = torch.stack(scalars), tokens_per_expert_LE.clone()
+        for x in (total, tokens_per_expert_LE):
+            dist.all_reduce(x, group=self.grid.group(WORLD))
+        return StepSums(*total.cpu(), tokens_per_expert_LE.cpu())
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches, plan) -> float:
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss += self._forward(batch.to(self.device), plan).token_loss.double()
+        dist.all_reduce(loss, group=self.grid.group(WORLD))
+        return float(loss)
+
+    def diagnose(self, micro_batches, plan) -> str:
+        with non_finite_outputs(self.model) as outputs:
+            self.run(micro_batches, plan)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        return describe_non_finite(self.parameters, gradients, outputs)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer_state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing is left to do: a snapshot holds the tensors that training uses."""
+
+    def figures(self, plan) -> dict[str, float]:
+        engine = self.config.engine
+        compute = engine.compute_dtype(self.device.type).itemsize
+        received = 0
+        for name, parameter in self.parameters.items():
+            gathers = 2 if engine.reshard_after_forward and name.startswith("layers.") else 1
+            others = local(parameter).numel() * (self._replicas[name] - 1)
+            received += others * (gathers * compute + parameter.dtype.itemsize)
+        figures = {"data_parallel_gib": received * plan.micro_batches(self.grid.size("dp")) / 2**30}
+        if self.device.type == "cuda":
+            figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return figures

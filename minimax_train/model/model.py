@@ -96,6 +96,7 @@ class HybridModel(nn.Module):
         *,
         num_rows: int = 1,
         shard: SequenceShard | None = None,
+        rope_base: float | None = None,
     ) -> Tensor | ModelLoss:
         """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels.
 
@@ -105,8 +106,10 @@ class HybridModel(nn.Module):
             labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
             num_rows: how many rows; expert capacity and the auxiliary loss are counted within each.
             shard: which tokens of those rows these are, when several ranks share them.
+            rope_base: base of the rotary frequencies; the one the model began with if None.
         """
-        cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, self.config.rope_base)
+        base = self.config.rope_base if rope_base is None else rope_base
+        cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, base)
         context = TokenContext(documents, num_rows, shard, self.share, cos_TR, sin_TR)
         x_TD = self.tokens.scatter_sum(self._embed(tokens_T))
         reports: list[RouterReport] = []

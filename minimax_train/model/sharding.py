@@ -1,18 +1,22 @@
 """How parameters are split, as data: which axis of the process grid splits which dimension.
 
 A module that owns parameters says so in ``shardings() -> {relative name: {axis: dimension}}``; a parameter that no
-module mentions is whole on every rank. From this follow the DTensor placements, and with them the checkpoint's layout,
-initial weights, and the ranks over which gradients are summed. Modules compute with :func:`local` and do not know how
-much of a parameter that is.
+module mentions is whole on every rank. :class:`ParameterLayout` is what follows from it. Modules compute with
+:func:`local` and do not know how much of a parameter that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+
+from minimax_train.parallel.grid import EXPERT, ProcessGrid
 
 Sharding = Mapping[str, int]
 
@@ -32,16 +36,55 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
 
-def declared_shardings(model: nn.Module) -> dict[str, Sharding]:
-    """Every parameter's sharding by its full name.
+@dataclass(frozen=True)
+class ParameterLayout:
+    """How one parameter lies over the process grid: the one thing from which an engine's placements, the checkpoint's
+    layout, initial weights and the ranks over which gradients are summed are derived.
+
+    Attributes:
+        shape: of the whole parameter.
+        splits: which axis of the grid splits which dimension, in equal parts; the parameter is whole along every other.
+    """
+
+    shape: tuple[int, ...]
+    splits: Sharding
+
+    def wrap(self, grid: ProcessGrid, part: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        """The parameter as this rank holds it: a DTensor over the axes that split it, a plain tensor where none does.
+
+        Args:
+            part: makes this rank's part, given its shape.
+        """
+        splits = {axis: dim for axis, dim in self.splits.items() if grid.size(axis) > 1}
+        shape = list(self.shape)
+        for axis, dim in splits.items():
+            shape[dim] //= grid.size(axis)
+        tensor = part(tuple(shape))
+        if not splits:
+            return tensor
+        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        placements = [Shard(dim) for dim in splits.values()]
+        size = {"shape": torch.Size(self.shape), "stride": tuple(strides)}
+        return DTensor.from_local(tensor, grid.mesh(*splits), placements, run_check=False, **size)
+
+    def replicas(self, grid: ProcessGrid) -> str:
+        """The axis of the ranks that hold the same part, over which its gradient is summed."""
+        axes = {axis for axis in self.splits if grid.size(axis) > 1}
+        if axes & set(EXPERT):
+            return "edp"
+        return "dp_cp" if axes else "dp_cp_tp"
+
+
+def parameter_layouts(model: nn.Module) -> dict[str, ParameterLayout]:
+    """Every parameter's layout by its full name.
 
     Raises:
         AssertionError: when a module declares one for a parameter that does not exist.
     """
-    found: dict[str, Sharding] = {name: {} for name, _ in model.named_parameters()}
+    found = {name: ParameterLayout(tuple(parameter.shape), {}) for name, parameter in model.named_parameters()}
     for prefix, module in model.named_modules():
         for name, sharding in getattr(module, "shardings", dict)().items():
             full = f"{prefix}.{name}" if prefix else name
             assert full in found, f"{full}: a sharding for no parameter"
-            found[full] = sharding
+            found[full] = replace(found[full], splits=sharding)
     return found

@@ -71,3 +71,16 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def tiny_run(folder: Path, *more: str) -> Config:
     return load_config(overrides(folder, *more))
+
+
+def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:
+    """Forward and backward passes of a trainer's next step: its sums over all ranks, and the gradient's norm.
+
+    The gradients stay on the parameters.
+    """
+    plan = trainer.plan()
+    totals = trainer.engine.totals(trainer.engine.run(trainer.next_batches(plan), plan))
+    gradients = [p.grad.full_tensor() for p in trainer.engine.parameters.values()]
+    sums = {name: float(value) for name, value in totals._asdict().items() if value.dim() == 0}
+    sums |= {f"tokens_per_expert/{i}": float(n) for i, n in enumerate(totals.tokens_per_expert_LE.flatten())}
+    return sums, float(sum(gradient.double().square().sum() for gradient in gradients)) ** 0.5

@@ -5,22 +5,21 @@ import warnings
 import torch
 import torch.distributed.checkpoint as dcp
 
-from minimax_train import engines
 from minimax_train.checkpoint.store import load_weights
 from minimax_train.convert import from_hf, to_hf
-from minimax_train.engines import FSDPConfig
+from minimax_train.engines.fsdp import FSDPConfig, shard
 from support.distributed import run_ranks
 
 
 def _save_on_rank(grid, lab, config, folder):
     model = lab.random_model(config)
-    engines.shard(model, FSDPConfig(), grid)
+    shard(model, FSDPConfig(), grid)
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
 
 
 def _load_on_rank(grid, lab, config, folder):
     model = lab.HybridModel(config)
-    engines.shard(model, FSDPConfig(), grid)
+    shard(model, FSDPConfig(), grid)
     load_weights(folder, model)
     return {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
 

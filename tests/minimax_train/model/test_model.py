@@ -7,7 +7,7 @@ import torch
 
 from minimax_train.config import load_config
 from minimax_train.documents import Documents
-from minimax_train.engines import FSDPConfig, shard
+from minimax_train.engines.fsdp import FSDPConfig, shard
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.model import HybridModel, KernelConfig, count_parameters, initialize
 from minimax_train.model.attention.context import TokenContext, TokenShare

@@ -7,7 +7,7 @@ from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import TIMEOUT, run_ranks
-from support.runs import tiny_run
+from support.runs import gradients_of_a_step, tiny_run
 
 SIZES = [
     "model.num_heads=4",
@@ -48,9 +48,9 @@ def _results(_, runs):
     for sizes, config in runs:
         device = torch.device("cuda", torch.cuda.current_device())
         trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **sizes), device)
-        before = trainer.accumulate_gradients(trainer.next_batches())["loss"]
-        trainer.engine.step(1e-3, trainer.engine.gradient_norm())
-        after = trainer.accumulate_gradients(trainer.next_batches())["loss"]
+        before = gradients_of_a_step(trainer)[0]["loss"]
+        trainer.engine.step(1e-3)
+        after = gradients_of_a_step(trainer)[0]["loss"]
         # On the host: torch's functional collectives crash over gloo on CUDA tensors.
         gradients = {name: p.grad.cpu().full_tensor() for name, p in trainer.engine.parameters.items()}
         results.append((before, after, gradients))

@@ -11,13 +11,13 @@ from support.runs import tiny_run
 
 def _poisoned(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
-    trainer.train_step()
+    trainer.metrics(trainer.train_step())
     if grid.rank("dp") == grid.size("dp") - 1:  # in one rank's shard alone
         with torch.no_grad():
-            trainer.model.layers[1].attention.o_proj.weight.to_local()[0, 0] = float("nan")
+            trainer.engine.model.layers[1].attention.o_proj.weight.to_local()[0, 0] = float("nan")
     weights = [p.full_tensor().clone() for p in trainer.engine.parameters.values()]
     with pytest.raises(TrainingError) as caught:
-        trainer.train_step()
+        trainer.metrics(trainer.train_step())
     unchanged = all(
         torch.equal(p.full_tensor().nan_to_num(), w.nan_to_num())
         for p, w in zip(trainer.engine.parameters.values(), weights, strict=True)

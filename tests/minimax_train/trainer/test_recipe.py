@@ -29,9 +29,9 @@ def _steps(grid, config):
     start = {name: p.full_tensor().clone() for name, p in trainer.engine.parameters.items()}
     gradients, step = [], trainer.engine.step
 
-    def spy(learning_rate, norm):
+    def spy(learning_rate):
         gradients.append({name: p.grad.full_tensor().clone() for name, p in trainer.engine.parameters.items()})
-        step(learning_rate, norm)
+        return step(learning_rate)
 
     trainer.engine.step = spy
     for _ in range(2):

@@ -14,7 +14,6 @@ import torch
 
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import ConfigError
-from minimax_train.evaluation import evaluate
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, overrides, tiny_run
@@ -29,8 +28,8 @@ def _train(grid, config, stop_after=None):
     else:
         for _ in range(stop_after - trainer.progress.step):
             trainer.train_step()
-        evaluate(trainer.model, trainer.validation, grid, trainer.device)
-        trainer.save()
+        trainer.evaluate(trainer.plan())
+        trainer.save(trainer.plan())
     trainer.log.close()
     trainer.loader.close()
     return {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}

@@ -1,0 +1,142 @@
+"""What an engine is: it owns the model's parts on this rank, data parallelism and the optimizer.
+
+The trainer asks for steps and knows nothing of how they are made: a pipeline schedule, or the backward pass of
+DeepSpeed or Megatron-Core, fits behind :meth:`Engine.run`. Every method is called by all ranks together. Only
+:meth:`Engine.totals` and :meth:`Engine.evaluate` make the host wait for the device; a step does not.
+
+Shape legend: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minimax_train.errors import require_choice
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
+    from minimax_train.data import MicroBatch
+    from minimax_train.model import HybridModel
+    from minimax_train.parallel.grid import ProcessGrid
+    from minimax_train.phases import Phases
+    from minimax_train.recipe import StepPlan
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class EngineConfig:
+    """What every engine is told; each engine's own configuration adds its fields.
+
+    Attributes:
+        name: which engine.
+        precision: dtype of compute. ``bfloat16`` keeps float32 master weights and reduces gradients in float32;
+            ``auto`` is bfloat16 on GPU and float32 on CPU.
+    """
+
+    name: str = "fsdp"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_choice("engine.precision", self.precision, ("auto", *PRECISIONS))
+
+    def compute_dtype(self, device_type: str) -> torch.dtype:
+        if self.precision == "auto":
+            return torch.bfloat16 if device_type == "cuda" else torch.float32
+        return PRECISIONS[self.precision]
+
+
+class StepSums(NamedTuple):
+    """Sums over a step's tokens: of this rank on the device, or of all ranks on the host.
+
+    Attributes:
+        loss: mean cross-entropy in nats per target of the global batch; this rank's part of it.
+        aux_loss: load-balancing loss before its coefficient, mean over packed sequences; this rank's part of it.
+        entropy: of the routers' probabilities in nats, over tokens and layers.
+        dropped: assignments over an expert's capacity, in all layers.
+        tokens_per_expert_LE: assignments to each expert before any were dropped, int64.
+    """
+
+    loss: Tensor
+    aux_loss: Tensor
+    entropy: Tensor
+    dropped: Tensor
+    tokens_per_expert_LE: Tensor
+
+
+class StepReport(NamedTuple):
+    """What became of an optimizer step; both on the device and the same on all ranks.
+
+    Attributes:
+        gradient_norm: L2 norm of the whole model's gradient before clipping, float64 scalar.
+        applied: whether the weights were updated and are finite, bool scalar. Once false it stays false: from the
+            first step with a loss, gradient or updated weight that is not finite, no update changes the weights.
+    """
+
+    gradient_norm: Tensor
+    applied: Tensor
+
+
+class Engine(ABC):
+    """A model in training.
+
+    Args:
+        model: on the meta device, tensor and expert parallelism applied. The engine shards it, gives it memory and
+            fills it with initial weights, which depend on ``config.seed`` alone.
+        config: of the run; the engine reads ``config.engine``, and of ``config.recipe`` the optimizer's settings.
+        grid: the ranks.
+        device: of this rank.
+        phases: marks ``forward``, ``backward`` and ``optimizer``.
+    """
+
+    config_type: ClassVar[type[EngineConfig]]
+
+    @abstractmethod
+    def __init__(
+        self, model: HybridModel, config: Config, grid: ProcessGrid, device: torch.device, phases: Phases
+    ) -> None: ...
+
+    @abstractmethod
+    def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
+        """Forward and backward passes of all micro-batches of a step: this rank's sums; gradients are kept for
+        ``step``.
+
+        Losses are divided by the targets and packed sequences of the whole global batch, so that neither they nor the
+        gradient depend on how it is split over ranks and micro-batches.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip, update the weights, forget the gradients."""
+
+    @abstractmethod
+    def totals(self, sums: StepSums) -> StepSums:
+        """The sums of all ranks, on the host."""
+
+    @abstractmethod
+    def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
+        """Cross-entropy in nats, summed over the targets of all ranks' micro-batches."""
+
+    @abstractmethod
+    def diagnose(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> str:
+        """Run a step's micro-batches again and name the parameters, gradients and outputs that are not finite."""
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """``{"model": ..., "optimizer": ...}`` by parameter name, in model space: what a checkpoint holds, loadable
+        on any grid. A checkpoint is loaded into the same tensors, and then handed to :meth:`restore`."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a state that :meth:`snapshot` gave and a checkpoint filled, or its ``"model"`` alone."""
+
+    @abstractmethod
+    def figures(self, plan: StepPlan) -> dict[str, float]:
+        """``peak_memory_gib``: most GPU memory ever allocated on this rank (on a GPU); ``data_parallel_gib``: what this
+        rank receives per step for data parallelism, weights and gradients together."""

@@ -1,0 +1,34 @@
+"""The named phases of a step: one name for the profiler's traces and for the metrics."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.profiler import record_function
+
+
+class Phases:
+    """``with phases("forward"): ...`` marks a phase in profiler traces and adds up the host's seconds in it.
+
+    Phases are ``data``, ``forward``, ``backward``, ``optimizer``, ``report``, ``evaluate`` and ``checkpoint``. On a
+    GPU the host runs ahead of the device: the device's time shows where the host waits for it, which is in ``report``.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        with record_function(name):
+            yield
+        self._seconds[name] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
