@@ -1,6 +1,6 @@
 """The expert layer's compute: router, permutation, and the SwiGLU experts as grouped GEMMs.
 
-Read ``mlp.py`` first, the layer; then ``permutation.py`` and ``gemms.py``, what it is made of. ``torch_ops.py`` and
+Read ``mlp.py`` first, the layer; then ``permutation.py`` and ``gemms.py``, what it is made of. ``pytorch.py`` and
 ``triton.py`` are what lies between the GEMMs, ``quack.py`` is GEMMs with SwiGLU inside. ``routing.py`` is the router.
 """
 

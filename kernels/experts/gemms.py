@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
-from minimax_train.kernels.experts import torch_ops
+from minimax_train.kernels.experts import pytorch
 
 
 class GroupedGemm(NamedTuple):
@@ -120,18 +120,18 @@ class SeparateGemms:
 
 
 class Implementation(NamedTuple):
-    """The GEMMs, and the module with what lies between them: ``torch_ops`` or ``triton``."""
+    """The GEMMs, and the module with what lies between them: ``pytorch`` or ``triton``."""
 
     gemms: SeparateGemms
     ops: ModuleType
 
 
 def _torch(x: Tensor) -> Implementation:
-    return Implementation(SeparateGemms(BY_EXPERT, torch_ops), torch_ops)
+    return Implementation(SeparateGemms(BY_EXPERT, pytorch), pytorch)
 
 
 def _grouped(x: Tensor) -> Implementation:
-    return Implementation(SeparateGemms(GROUPED, torch_ops), torch_ops)
+    return Implementation(SeparateGemms(GROUPED, pytorch), pytorch)
 
 
 def _triton(x: Tensor) -> Implementation:

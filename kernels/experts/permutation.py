@@ -22,7 +22,7 @@ class Permutation:
         assignment_R: the assignment (``token * K + k``) of each routed token, int64.
         routed_TK: the routed token of each assignment, int64; the inverse of ``assignment_R``.
         offsets_E: end of each expert's routed tokens, int32, the form grouped GEMMs take.
-        ops: the module whose ops do it: ``torch_ops`` or ``triton``.
+        ops: the module whose ops do it: ``pytorch`` or ``triton``.
     """
 
     assignment_R: Tensor

@@ -130,7 +130,7 @@ def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tenso
     return _RouterLogits.apply(x_TD, weight_ED)
 
 
-# --- permutation and SwiGLU, as in torch_ops.py -----------------------------------------------------------------------
+# --- permutation and SwiGLU, as in pytorch.py -----------------------------------------------------------------------
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from minimax_train.kernels.experts import (
     has_quack,
     route,
     router_logits,
-    torch_ops,
+    pytorch,
 )
 from support.compare import relative_error
 
@@ -90,7 +90,7 @@ def test_logits_of_nan_still_choose_experts():
 def test_routed_tokens_are_those_of_a_stable_sort(T, E, K, least):
     torch.manual_seed(T)
     experts = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
-    ours, right = (ops.sort_by_expert(experts.to(DEVICE), E) for ops in (experts_triton, torch_ops))
+    ours, right = (ops.sort_by_expert(experts.to(DEVICE), E) for ops in (experts_triton, pytorch))
     for a, b in zip(ours, right, strict=True):
         assert torch.equal(a, b)
 
@@ -100,7 +100,7 @@ def test_routed_tokens_are_those_of_a_stable_sort(T, E, K, least):
 def test_permute_and_unpermute(T, K, D, dtype):
     torch.manual_seed(T)
     experts = torch.randint(-1, 4, (T, K), device=DEVICE)
-    ours, right = (Permutation.by_expert(experts, 4, ops) for ops in (experts_triton, torch_ops))
+    ours, right = (Permutation.by_expert(experts, 4, ops) for ops in (experts_triton, pytorch))
     x, y, weights = _randn(T, D), _randn(T * K, D), torch.rand(T, K, device=DEVICE)
     assert torch.equal(ours.permute(x.to(dtype)).double(), right.permute(x))
     assert torch.equal(ours.permute_weights(weights), weights.flatten()[right.assignment_R])
