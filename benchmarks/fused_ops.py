@@ -198,7 +198,7 @@ def norm(rate: float) -> list[dict]:
             ),
         }
         for kind, (leaves, tensors, run) in kinds.items():
-            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "plain")}
+            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "torch")}
             moved = tuple(count * x.nbytes for count in tensors)
             rows += _both_directions("norm", f"{kind}, {T} x {D}", runs, leaves, moved, rate)
     return rows
@@ -211,7 +211,7 @@ def rope(rate: float) -> list[dict]:
     cos, sin = rotary_table(torch.arange(T, device="cuda"), R, 10_000.0)
     for H in (64, 8):
         x = _randn(T, H * K)
-        for name in ("triton", "plain"):
+        for name in ("triton", "torch"):
 
             def run(x: Tensor, name: str = name) -> Tensor:
                 return rotate_heads(x, cos, sin, head_dim=K, implementation=name)
@@ -238,7 +238,7 @@ def silu(rate: float) -> list[dict]:
     _header("SiLU of q, k, v", "implementation", "forward ms (share of the copy rate)", "backward")
     for T, H in SILUS:
         x = _randn(T, H * 3 * 128)
-        runs = {name: lambda x=x, n=name: silu_qkv(x, head_dim=128, implementation=n) for name in ("triton", "plain")}
+        runs = {name: lambda x=x, n=name: silu_qkv(x, head_dim=128, implementation=n) for name in ("triton", "torch")}
         # x has the three tensors of T x H x K; their gradients are three tensors, as attention's backward makes them.
         rows += _both_directions("silu", f"{T} tokens, {H} heads", runs, [x], (2 * x.nbytes, 3 * x.nbytes), rate)
     return rows
@@ -262,7 +262,7 @@ def loss(rate: float) -> list[dict]:
     dense = gemm_rate(8192, 8192, 8192)
     losses = {
         "triton": lambda *args: linear_cross_entropy(*args, implementation="triton"),
-        "plain, in chunks": lambda *args: linear_cross_entropy(*args, implementation="plain"),
+        "torch, in blocks": lambda *args: linear_cross_entropy(*args, implementation="torch"),
         "all logits": _materialised,
     }
     if liger := _liger():

@@ -47,9 +47,9 @@ LAUNCHES = [
     (silu.forward, MOVED, {"B": 2048}, 4),
     (silu.backward, MOVED, dict(H=64, K=128, BR=16, BK=128, q_k=1, k_k=1, v_k=1), 4),
     (silu.backward, MOVED | {"q_t": "i64"}, dict(H=8, K=96, BR=16, BK=128, d_k=None, v_k=1), 4),
-    (loss.softmax_gradient, MOVED, dict(V=200_064, W=4, B=8192, NEEDS_GRADIENT=True), 32),
-    (loss.log_sums, MOVED | {"out": f32}, dict(V=100_032, W=4, B=8192), 32),
-    (loss.gradients, MOVED, dict(V=100_032, W=4, B=8192), 32),
+    (loss.softmax_gradient, MOVED, dict(V=200_064, R=4, W=8192, NEEDS_GRADIENT=True), 32),
+    (loss.log_sums, MOVED | {"out": f32}, dict(V=100_032, R=4, W=8192), 32),
+    (loss.gradients, MOVED, dict(V=100_032, R=4, W=8192), 32),
 ]
 # The sums of a rank's own states: two ranges of 64 heads, slopes as the model has them; and one of one head.
 SUMMED = dict.fromkeys(("y", "z"), bf16) | dict.fromkeys(("out", "pieces"), f32) | {"slopes": "*fp64"}

@@ -40,6 +40,7 @@ from support.runs import overrides
         ),
         ("data.sequence_length=0", r"data.sequence_length=0: must be a positive integer"),
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
+        ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'$"),
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
