@@ -5,7 +5,7 @@ Read ``mlp.py`` first, the layer; then ``permutation.py`` and ``gemms.py``, what
 """
 
 from minimax_train.kernels.experts.gemms import IMPLEMENTATIONS, choose_implementation, has_quack
-from minimax_train.kernels.experts.mlp import expert_mlp, grouped_experts
+from minimax_train.kernels.experts.mlp import Dispatcher, expert_mlp, grouped_experts
 from minimax_train.kernels.experts.naive import expert_mlp_naive
 from minimax_train.kernels.experts.permutation import Permutation
 from minimax_train.kernels.experts.routing import (
@@ -19,6 +19,7 @@ from minimax_train.kernels.experts.routing import (
 __all__ = [
     "IMPLEMENTATIONS",
     "ROUTER_IMPLEMENTATIONS",
+    "Dispatcher",
     "Permutation",
     "choose_implementation",
     "drop_over_capacity",

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_takes
 from minimax_train.kernels.experts import pytorch
 
 
@@ -74,7 +73,7 @@ class SeparateGemms:
         ops: the module with ``swiglu`` and ``swiglu_backward``.
     """
 
-    def __init__(self, gemm: GroupedGemm, ops: ModuleType) -> None:
+    def __init__(self, gemm: GroupedGemm, ops: Any) -> None:
         self.gemm, self.ops = gemm, ops
 
     def up(self, x_RD: Tensor, gate_up_E2FD: Tensor, offsets_E: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,10 +100,10 @@ class SeparateGemms:
         Args:
             out: where to write the first two.
         """
-        d_act_RF, d_weights_R = self.gemm.tokens(dy_RD, down_EDF, offsets_E), torch.empty_like(weights_R)
+        d_act_RF = self.gemm.tokens(dy_RD, down_EDF, offsets_E)
         # The activation may take the memory of its gradient.
         d_hidden_R2F, act_RF = out or (torch.empty_like(hidden_R2F), d_act_RF)
-        self.ops.swiglu_backward(hidden_R2F, weights_R, d_act_RF, act_RF, d_hidden_R2F, d_weights_R, offsets_E)
+        d_weights_R = self.ops.swiglu_backward(hidden_R2F, weights_R, d_act_RF, act_RF, d_hidden_R2F, offsets_E)
         return d_hidden_R2F, act_RF, d_weights_R
 
     def dx(self, d_hidden_R2F: Tensor, gate_up_E2FD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -123,33 +122,34 @@ class Implementation(NamedTuple):
     """The GEMMs, and the module with what lies between them: ``pytorch`` or ``triton``."""
 
     gemms: SeparateGemms
-    ops: ModuleType
+    ops: Any
 
 
-def _torch(x: Tensor) -> Implementation:
-    return Implementation(SeparateGemms(BY_EXPERT, pytorch), pytorch)
+@OnDemand
+def _triton():
+    from minimax_train.kernels.experts import triton
+
+    return triton
 
 
-def _grouped(x: Tensor) -> Implementation:
-    return Implementation(SeparateGemms(GROUPED, pytorch), pytorch)
-
-
-def _triton(x: Tensor) -> Implementation:
-    from minimax_train.kernels.experts import triton  # CPU installs have no triton
-
-    gemm = GROUPED if x.is_cuda and x.dtype == torch.bfloat16 else BY_EXPERT
-    return Implementation(SeparateGemms(gemm, triton), triton)
-
-
-def _quack(x: Tensor) -> Implementation:
+def _quack(x: Tensor) -> SeparateGemms:
     try:
         from minimax_train.kernels.experts.quack import QuackGemms
     except ImportError as error:
         raise ImportError(f"kernels.experts='quack' needs quack-kernels: pip install .[cuda] ({error})") from error
-    return Implementation(QuackGemms(x), _triton(x).ops)
+    return QuackGemms(x)
 
 
-IMPLEMENTATIONS = {"quack": _quack, "triton": _triton, "grouped": _grouped, "torch": _torch}
+IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
+    "quack": lambda x: Implementation(_quack(x), _triton),
+    "triton": lambda x: Implementation(SeparateGemms(GROUPED if _is_cuda_bf16(x) else BY_EXPERT, _triton), _triton),
+    "grouped": lambda x: Implementation(SeparateGemms(GROUPED, pytorch), pytorch),
+    "torch": lambda x: Implementation(SeparateGemms(BY_EXPERT, pytorch), pytorch),
+}
+
+
+def _is_cuda_bf16(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = AUTO) -> Implementation:
@@ -163,14 +163,11 @@ def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = A
     Raises:
         ImportError: when quack-kernels is asked for and not installed.
     """
-    aligned = x.shape[-1] % 8 == 0 and expert_hidden % 8 == 0  # rows on 16 bytes, in both GEMMs
     best = "torch"
-    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
+    if _is_cuda_bf16(x) and x.shape[-1] % 8 == 0 and expert_hidden % 8 == 0:  # rows on 16 bytes, in both GEMMs
         best = "quack" if has_quack(x.device) else "triton"
-    chosen = choose("experts", IMPLEMENTATIONS, implementation, best)(x)
-    if implementation == AUTO and triton_takes(x):
-        return chosen._replace(ops=_triton(x).ops)  # takes what no grouped GEMM does
-    return chosen
+    gemms, ops = choose("experts", IMPLEMENTATIONS, implementation, best)(x)
+    return Implementation(gemms, _triton if implementation == AUTO and triton_takes(x) else ops)
 
 
 @cache

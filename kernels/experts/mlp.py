@@ -17,7 +17,7 @@ hidden, F expert hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,96 +28,65 @@ from minimax_train.kernels.experts.gemms import SeparateGemms, choose_implementa
 from minimax_train.kernels.experts.permutation import Permutation
 
 
-class Group(Protocol):
-    """Routed tokens that go through the experts together: which of all groups', for which of this rank's experts."""
+class Dispatcher:
+    """Where the tokens of one call of the layer go; made for this call, used in its forward and its backward.
 
-    routed: slice
-    experts: slice
+    ``dispatch`` starts a round trip. Iterating over it gives the groups, each when it has arrived: ``group.routed``,
+    which they are of all groups' routed tokens; ``group.experts``, which of this rank's experts they are for; and
+    ``group.offsets_E``, the end of each of these experts' tokens among them, int32. Of a group, the trip gives
 
-    @property
-    def offsets_E(self) -> Tensor:
-        """End of each of these experts' tokens among them, int32."""
-        ...
+        permute(group)                      its routed tokens ``[R, D]``
+        permute_weights(group)              the weights of their assignments ``[R]``
+        combine(group, y_RD, d_weights_R)   starts sending back what the experts made of them, and in backward the
+                                            gradients of the weights; before the next group
 
+    and after all of them ``dispatched_ND``, the tokens as they lie on this rank, and ``wait()``, what was sent back:
+    ``[T, D]``, and ``[T, K]`` in backward.
+    """
 
-class RoundTrip(Protocol):
-    """To the experts and back: iterate over the groups, which waits for each, and combine each before the next."""
+    is_local = False
+    offsets_E: Any
+    """End of each expert's routed tokens of all groups, int32."""
 
-    dispatched_ND: Tensor
-    """The tokens of all groups as they lie on this rank, complete with the last group."""
-
-    def __iter__(self) -> Iterator[Group]: ...
-
-    def permute(self, group: Group) -> Tensor:
-        """Its routed tokens ``[R, D]``."""
-        ...
-
-    def permute_weights(self, group: Group) -> Tensor:
-        """The weights of their assignments ``[R]``."""
-        ...
-
-    def combine(self, group: Group, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
-        """Start sending back what the experts made of the tokens; in backward the gradients of the weights, too."""
-
-    def wait(self) -> tuple[Tensor, ...]:
-        """All that was sent back, where the tokens came from: ``[T, D]``, and ``[T, K]`` if there were weights."""
-        ...
-
-
-class Dispatcher(Protocol):
-    """Where the tokens of one call of the layer go; made for this call, used in its forward and backward."""
-
-    is_local: bool
-
-    @property
-    def offsets_E(self) -> Tensor:
-        """End of each expert's routed tokens of all groups, int32."""
-        ...
-
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> RoundTrip: ...
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> Any:
+        raise NotImplementedError
 
     def permute_all(self, dispatched_ND: Tensor) -> Tensor:
         """The routed tokens of all groups, by expert."""
-        ...
+        return dispatched_ND
 
     def merge_groups(self, x_RF: Tensor) -> Tensor:
         """Something of all routed tokens, group after group -> by expert."""
-        ...
+        return x_RF
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """All experts are here, and the only group is the dispatcher itself."""
 
     is_local, routed, experts = True, slice(None), slice(None)
 
     def __init__(self, permutation: Permutation) -> None:
-        self.permutation, self.offsets_E = permutation, permutation.offsets_E
+        self.permutation, self.offsets_E, self.permute_all = permutation, permutation.offsets_E, permutation.permute
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> RoundTrip:
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> _LocalRoundTrip:
         return _LocalRoundTrip(self, x_TD, weights_TK)
-
-    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
-        return self.permutation.permute(dispatched_ND)
-
-    def merge_groups(self, x_RF: Tensor) -> Tensor:
-        return x_RF
 
 
 class _LocalRoundTrip:
-    def __init__(self, dispatcher: LocalDispatcher, x_TD: Tensor, weights_TK: Tensor | None) -> None:
-        self.dispatcher, self.dispatched_ND, self.weights_TK = dispatcher, x_TD, weights_TK
+    def __init__(self, group: LocalDispatcher, x_TD: Tensor, weights_TK: Tensor | None) -> None:
+        self.group, self.dispatched_ND, self.weights_TK = group, x_TD, weights_TK
 
-    def __iter__(self) -> Iterator[Group]:
-        yield self.dispatcher
+    def __iter__(self) -> Iterator[LocalDispatcher]:
+        yield self.group
 
-    def permute(self, group: Group) -> Tensor:
-        return self.dispatcher.permutation.permute(self.dispatched_ND)
+    def permute(self, group: LocalDispatcher) -> Tensor:
+        return group.permutation.permute(self.dispatched_ND)
 
-    def permute_weights(self, group: Group) -> Tensor:
-        return self.dispatcher.permutation.permute_weights(self.weights_TK)
+    def permute_weights(self, group: LocalDispatcher) -> Tensor:
+        return group.permutation.permute_weights(self.weights_TK)
 
-    def combine(self, group: Group, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
-        self.combined = self.dispatcher.permutation.unpermute(y_RD, d_weights_R)
+    def combine(self, group: LocalDispatcher, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
+        self.combined = group.permutation.unpermute(y_RD, d_weights_R)
 
     def wait(self) -> tuple[Tensor, ...]:
         return self.combined

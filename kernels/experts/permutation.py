@@ -6,7 +6,7 @@ Shape legend: T tokens, K assignments per token, R = T * K routed tokens, D hidd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -28,10 +28,10 @@ class Permutation:
     assignment_R: Tensor
     routed_TK: Tensor
     offsets_E: Tensor
-    ops: ModuleType
+    ops: Any
 
     @classmethod
-    def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: ModuleType) -> Permutation:
+    def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: Any) -> Permutation:
         return cls(*ops.sort_by_expert(experts_TK, num_experts), ops)
 
     def permute(self, x_TD: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""What an expert layer does between its GEMMs, as PyTorch ops: any device and dtype. ``triton.py`` has the same names.
+"""The router, and what an expert layer does between its GEMMs, as PyTorch ops: any device and dtype.
 
-Sorting and moving are gathers and scatters without duplicates, so results are deterministic.
+``triton.py`` has the same functions. Sorting and moving are gathers and scatters without duplicates, so results are
+deterministic.
 
-Shape legend: T tokens, K assignments per token, R = T * K routed tokens, D hidden, E experts, F expert hidden.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P pieces
+of packed sequences.
 """
 
 from __future__ import annotations
@@ -10,6 +12,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
+
+
+def route(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    probabilities_TE, E = logits_TE.softmax(-1), logits_TE.shape[1]
+    weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
+    slot_TK = piece_T[:, None] * E + experts_TK
+    counts = torch.zeros(num_pieces * E, dtype=torch.int64, device=logits_TE.device)
+    counts.scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
+    return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, counts.view(num_pieces, E)
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,24 +58,19 @@ def swiglu(hidden_R2F: Tensor, weights_R: Tensor, act_RF: Tensor, offsets_E: Ten
 
 
 def swiglu_backward(
-    hidden_R2F: Tensor,
-    weights_R: Tensor,
-    d_act_RF: Tensor,
-    act_RF: Tensor,
-    d_hidden_R2F: Tensor,
-    d_weights_R: Tensor,
-    offsets_E: Tensor,
-) -> None:
-    """Writes the activation, which may take the memory of its gradient, and the gradients of gate, up and weights."""
+    hidden_R2F: Tensor, weights_R: Tensor, d_act_RF: Tensor, act_RF: Tensor, d_hidden_R2F: Tensor, offsets_E: Tensor
+) -> Tensor:
+    """The gradient of the weights. Writes the activation, which may take the memory of its gradient, and d_hidden."""
     gate_RF, up_RF = _wide(hidden_R2F).chunk(2, dim=-1)
     d_act_RF, sigmoid_RF = _wide(d_act_RF), gate_RF.sigmoid()
     silu_RF, weights_R1 = gate_RF * sigmoid_RF, weights_R[:, None]
-    d_weights_R.copy_((silu_RF * up_RF * d_act_RF).sum(1))
+    d_weights_R = (silu_RF * up_RF * d_act_RF).sum(1).to(weights_R.dtype)
     d_act_RF = d_act_RF * weights_R1
     d_gate_RF, d_up_RF = d_hidden_R2F.chunk(2, dim=-1)
     d_gate_RF.copy_(d_act_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF)))
     d_up_RF.copy_(d_act_RF * silu_RF)
     act_RF.copy_(silu_RF * up_RF * weights_R1)
+    return d_weights_R
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,11 +5,21 @@ Shape legend: T tokens, D hidden, E experts, K assignments per token, P pieces o
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.experts import pytorch
+
+
+@OnDemand
+def _triton():
+    from minimax_train.kernels.experts import triton
+
+    return triton
+
+
+ROUTER_IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -21,21 +31,8 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO
     Args:
         implementation: ``auto``, ``triton`` (bfloat16 operands without casts; other dtypes as torch) or ``torch``.
     """
-    best = "triton" if triton_takes(x_TD) else "torch"
-    return choose("router", LOGITS, implementation, best)(x_TD, weight_ED)
-
-
-def _logits_torch(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
-
-
-def _logits_triton(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    if not x_TD.dtype == weight_ED.dtype == torch.bfloat16:
-        return _logits_torch(x_TD, weight_ED)
-    from minimax_train.kernels.experts.triton import router_logits_triton  # CPU installs have no triton
-
-    return router_logits_triton(x_TD, weight_ED)
+    module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(x_TD))
+    return module.router_logits(x_TD, weight_ED)
 
 
 def route(
@@ -54,29 +51,8 @@ def route(
         Probabilities ``[T, E]`` and weights ``[T, K]`` in the dtype of the logits, both differentiable; the assigned
         experts ``[T, K]``, most probable first, and the tokens per expert ``[P, E]``, both int64.
     """
-    best = "triton" if triton_takes(logits_TE) else "torch"
-    return choose("router", ROUTER_IMPLEMENTATIONS, implementation, best)(logits_TE, k, piece_T, num_pieces)
-
-
-def _route_torch(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    probabilities_TE = logits_TE.softmax(-1)
-    weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
-    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    E = logits_TE.shape[1]
-    tokens_per_expert_PE = torch.zeros(num_pieces, E, dtype=torch.int64, device=logits_TE.device)
-    slot_TK = piece_T[:, None] * E + experts_TK
-    tokens_per_expert_PE.view(-1).scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
-    return probabilities_TE, weights_TK, experts_TK, tokens_per_expert_PE
-
-
-def _route_triton(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from minimax_train.kernels.experts.triton import route_triton  # CPU installs have no triton
-
-    return route_triton(*args)
-
-
-LOGITS = {"triton": _logits_triton, "torch": _logits_torch}
-ROUTER_IMPLEMENTATIONS = {"triton": _route_triton, "torch": _route_torch}
+    module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(logits_TE))
+    return module.route(logits_TE, k, piece_T, num_pieces)
 
 
 def drop_over_capacity(

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.experts import triton_kernels
+from minimax_train.kernels.experts import pytorch, triton_kernels
 
 # Elements of a tile of the kernels that only move and scale, on four warps; assignments of one that sorts them.
 TILE = 4096
@@ -49,17 +49,17 @@ class _Route(torch.autograd.Function):
         probabilities_TE = torch.empty(T, E, dtype=torch.float32, device=logits_TE.device)
         weights_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
         experts_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
-        counts_PE = torch.zeros(num_pieces, E, dtype=torch.int64, device=logits_TE.device)
+        tokens_per_expert_PE = torch.zeros(num_pieces, E, dtype=torch.int64, device=logits_TE.device)
         BT, BE = _tile(E, elements=2048)
         if T:
             triton_kernels.route[(triton.cdiv(T, BT),)](
-                logits_TE, piece_T, probabilities_TE, weights_TK, experts_TK, counts_PE, T,
+                logits_TE, piece_T, probabilities_TE, weights_TK, experts_TK, tokens_per_expert_PE, T,
                 E=E, K=k, BT=BT, BE=BE, BK=_power_of_two(k),
             )  # fmt: skip
         ctx.save_for_backward(probabilities_TE, experts_TK)
-        ctx.mark_non_differentiable(experts_TK, counts_PE)
+        ctx.mark_non_differentiable(experts_TK, tokens_per_expert_PE)
         ctx.set_materialize_grads(False)
-        return probabilities_TE, weights_TK, experts_TK, counts_PE
+        return probabilities_TE, weights_TK, experts_TK, tokens_per_expert_PE
 
     @staticmethod
     @once_differentiable
@@ -77,12 +77,12 @@ class _Route(torch.autograd.Function):
         return d_logits_TE, None, None, None
 
 
-def route_triton(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`minimax_train.kernels.experts.route` in one kernel, float32."""
+def route(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In one kernel, float32."""
     return _Route.apply(logits_TE.float(), k, piece_T, num_pieces)
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+def _float32_gemm(a: Tensor, b: Tensor) -> Tensor:
     """The product of 16-bit matrices as it was summed, without rounding it to theirs."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
@@ -99,7 +99,7 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.set_materialize_grads(False)
-        return _float32_product(x_TD, weight_ED.T), x_TD
+        return _float32_gemm(x_TD, weight_ED.T), x_TD
 
     @staticmethod
     @once_differentiable
@@ -110,7 +110,7 @@ class _RouterLogits(torch.autograd.Function):
         d_logits_TE, (T, D), E = d_logits_TE.contiguous(), x_TD.shape, len(weight_ED)
         high_TE = d_logits_TE.to(x_TD.dtype)
         both_TB = torch.cat([high_TE, (d_logits_TE - high_TE).to(x_TD.dtype)], dim=1)
-        d_weight_ED = _float32_product(both_TB.T, x_TD).unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
+        d_weight_ED = _float32_gemm(both_TB.T, x_TD).unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
         if d_x_TD is None:
             return both_TB @ torch.cat([weight_ED, weight_ED]), d_weight_ED
         if E > MOST_EXPERTS or T == 0:
@@ -125,9 +125,10 @@ class _RouterLogits(torch.autograd.Function):
         return out_TD, d_weight_ED
 
 
-def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`minimax_train.kernels.experts.router_logits` for bfloat16."""
-    return _RouterLogits.apply(x_TD, weight_ED)
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    if x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        return _RouterLogits.apply(x_TD, weight_ED)
+    return pytorch.router_logits(x_TD, weight_ED)
 
 
 # --- permutation and SwiGLU, as in pytorch.py -----------------------------------------------------------------------
@@ -180,17 +181,12 @@ def swiglu(hidden_R2F: Tensor, weights_R: Tensor, act_RF: Tensor, offsets_E: Ten
 
 
 def swiglu_backward(
-    hidden_R2F: Tensor,
-    weights_R: Tensor,
-    d_act_RF: Tensor,
-    act_RF: Tensor,
-    d_hidden_R2F: Tensor,
-    d_weights_R: Tensor,
-    offsets_E: Tensor,
-) -> None:
-    R, F = d_act_RF.shape
+    hidden_R2F: Tensor, weights_R: Tensor, d_act_RF: Tensor, act_RF: Tensor, d_hidden_R2F: Tensor, offsets_E: Tensor
+) -> Tensor:
+    (R, F), d_weights_R = d_act_RF.shape, torch.empty_like(weights_R)
     BR, BF = _tile(F, elements=2048)
     triton_kernels.swiglu_backward[(triton.cdiv(R, BR),)](
         hidden_R2F, weights_R, offsets_E, d_act_RF, d_hidden_R2F, act_RF, d_weights_R,
         E=len(offsets_E), F=F, BR=BR, BF=BF,
     )  # fmt: skip
+    return d_weights_R

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.experts import Permutation
+from minimax_train.kernels.experts import Dispatcher, Permutation
 from minimax_train.parallel.experts.buckets import BucketGroup, ExpertBuckets, locate, make_groups
 from minimax_train.parallel.experts.overlap import (
     CommunicationStream,
@@ -32,7 +32,7 @@ from minimax_train.parallel.experts.overlap import (
 )
 
 
-class RoutedTokenDispatcher:
+class RoutedTokenDispatcher(Dispatcher):
     """A token travels once for each of its assignments, to the ranks that hold the expert, with the weight, and back.
 
         send         all-to-all over ep, to the rank with the expert; all-gather over etp, to the expert's slices
@@ -41,15 +41,13 @@ class RoutedTokenDispatcher:
     How many tokens go where is exchanged first; the host waits for it once, when it asks for the groups.
     """
 
-    is_local = False
-
     def __init__(
         self,
         experts_TK: Tensor,
         buckets: ExpertBuckets,
         ep: CommunicationStream,
         etp: CommunicationStream,
-        ops: ModuleType,
+        ops: Any,
     ) -> None:
         self.buckets, self.ep, self.etp = buckets, ep, etp
         self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
@@ -109,12 +107,6 @@ class RoutedTokenDispatcher:
         summed = self.etp.reduce_scatter(y_ND)
         return self.ep.all_to_all(summed, group.output_splits, group.input_splits, combined_RD[group.source])
 
-    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
-        return dispatched_ND
-
-    def merge_groups(self, x_RF: Tensor) -> Tensor:
-        return x_RF
-
 
 @dataclass
 class TokenGroup:
@@ -137,7 +129,7 @@ class TokenGroup:
         return self.permutation.offsets_E
 
 
-class TokenDispatcher:
+class TokenDispatcher(Dispatcher):
     """Every rank holds a slice of every expert: a token goes to all ranks, whatever its assignments, once, and back.
 
         send         all-gather over etp
@@ -146,10 +138,8 @@ class TokenDispatcher:
     All assignments are gathered first. Every rank has as many tokens as any other, so the host never waits.
     """
 
-    is_local = False
-
     def __init__(
-        self, experts_TK: Tensor, num_experts: int, num_groups: int, etp: CommunicationStream, ops: ModuleType
+        self, experts_TK: Tensor, num_experts: int, num_groups: int, etp: CommunicationStream, ops: Any
     ) -> None:
         (T, K), J = experts_TK.shape, etp.size
         self.etp, self.num_experts, self.ops, self.num_dispatched = etp, num_experts, ops, J * T

@@ -18,11 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.experts.mlp import Group
 from minimax_train.parallel.communicator import Communicator
 
 if TYPE_CHECKING:
-    from minimax_train.parallel.experts.dispatchers import RoutedTokenDispatcher, TokenDispatcher
+    from minimax_train.parallel.experts.dispatchers import (
+        BucketGroup,
+        RoutedTokenDispatcher,
+        TokenDispatcher,
+        TokenGroup,
+    )
+
+    Group = BucketGroup | TokenGroup
 
 # Groups under way beside the one that is computed: one is sent, one is gathered.
 AHEAD = 2

@@ -7,15 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimax_train.kernels.experts import drop_over_capacity, expert_mlp, load_balancing_loss, route
-from minimax_train.kernels.experts.naive import (
-    drop_over_capacity_naive,
-    expert_mlp_naive,
-    load_balancing_loss_naive,
-    route_naive,
-    tokens_per_expert_naive,
-)
+from minimax_train.kernels.experts import drop_over_capacity, expert_mlp, expert_mlp_naive, load_balancing_loss, route
 from support.compare import relative_error
+from support.routing import drop_over_capacity_naive, load_balancing_loss_naive, route_naive, tokens_per_expert_naive
 
 
 def _layer(T, E, K, D, F, seed=0):

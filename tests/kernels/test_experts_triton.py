@@ -8,9 +8,9 @@ from minimax_train.kernels.experts import (
     expert_mlp,
     expert_mlp_naive,
     has_quack,
+    pytorch,
     route,
     router_logits,
-    pytorch,
 )
 from support.compare import relative_error
 
