@@ -64,14 +64,7 @@ GROUPED = GroupedGemm(_tokens_grouped, _weights_grouped)
 
 
 class SeparateGemms:
-    """Grouped GEMMs, and SwiGLU an op of its own between them.
-
-    Rows past the last offset are undefined, in and out.
-
-    Args:
-        gemm: the GEMMs.
-        ops: the module with ``swiglu`` and ``swiglu_backward``.
-    """
+    """Grouped GEMMs, and SwiGLU an op of its own between them. Rows past the last offset are undefined, in and out."""
 
     def __init__(self, gemm: GroupedGemm, ops: Any) -> None:
         self.gemm, self.ops = gemm, ops
@@ -79,9 +72,7 @@ class SeparateGemms:
     def up(self, x_RD: Tensor, gate_up_E2FD: Tensor, offsets_E: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up ``[R, 2F]``, and the activation times the weights ``[R, F]``."""
         hidden_R2F = self.gemm.tokens(x_RD, gate_up_E2FD.mT, offsets_E)
-        act_RF = x_RD.new_empty(len(x_RD), hidden_R2F.shape[1] // 2)
-        self.ops.swiglu(hidden_R2F, weights_R, act_RF, offsets_E)
-        return hidden_R2F, act_RF
+        return hidden_R2F, self.ops.swiglu(hidden_R2F, weights_R, offsets_E)
 
     def down(self, act_RF: Tensor, down_EDF: Tensor, offsets_E: Tensor) -> Tensor:
         return self.gemm.tokens(act_RF, down_EDF.mT, offsets_E)
@@ -118,13 +109,6 @@ class SeparateGemms:
         return self.gemm.weights(dy_RD, act_RF, offsets_E)
 
 
-class Implementation(NamedTuple):
-    """The GEMMs, and the module with what lies between them: ``pytorch`` or ``triton``."""
-
-    gemms: SeparateGemms
-    ops: Any
-
-
 @OnDemand
 def _triton():
     from minimax_train.kernels.experts import triton
@@ -140,11 +124,12 @@ def _quack(x: Tensor) -> SeparateGemms:
     return QuackGemms(x)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
-    "quack": lambda x: Implementation(_quack(x), _triton),
-    "triton": lambda x: Implementation(SeparateGemms(GROUPED if _is_cuda_bf16(x) else BY_EXPERT, _triton), _triton),
-    "grouped": lambda x: Implementation(SeparateGemms(GROUPED, pytorch), pytorch),
-    "torch": lambda x: Implementation(SeparateGemms(BY_EXPERT, pytorch), pytorch),
+# By name, for tokens like x: the GEMMs, and the module with what lies between them.
+IMPLEMENTATIONS: dict[str, Callable[[Tensor], tuple[SeparateGemms, Any]]] = {
+    "quack": lambda x: (_quack(x), _triton),
+    "triton": lambda x: (SeparateGemms(GROUPED if _is_cuda_bf16(x) else BY_EXPERT, _triton), _triton),
+    "grouped": lambda x: (SeparateGemms(GROUPED, pytorch), pytorch),
+    "torch": lambda x: (SeparateGemms(BY_EXPERT, pytorch), pytorch),
 }
 
 
@@ -152,8 +137,8 @@ def _is_cuda_bf16(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = AUTO) -> Implementation:
-    """How tokens like x ``[..., D]`` go through experts of that hidden size.
+def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = AUTO) -> tuple[SeparateGemms, Any]:
+    """GEMMs, and the module ``pytorch`` or ``triton``, for tokens like x ``[..., D]`` and experts of that hidden size.
 
     Args:
         implementation: ``auto``, the fastest that takes this device, dtype and shape; ``quack`` (SwiGLU in the GEMMs'
@@ -167,7 +152,7 @@ def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = A
     if _is_cuda_bf16(x) and x.shape[-1] % 8 == 0 and expert_hidden % 8 == 0:  # rows on 16 bytes, in both GEMMs
         best = "quack" if has_quack(x.device) else "triton"
     gemms, ops = choose("experts", IMPLEMENTATIONS, implementation, best)(x)
-    return Implementation(gemms, _triton if implementation == AUTO and triton_takes(x) else ops)
+    return gemms, _triton if implementation == AUTO and triton_takes(x) else ops
 
 
 @cache

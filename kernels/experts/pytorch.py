@@ -3,8 +3,8 @@
 ``triton.py`` has the same functions. Sorting and moving are gathers and scatters without duplicates, so results are
 deterministic.
 
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P pieces
-of packed sequences.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P spans
+of tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
 
 
-def route(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     probabilities_TE, E = logits_TE.softmax(-1), logits_TE.shape[1]
     weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
-    slot_TK = piece_T[:, None] * E + experts_TK
-    counts = torch.zeros(num_pieces * E, dtype=torch.int64, device=logits_TE.device)
+    slot_TK = span_T[:, None] * E + experts_TK
+    counts = torch.zeros(num_spans * E, dtype=torch.int64, device=logits_TE.device)
     counts.scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
-    return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, counts.view(num_pieces, E)
+    return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, counts.view(num_spans, E)
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,10 +51,10 @@ def _is_routed_R1(like: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.arange(len(like), device=like.device)[:, None] < offsets_E[-1]
 
 
-def swiglu(hidden_R2F: Tensor, weights_R: Tensor, act_RF: Tensor, offsets_E: Tensor) -> None:
-    """Writes ``weight * silu(gate) * up``."""
+def swiglu(hidden_R2F: Tensor, weights_R: Tensor, offsets_E: Tensor) -> Tensor:
+    """``weight * silu(gate) * up``."""
     gate_RF, up_RF = _wide(hidden_R2F).chunk(2, dim=-1)
-    act_RF.copy_(F.silu(gate_RF) * up_RF * weights_R[:, None])
+    return (F.silu(gate_RF) * up_RF * weights_R[:, None]).to(hidden_R2F.dtype)
 
 
 def swiglu_backward(

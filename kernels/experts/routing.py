@@ -1,6 +1,6 @@
 """The router: logits, probabilities, assignments of tokens to experts, capacity and the load-balancing loss.
 
-Shape legend: T tokens, D hidden, E experts, K assignments per token, P pieces of packed sequences.
+Shape legend: T tokens, D hidden, E experts, K assignments per token, P spans of tokens.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO
 
 
 def route(
-    logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int, *, implementation: str = AUTO
+    logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int, *, implementation: str = AUTO
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax over experts, the k largest renormalised, and how many tokens each expert was assigned.
 
     Args:
         logits_TE: float32 or float64.
         k: assignments per token.
-        piece_T: the piece of a packed sequence each token lies in, int64, ascending.
-        num_pieces: how many there are.
+        span_T: the span each token lies in: tokens that follow each other in a packed sequence, int64, ascending.
+        num_spans: how many there are.
         implementation: ``auto``, ``triton`` (not float64) or ``torch``.
 
     Returns:
@@ -52,11 +52,11 @@ def route(
         experts ``[T, K]``, most probable first, and the tokens per expert ``[P, E]``, both int64.
     """
     module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(logits_TE))
-    return module.route(logits_TE, k, piece_T, num_pieces)
+    return module.route(logits_TE, k, span_T, num_spans)
 
 
 def drop_over_capacity(
-    experts_TK: Tensor, piece_T: Tensor, tokens_per_expert_PE: Tensor, taken_PE: Tensor, capacity: int
+    experts_TK: Tensor, span_T: Tensor, count_PE: Tensor, before_PE: Tensor, capacity: int
 ) -> Tensor:
     """Assignments with those over capacity replaced by -1: of each sequence an expert keeps the first ``capacity``.
 
@@ -64,21 +64,21 @@ def drop_over_capacity(
 
     Args:
         experts_TK: the assignments, int64.
-        piece_T: the piece of a packed sequence each token lies in, int64, ascending.
-        tokens_per_expert_PE: in each piece, as :func:`route` gives them.
-        taken_PE: assignments to each expert in the same sequence before the piece.
+        span_T: the span each token lies in, int64, ascending.
+        count_PE: tokens per expert in each span, as :func:`route` gives them.
+        before_PE: assignments to each expert in the same sequence before the span.
         capacity: assignments an expert takes of a sequence.
     """
-    assigned_TKE = F.one_hot(experts_TK, tokens_per_expert_PE.shape[1])
+    assigned_TKE = F.one_hot(experts_TK, count_PE.shape[1])
     counted_TKE = assigned_TKE.flatten(0, 1).cumsum(0).view_as(assigned_TKE)
     # Counted from the first token here; the sequence's count is ahead of it by what came earlier on other ranks, less
-    # what other pieces here came before.
-    ahead_PE = taken_PE - (tokens_per_expert_PE.cumsum(0) - tokens_per_expert_PE)
-    place_TK = ((counted_TKE + ahead_PE[piece_T][:, None]) * assigned_TKE).sum(-1)
+    # what other spans here came before.
+    ahead_PE = before_PE - (count_PE.cumsum(0) - count_PE)
+    place_TK = ((counted_TKE + ahead_PE[span_T][:, None]) * assigned_TKE).sum(-1)
     return experts_TK.masked_fill(place_TK > capacity, -1)
 
 
-def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, fraction_PE: Tensor, sequence_length: int) -> Tensor:
+def load_balancing_loss(probabilities_TE: Tensor, span_T: Tensor, fraction_PE: Tensor, sequence_length: int) -> Tensor:
     """These tokens' part of ``sum over sequences of 1 / E * sum_i f_i m_i``, in the dtype of the probabilities.
 
     f_i is the number of assignments to expert i per token (they sum to k), m_i its mean router probability (MiniMax-01,
@@ -87,8 +87,8 @@ def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, fraction_PE: 
 
     Args:
         probabilities_TE: the router's.
-        piece_T: the piece of a packed sequence each token lies in, int64.
-        fraction_PE: f, over the tokens that each piece is counted with, in the dtype of the probabilities.
+        span_T: the span each token lies in, int64.
+        fraction_PE: f, over the tokens that each span is counted with, in the dtype of the probabilities.
         sequence_length: tokens of a packed sequence.
     """
-    return (probabilities_TE * fraction_PE[piece_T]).sum() / (sequence_length * probabilities_TE.shape[1])
+    return (probabilities_TE * fraction_PE[span_T]).sum() / (sequence_length * probabilities_TE.shape[1])

@@ -5,8 +5,8 @@ Bytes through memory besides the GEMMs' own, in vectors of D or F elements, R = 
     forward    permute T + R     SwiGLU 2F in, F out     unpermute R + T
     backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     unpermute R + T
 
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P pieces
-of packed sequences.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P spans
+of tokens.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE, k, piece_T, num_pieces):
+    def forward(ctx, logits_TE, k, span_T, num_spans):
         logits_TE = logits_TE.contiguous()
         T, E = logits_TE.shape
         probabilities_TE = torch.empty(T, E, dtype=torch.float32, device=logits_TE.device)
         weights_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
         experts_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
-        tokens_per_expert_PE = torch.zeros(num_pieces, E, dtype=torch.int64, device=logits_TE.device)
+        count_PE = torch.zeros(num_spans, E, dtype=torch.int64, device=logits_TE.device)
         BT, BE = _tile(E, elements=2048)
         if T:
             triton_kernels.route[(triton.cdiv(T, BT),)](
-                logits_TE, piece_T, probabilities_TE, weights_TK, experts_TK, tokens_per_expert_PE, T,
+                logits_TE, span_T, probabilities_TE, weights_TK, experts_TK, count_PE, T,
                 E=E, K=k, BT=BT, BE=BE, BK=_power_of_two(k),
             )  # fmt: skip
         ctx.save_for_backward(probabilities_TE, experts_TK)
-        ctx.mark_non_differentiable(experts_TK, tokens_per_expert_PE)
+        ctx.mark_non_differentiable(experts_TK, count_PE)
         ctx.set_materialize_grads(False)
-        return probabilities_TE, weights_TK, experts_TK, tokens_per_expert_PE
+        return probabilities_TE, weights_TK, experts_TK, count_PE
 
     @staticmethod
     @once_differentiable
@@ -77,9 +77,9 @@ class _Route(torch.autograd.Function):
         return d_logits_TE, None, None, None
 
 
-def route(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In one kernel, float32."""
-    return _Route.apply(logits_TE.float(), k, piece_T, num_pieces)
+    return _Route.apply(logits_TE.float(), k, span_T, num_spans)
 
 
 def _float32_gemm(a: Tensor, b: Tensor) -> Tensor:
@@ -172,12 +172,14 @@ def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
     return out_TD
 
 
-def swiglu(hidden_R2F: Tensor, weights_R: Tensor, act_RF: Tensor, offsets_E: Tensor) -> None:
-    R, F = act_RF.shape
+def swiglu(hidden_R2F: Tensor, weights_R: Tensor, offsets_E: Tensor) -> Tensor:
+    R, F = len(hidden_R2F), hidden_R2F.shape[1] // 2
+    act_RF = torch.empty(R, F, dtype=hidden_R2F.dtype, device=hidden_R2F.device)
     BR, BF = _tile(F)
     triton_kernels.swiglu[(triton.cdiv(R, BR), triton.cdiv(F, BF))](
         hidden_R2F, weights_R, offsets_E, act_RF, E=len(offsets_E), F=F, BR=BR, BF=BF
     )
+    return act_RF
 
 
 def swiglu_backward(

@@ -13,10 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def route(
-    logits, pieces, probabilities, weights, experts, counts, T,
+    logits, spans, probabilities, weights, experts, counts, T,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, the K largest (of equals the first), renormalised; ``counts [P, E]`` grows by each piece's tokens."""
+    """Softmax, the K largest (of equals the first), renormalised; ``counts [P, E]`` grows by each span's tokens."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.arange(0, BE)
     slots = tl.arange(0, BK)
@@ -47,13 +47,13 @@ def route(
     tl.store(experts + at, expert_TK, mask=mask)
 
     chosen_TE = tl.where(inside, chosen_TE, 0)
-    first = tl.load(pieces + tl.program_id(0).to(tl.int64) * BT)
-    last = tl.load(pieces + tl.minimum(tl.program_id(0).to(tl.int64) * BT + BT, T) - 1)
+    first = tl.load(spans + tl.program_id(0).to(tl.int64) * BT)
+    last = tl.load(spans + tl.minimum(tl.program_id(0).to(tl.int64) * BT + BT, T) - 1)
     if first == last:
         tl.atomic_add(counts + first * E + columns, tl.sum(chosen_TE, 0), mask=columns < E, sem="relaxed")
     else:
-        piece_T = tl.load(pieces + tokens, mask=valid, other=0)
-        counters = counts + piece_T[:, None] * E + columns[None, :]
+        span_T = tl.load(spans + tokens, mask=valid, other=0)
+        counters = counts + span_T[:, None] * E + columns[None, :]
         tl.atomic_add(counters, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
 
 

@@ -1,26 +1,11 @@
 """Experts spread over ranks: expert parallelism, expert tensor parallelism, transfers beside GEMMs.
 
-With more than one rank on ``ep``, routed tokens travel, one for each assignment of a token:
+The layer itself is ``kernels/experts/mlp.py``. Here are its dispatchers (``dispatchers.py``): with more than one rank
+on ``ep`` routed tokens travel, one for each assignment of a token; with ``etp`` alone tokens travel, each once. Which
+token goes where says ``buckets.py``; how transfers run beside GEMMs, ``overlap.py``. ``docs/expert-parallelism.md`` has
+the picture.
 
-    permute                  by group, rank and expert
-    dispatch: all-to-all     over ep, to the ranks that hold the experts
-    dispatch: all-gather     over etp, to the ranks that hold the slices of those experts
-    permute, grouped GEMMs, unpermute
-    combine: reduce-scatter  over etp
-    combine: all-to-all      over ep
-    unpermute                weighted sum of a token's assignments
-
-With ``etp`` alone, tokens travel, each once:
-
-    dispatch: all-gather     over etp, to the ranks, each of which holds a slice of every expert
-    permute, grouped GEMMs, unpermute: weighted sum of a token's assignments
-    combine: reduce-scatter  over etp
-
-The layer itself is ``kernels/experts/mlp.py``; here are its dispatchers (``dispatchers.py``), which token goes where
-(``buckets.py``), and how transfers run beside GEMMs (``overlap.py``). ``docs/expert-parallelism.md`` has the picture.
-
-Shape legend: T tokens, K assignments per token, D hidden, E experts, F expert hidden; e, f the share of one rank; R =
-T * K routed tokens at their source.
+Shape legend: T tokens, K assignments per token, D hidden, E experts, F expert hidden; e, f the share of one rank.
 """
 
 from __future__ import annotations
@@ -83,18 +68,15 @@ class ExpertParallel:
             experts_TK: experts of the whole layer, int64; -1 is no expert.
             gate_up_e2fD: slices of gate over slices of up; the dtype of x.
             implementation: as of :func:`minimax_train.kernels.experts.expert_mlp`.
-
-        Raises:
-            ValueError: when the weights are not those of this rank's number of experts.
         """
-        buckets, experts = self.buckets, (gate_up_e2fD, down_eDf)
+        buckets, weights = self.buckets, (gate_up_e2fD, down_eDf)
         if len(gate_up_e2fD) != buckets.local_experts:
             raise ValueError(f"weights of {len(gate_up_e2fD)} experts: this rank holds {buckets.local_experts}")
         if self.ep.size == 1 and (self.etp.size == 1 or not len(x_TD)):
-            return expert_mlp(x_TD, weights_TK, experts_TK, *experts, implementation=implementation)
+            return expert_mlp(x_TD, weights_TK, experts_TK, *weights, implementation=implementation)
         gemms, ops = choose_implementation(x_TD, down_eDf.shape[2], implementation)
         if self.ep.size == 1:
             dispatcher = TokenDispatcher(experts_TK, buckets.num_experts, buckets.groups, self.etp, ops)
         else:
             dispatcher = RoutedTokenDispatcher(experts_TK, buckets, self.ep, self.etp, ops)
-        return grouped_experts(x_TD, weights_TK, *experts, dispatcher, gemms)
+        return grouped_experts(x_TD, weights_TK, *weights, dispatcher, gemms)

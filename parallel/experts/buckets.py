@@ -7,7 +7,6 @@ ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a g
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -15,37 +14,23 @@ from torch import Tensor
 from minimax_train.parallel.experts.overlap import split_groups
 
 
-@dataclass(frozen=True)
 class ExpertBuckets:
     """How routed tokens are cut in groups, the same on all ranks.
 
-    An *expert bucket* has the tokens that one part of a rank's tokens sends to one expert. Each rank's buckets are
-    ordered by expert, then part; a group is a range of them, the same of every rank. A bucket's *id* is its place in
-    the order by group, rank, bucket. Routed tokens lie by id at their source, and by expert where they are dispatched
-    to: a group is contiguous in both.
+    An *expert bucket* is one expert and one part of each rank's tokens. The buckets of a rank's experts are ordered by
+    expert, then part; a group is a range of them, the same of every rank. A bucket's *id* is its place in the order by
+    group, rank, bucket. Routed tokens lie by id at their source, and by bucket where they are dispatched to: so a group
+    is contiguous in both.
     """
 
-    num_experts: int
-    ep: int
-    groups: int
-
-    @property
-    def local_experts(self) -> int:
-        return self.num_experts // self.ep
-
-    @cached_property
-    def token_parts(self) -> int:
-        """Only as many as it takes for a bucket to be no more than the smallest group."""
-        return -(-max(1, 2 * (self.groups - 1)) // self.local_experts)
-
-    @property
-    def count(self) -> int:
-        return self.num_experts * self.token_parts
-
-    @cached_property
-    def ranges(self) -> list[slice]:
-        """The buckets of a rank that each group has, at least one."""
-        return split_groups(self.count // self.ep, self.groups)
+    def __init__(self, num_experts: int, ep: int, groups: int) -> None:
+        self.num_experts, self.ep, self.groups, self.local_experts = num_experts, ep, groups, num_experts // ep
+        # Only as many parts of the tokens as it takes for a bucket to be no more than the smallest group.
+        self.token_parts = -(-max(1, 2 * (groups - 1)) // self.local_experts)
+        self.count = num_experts * self.token_parts
+        # The buckets of a rank that each group has, at least one.
+        self.ranges = split_groups(self.count // ep, groups)
+        self._ids_EP: dict[torch.device, Tensor] = {}
 
     def ids(self, group: int, rank: int) -> slice:
         """Of the buckets that a group has of a rank."""
@@ -61,20 +46,17 @@ class ExpertBuckets:
 
     def assign(self, experts_TK: Tensor) -> Tensor:
         """The bucket id of each assignment, -1 for none."""
-        T = len(experts_TK)
-        part_T = torch.arange(T, device=experts_TK.device) * self.token_parts // max(T, 1)
-        return _id_table(self, experts_TK.device)[experts_TK, part_T[:, None]]
-
-
-@cache
-def _id_table(buckets: ExpertBuckets, device: torch.device) -> Tensor:
-    """The bucket id of each expert and part of the tokens, ``[E + 1, P]``; the last row is where -1 leads."""
-    ids_EP = torch.full((buckets.num_experts + 1, buckets.token_parts), -1)
-    for group, of_rank in enumerate(buckets.ranges):
-        for rank in range(buckets.ep):
-            ids = buckets.ids(group, rank)
-            ids_EP[:-1].view(buckets.ep, -1)[rank, of_rank] = torch.arange(ids.start, ids.stop)
-    return ids_EP.to(device)
+        T, device = len(experts_TK), experts_TK.device
+        if device not in self._ids_EP:
+            # The last row is where -1 leads.
+            ids_EP = torch.full((self.num_experts + 1, self.token_parts), -1)
+            for group, of_rank in enumerate(self.ranges):
+                for rank in range(self.ep):
+                    ids = self.ids(group, rank)
+                    ids_EP[:-1].view(self.ep, -1)[rank, of_rank] = torch.arange(ids.start, ids.stop)
+            self._ids_EP[device] = ids_EP.to(device)
+        part_T = torch.arange(T, device=device) * self.token_parts // max(T, 1)
+        return self._ids_EP[device][experts_TK, part_T[:, None]]
 
 
 @dataclass

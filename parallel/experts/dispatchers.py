@@ -42,12 +42,7 @@ class RoutedTokenDispatcher(Dispatcher):
     """
 
     def __init__(
-        self,
-        experts_TK: Tensor,
-        buckets: ExpertBuckets,
-        ep: CommunicationStream,
-        etp: CommunicationStream,
-        ops: Any,
+        self, experts_TK: Tensor, buckets: ExpertBuckets, ep: CommunicationStream, etp: CommunicationStream, ops: Any
     ) -> None:
         self.buckets, self.ep, self.etp = buckets, ep, etp
         self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
@@ -202,3 +197,6 @@ class TokenDispatcher(Dispatcher):
             return x_RF
         places = [group.permutation.routed_TK.flatten() + group.routed.start for group in self.groups]
         return x_RF.index_select(0, torch.cat(places)[self._permutation.assignment_R])
+
+
+Group = BucketGroup | TokenGroup

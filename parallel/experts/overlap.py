@@ -21,14 +21,7 @@ from torch import Tensor
 from minimax_train.parallel.communicator import Communicator
 
 if TYPE_CHECKING:
-    from minimax_train.parallel.experts.dispatchers import (
-        BucketGroup,
-        RoutedTokenDispatcher,
-        TokenDispatcher,
-        TokenGroup,
-    )
-
-    Group = BucketGroup | TokenGroup
+    from minimax_train.parallel.experts.dispatchers import Group, RoutedTokenDispatcher, TokenDispatcher
 
 # Groups under way beside the one that is computed: one is sent, one is gathered.
 AHEAD = 2

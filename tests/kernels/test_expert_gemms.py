@@ -53,7 +53,7 @@ def test_gemms_equal_autograd(poisoned_empty, implementation, dtype, ends, in_pl
     weights = torch.rand(R, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
     x[used:] = dy[used:] = weights[used:] = float("nan")  # of no expert: may be anything
     offsets = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    gemms = choose_implementation(x, hidden, implementation).gemms
+    gemms, _ = choose_implementation(x, hidden, implementation)
     kept, act = gemms.up(x, gate_up, offsets, weights)
     y = gemms.down(act, down, offsets)
     # A caller keeps several groups' in one tensor.
@@ -78,7 +78,7 @@ def test_no_tokens_at_all(implementation):
     x = torch.empty(0, 16, dtype=torch.bfloat16, device=DEVICE)
     gate_up, down = x.new_ones(2, 48, 16), x.new_ones(2, 16, 24)
     offsets, weights = torch.zeros(2, dtype=torch.int32, device=DEVICE), torch.empty(0, device=DEVICE)
-    gemms = choose_implementation(x, 24, implementation).gemms
+    gemms, _ = choose_implementation(x, 24, implementation)
     kept, act = gemms.up(x, gate_up, offsets, weights)
     y = gemms.down(act, down, offsets)
     d_kept, act, d_weights = gemms.d_hidden(y, kept, down, offsets, weights)

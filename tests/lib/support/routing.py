@@ -19,12 +19,12 @@ def route_naive(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(probabilities), torch.stack(weights), torch.tensor(experts)
 
 
-def tokens_per_expert_naive(experts_TK: Tensor, num_experts: int, piece_T: Tensor, num_pieces: int) -> list[list[int]]:
-    """How many tokens of each piece each expert was assigned."""
-    counts = [[0] * num_experts for _ in range(num_pieces)]
-    for experts, piece in zip(experts_TK.tolist(), piece_T.tolist(), strict=True):
+def tokens_per_expert_naive(experts_TK: Tensor, num_experts: int, span_T: Tensor, num_spans: int) -> list[list[int]]:
+    """How many tokens of each span each expert was assigned."""
+    counts = [[0] * num_experts for _ in range(num_spans)]
+    for experts, span in zip(experts_TK.tolist(), span_T.tolist(), strict=True):
         for expert in experts:
-            counts[piece][expert] += 1
+            counts[span][expert] += 1
     return counts
 
 
