@@ -66,10 +66,13 @@ class LocalDispatcher(Dispatcher):
     is_local, routed, experts = True, slice(None), slice(None)
 
     def __init__(self, permutation: Permutation) -> None:
-        self.permutation, self.offsets_E, self.permute_all = permutation, permutation.offsets_E, permutation.permute
+        self.permutation, self.offsets_E = permutation, permutation.offsets_E
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> _LocalRoundTrip:
         return _LocalRoundTrip(self, x_TD, weights_TK)
+
+    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
+        return self.permutation.permute(dispatched_ND)
 
 
 class _LocalRoundTrip:

@@ -3,10 +3,10 @@
 Each is a :class:`minimax_train.kernels.experts.mlp.Dispatcher`; what it does to a group, in the order of
 :class:`minimax_train.parallel.experts.overlap.OverlappedRoundTrip`:
 
-    send         tokens, and their weights, to where the experts are; tokens into ``dispatched_ND`` where they fit
-    permute      as they arrived -> routed tokens by expert
-    unpermute    and back, after the GEMMs
-    send_back    into their place among the tokens that this rank had sent
+    dispatch_group   tokens, and their weights, to where the experts are; tokens into ``dispatched_ND`` where they fit
+    permute          as they arrived -> routed tokens by expert
+    unpermute        and back, after the GEMMs
+    combine_group    into their place among the tokens that this rank had sent
 
 Shape legend: T tokens of this rank, K assignments per token, J etp ranks, I ep ranks, B bucket ids, E experts, D
 hidden, F expert hidden, N tokens of all groups, or one, as they arrive, R routed tokens by expert.
@@ -35,8 +35,8 @@ from minimax_train.parallel.experts.overlap import (
 class RoutedTokenDispatcher(Dispatcher):
     """A token travels once for each of its assignments, to the ranks that hold the expert, with the weight, and back.
 
-        send         all-to-all over ep, to the rank with the expert; all-gather over etp, to the expert's slices
-        send_back    reduce-scatter over etp, which sums the slices' parts; all-to-all over ep
+        dispatch_group   all-to-all over ep, to the rank with the expert; all-gather over etp, to the expert's slices
+        combine_group    reduce-scatter over etp, which sums the slices' parts; all-to-all over ep
 
     How many tokens go where is exchanged first; the host waits for it once, when it asks for the groups.
     """
@@ -77,7 +77,7 @@ class RoutedTokenDispatcher(Dispatcher):
     def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
 
-    def send(self, group: BucketGroup, x_RD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
+    def dispatch_group(self, group: BucketGroup, x_RD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
         direct = group.by_expert and dispatched_ND is not None
         out = dispatched_ND[group.routed] if direct else group.padded
         sent = self.ep.all_to_all(x_RD[group.source], group.input_splits, group.output_splits, out)
@@ -98,7 +98,7 @@ class RoutedTokenDispatcher(Dispatcher):
             return [x.new_empty(len(group.place_N), x.shape[1]) for x in results]
         return [x.index_select(0, group.place_N) for x in results]  # what is in the padding does not matter
 
-    def send_back(self, group: BucketGroup, y_ND: Transfer, combined_RD: Tensor) -> Transfer:
+    def combine_group(self, group: BucketGroup, y_ND: Transfer, combined_RD: Tensor) -> Transfer:
         summed = self.etp.reduce_scatter(y_ND)
         return self.ep.all_to_all(summed, group.output_splits, group.input_splits, combined_RD[group.source])
 
@@ -127,8 +127,8 @@ class TokenGroup:
 class TokenDispatcher(Dispatcher):
     """Every rank holds a slice of every expert: a token goes to all ranks, whatever its assignments, once, and back.
 
-        send         all-gather over etp
-        send_back    reduce-scatter over etp, which sums the slices' parts
+        dispatch_group   all-gather over etp
+        combine_group    reduce-scatter over etp, which sums the slices' parts
 
     All assignments are gathered first. Every rank has as many tokens as any other, so the host never waits.
     """
@@ -164,7 +164,7 @@ class TokenDispatcher(Dispatcher):
     def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
         return combined
 
-    def send(self, group: TokenGroup, x_TD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
+    def dispatch_group(self, group: TokenGroup, x_TD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
         out = None if dispatched_ND is None else dispatched_ND[group.dispatched]
         return self.etp.all_gather(x_TD[group.tokens], out)
 
@@ -177,7 +177,7 @@ class TokenDispatcher(Dispatcher):
     def unpermute(self, group: TokenGroup, y_RD: Tensor, d_weights_R: Tensor | None) -> tuple[Tensor, ...]:
         return group.permutation.unpermute(y_RD, d_weights_R)
 
-    def send_back(self, group: TokenGroup, y_ND: Transfer, combined_TD: Tensor) -> Transfer:
+    def combine_group(self, group: TokenGroup, y_ND: Transfer, combined_TD: Tensor) -> Transfer:
         return self.etp.reduce_scatter(y_ND, combined_TD[group.tokens])
 
     @cached_property

@@ -142,18 +142,17 @@ class OverlappedRoundTrip:
         self._combined: list[Tensor] = []
         self._sent = [computed(x) for x in sent]
         self._groups, self._under_way = iter(dispatcher.groups), deque()
-        self._send(AHEAD)
+        self._dispatch_next(AHEAD)
         self._returning = [*self._sent, *dispatcher.plan()]
 
-    def _send(self, count: int) -> None:
+    def _dispatch_next(self, count: int) -> None:
         for group in islice(self._groups, count):
-            outs = (self.dispatched_ND, None)
-            arriving = [self._dispatcher.send(group, x, out) for x, out in zip(self._sent, outs, strict=False)]
-            self._under_way.append((group, arriving))
+            pairs = zip(self._sent, (self.dispatched_ND, None), strict=False)
+            self._under_way.append((group, [self._dispatcher.dispatch_group(group, x, out) for x, out in pairs]))
 
     def __iter__(self) -> Iterator[Group]:
         while self._under_way:
-            self._send(1)  # before this group's GEMMs take the SMs
+            self._dispatch_next(1)  # before this group's GEMMs take the SMs
             group, self._arrived = self._under_way.popleft()
             for transfer in self._arrived:
                 transfer.wait()
@@ -170,7 +169,7 @@ class OverlappedRoundTrip:
         if not self._combined:
             self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
         for x, out in zip(results, self._combined, strict=True):
-            self._returning.append(self._dispatcher.send_back(group, computed(x), out))
+            self._returning.append(self._dispatcher.combine_group(group, computed(x), out))
         for transfer in self._arrived:
             transfer.release()
 

@@ -92,6 +92,15 @@ def test_load_balancing_loss(sequences, length, E, K):
     assert relative_error(ours, theirs / E**2) < 1e-6  # E^2 of ours for one sequence; theirs counts in float32
 
 
+def test_former_names_of_implementations_are_refused():
+    x, gate_up, down, weights = _layer(3, 2, 1, 4, 4)
+    none = torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"kernels.experts='loop': renamed: use 'torch'"):
+        expert_mlp(x, weights, none, gate_up, down, implementation="loop")
+    with pytest.raises(ValueError, match=r"kernels.router='plain': renamed: use 'torch'"):
+        route(x, 1, none[:, 0], 1, implementation="plain")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dropped", [False, True])

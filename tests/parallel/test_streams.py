@@ -7,7 +7,7 @@ from minimax_train.documents import Documents
 from minimax_train.parallel.context.layout import SequenceLayout
 from minimax_train.parallel.context.lightning import lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
-from minimax_train.parallel.experts import ExpertParallel, overlap
+from minimax_train.parallel.experts import ExpertParallel, dispatchers, overlap
 from support.streams import Link, Streams
 
 GRIDS = [(1, 2), (1, 3), (2, 1), (2, 2)]
@@ -57,13 +57,39 @@ def test_gemms_that_do_not_wait_are_found(monkeypatch, streams, sizes):
     assert any("used while still in use" in problem for problem in _problems(streams, *sizes, 2))
 
 
-def _forget(transfer, tensor, event, source=None):
-    transfer.tensor, transfer.event, transfer._kept = tensor, event, None
+def _keep_nothing(monkeypatch):
+    def init(transfer, tensor, event, source=None):
+        transfer.tensor, transfer.event, transfer._kept = tensor, event, None
+
+    monkeypatch.setattr(overlap.Transfer, "__init__", init)
 
 
-@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
-def test_memory_given_up_too_early_is_found(monkeypatch, streams, sizes):
-    monkeypatch.setattr(overlap.Transfer, "__init__", _forget)
+def _keep_nothing_that_is_sent_back(monkeypatch):
+    def combine(trip, *args):
+        before = len(trip._returning)
+        original(trip, *args)
+        for transfer in trip._returning[before:]:
+            transfer._kept = None
+
+    original = overlap.OverlappedRoundTrip.combine
+    monkeypatch.setattr(overlap.OverlappedRoundTrip, "combine", combine)
+
+
+def _keep_no_assignments(monkeypatch):
+    original = dispatchers.TokenDispatcher.plan
+    monkeypatch.setattr(dispatchers.TokenDispatcher, "plan", lambda dispatcher: original(dispatcher)[:0])
+
+
+MISTAKES = [
+    *((_keep_nothing, sizes) for sizes in GRIDS),
+    *((_keep_nothing_that_is_sent_back, sizes) for sizes in GRIDS),
+    *((_keep_no_assignments, sizes) for sizes in GRIDS if sizes[0] == 1),
+]
+
+
+@pytest.mark.parametrize(("mistake", "sizes"), MISTAKES)
+def test_memory_given_up_too_early_is_found(monkeypatch, streams, mistake, sizes):
+    mistake(monkeypatch)
     assert any("handed out while still in use" in problem for problem in _problems(streams, *sizes, 4))
 
 
