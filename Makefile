@@ -1,23 +1,37 @@
-# make demo   pretrain a small hybrid model on this machine, in a fresh virtual environment
-# make test   the CPU test suite, likewise
-# make lint   ruff
+# make demo       pretrain a small hybrid model on this machine, in a fresh virtual environment
+# make test       the CPU test suite, likewise
+# make test-gpu   the tests that need a GPU; those over NCCL run where there are two or more
+# make lint       ruff: lint and format
+# make types      the type checker
+# make hooks      lint and format before every commit
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-gpu lint types hooks install install-cuda a-gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
+install-cuda: $(VENV)/.installed-cuda
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/.installed-cuda: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda]'
 	touch $@
 
 test: install
 	$(BIN)/pytest
+
+test-gpu: install a-gpu install-cuda
+	$(BIN)/pytest -m gpu -rs
+
+a-gpu: install
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device found')"
 
 # Two processes train on the Python standard library's sources; then the result is converted and opened in transformers.
 demo: install
@@ -30,6 +44,12 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyrefly check
+
+hooks: install
+	$(BIN)/pre-commit install
 
 clean:
 	rm -rf $(VENV) build dist ./*.egg-info

@@ -11,6 +11,8 @@ setup(
     name="minimax-train",
     version="0.1.0",
     description="Pretraining of hybrid linear-attention mixture-of-experts models",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["minimax_train", "minimax_train.*"]),
     package_data={
@@ -35,7 +37,8 @@ setup(
             "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
         ],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "triton>=3.6; platform_system == 'Linux'"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "triton>=3.6; platform_system == 'Linux'"],
+        "lint": ["ruff>=0.9", "pyrefly>=1.4", "pre-commit>=4"],
     },
     entry_points={
         "console_scripts": [

@@ -129,8 +129,18 @@ class StepPlan:
         return self.global_batch_size * self.sequence_length
 
     def micro_batches(self, dp_size: int) -> int:
-        """How many of them each of ``dp_size`` data-parallel ranks runs."""
-        return self.global_batch_size // (self.micro_batch_size * dp_size)
+        """How many of them each of ``dp_size`` data-parallel ranks runs.
+
+        Raises:
+            ValueError: when they do not make up the global batch.
+        """
+        together = self.micro_batch_size * dp_size
+        if together < 1 or self.global_batch_size < 1 or self.global_batch_size % together:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size}: must be a positive multiple of {together}: "
+                f"{dp_size} data-parallel ranks x micro_batch_size={self.micro_batch_size}"
+            )
+        return self.global_batch_size // together
 
 
 class Recipe:

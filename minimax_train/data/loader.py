@@ -141,7 +141,9 @@ class SequenceLoader:
             while len(self._ready) < count and not stopped():
                 stream = self._to_pack % self._num_streams
                 packer = self._packers[stream]
-                self._ready.append(_Packed(packer.next_sequence(self._length), stream, packer.state_dict()))
+                sequence = packer.next_sequence(self._length)
+                assert sequence is not None, "streams that train repeat for ever"
+                self._ready.append(_Packed(sequence, stream, packer.state_dict()))
                 self._to_pack += self._dp_size
 
         self._background.start(work)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from itertools import chain
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -91,7 +92,7 @@ def open_source(config: DataConfig, split: str) -> Source:
         field = "validation_files=[]" if config.source == "files" else "validation_split=None"
         raise ConfigError(f"data.{field}: evaluation needs held-out documents; name some or switch evaluation off")
     if config.source == "hub":
-        return _open_hub(config, config.train_split if split == TRAIN else config.validation_split)
+        return _open_hub(config, split)
     if config.source == "stdlib":
         files = stdlib_files(held_out=split == VALIDATION)
         return _open_files("data.source='stdlib'", files, config.source, config.text_column)
@@ -113,8 +114,8 @@ def _open_files(description: str, files: list[str], file_format: str, text_colum
     # The columns are learnt from the first file, so that is the one that cannot be opened.
     opening = f"{description}, first file {files[0]!r}"
     dataset = _load(opening, builder, data_files=data_files, split=TRAIN, **options)
-    if file_format == "parquet" and text_column not in dataset.features:
-        columns = _load(opening, builder, data_files=data_files, split=TRAIN).column_names
+    if file_format == "parquet" and text_column not in (dataset.features or ()):
+        columns = _load(opening, builder, data_files=data_files, split=TRAIN).column_names or []
         raise ConfigError(_missing_column(text_column, files[0], columns))
     if dataset.column_names and text_column not in dataset.column_names:
         raise ConfigError(_missing_column(text_column, files[0], dataset.column_names))
@@ -123,7 +124,9 @@ def _open_files(description: str, files: list[str], file_format: str, text_colum
     return Source(description, dataset, files, text_column, f"{stable_hash(*chain.from_iterable(sizes)):016x}")
 
 
-def _open_hub(config: DataConfig, split: str) -> Source:
+def _open_hub(config: DataConfig, part: str) -> Source:
+    split = config.train_split if part == TRAIN else config.validation_split
+    assert config.name is not None and split is not None
     description = f"data.name={config.name!r} (subset {config.subset!r}, split {split!r})"
     dataset = _load(description, config.name, name=config.subset, revision=config.revision, split=split)
     if dataset.column_names and config.text_column not in dataset.column_names:
@@ -133,7 +136,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
     return Source(description, dataset, shards, config.text_column, f"{fingerprint:016x}")
 
 
-def _load(description: str, path: str, **options: object) -> datasets.IterableDataset:
+def _load(description: str, path: str, **options: Any) -> datasets.IterableDataset:
     try:
         with _quiet():
             return datasets.load_dataset(path, streaming=True, **options).with_format("arrow")

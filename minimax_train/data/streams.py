@@ -77,15 +77,16 @@ class DocumentStream:
             ConfigError: when the stream has no document at all, the data cannot be read, or is not that of the saved
                 position.
         """
-        if self._texts is None:
-            self._read_block()
-            if self._taken > len(self._texts):
+        texts = self._texts
+        if texts is None:
+            texts = self._read_block()
+            if self._taken > len(texts):
                 raise ConfigError(
                     f"{self._source.description}: the data changed: the saved position is {self._taken} documents into "
-                    f"a block that now holds {len(self._texts)}"
+                    f"a block that now holds {len(texts)}"
                 )
-        while self._taken == len(self._texts):
-            if self._texts:
+        while self._taken == len(texts):
+            if texts:
                 self._place, self._block, self._taken = self._next_place, self._block + 1, 0
             elif self._block == 0:
                 raise ConfigError(self._no_document())
@@ -93,10 +94,10 @@ class DocumentStream:
                 self._restart(Place(epoch=self._place.epoch + 1), block=0, taken=0)
             else:
                 return None
-            self._read_block()
+            texts = self._read_block()
         if not self._encoded:
             ahead = slice(self._taken, self._taken + ENCODED_TOGETHER)
-            self._encoded.extend(self._tokenizer.encode_documents(self._texts[ahead]))
+            self._encoded.extend(self._tokenizer.encode_documents(texts[ahead]))
         self._taken += 1
         return self._encoded.popleft()
 
@@ -116,7 +117,7 @@ class DocumentStream:
         self._texts: list[str] | None = None
         self._encoded: deque[np.ndarray] = deque()  # the first of the block's documents that were not taken
 
-    def _read_block(self) -> None:
+    def _read_block(self) -> list[str]:
         texts, self._next_place = [], self._place
         for place, text in self._reader:
             self._next_place = place
@@ -126,6 +127,7 @@ class DocumentStream:
         key = ("documents", self._seed, self._stream, self._place.epoch, self._block)
         order = permutation(len(texts), *key) if self._shuffle_documents > 1 else range(len(texts))
         self._texts = [texts[i] for i in order]
+        return self._texts
 
     def _read(self, place: Place) -> Iterator[tuple[Place, str]]:
         """This stream's documents of one epoch from ``place`` on, each with the place that follows it."""

@@ -162,7 +162,7 @@ def _save_named(name: str, directory: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise ConfigError(f"data.tokenizer={name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
-    if tokenizer.eos_token is None:
+    if tokenizer is None or tokenizer.eos_token is None:
         raise ConfigError(f"data.tokenizer={name!r}: has no end-of-text token, which must end every document")
     tokenizer.save_pretrained(directory)
     if not (directory / _TOKENIZER_FILE).is_file():

@@ -93,7 +93,7 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
             name=config.wandb_name or run_dir.resolve().name,
             id=id_file.read_text() if id_file.is_file() else None,
             resume="allow",
-            mode=config.wandb,
+            mode="online" if config.wandb == "online" else "offline",
             dir=run_dir,
             config=dict(run_config),
         )

@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from minimax_train.data import MicroBatch
+from minimax_train.recipe import StepPlan
+
 EOS = 0
 
 
@@ -72,6 +75,22 @@ def write_shards(folder: Path, file_format: str, shards: Sequence[Sequence[str]]
             table = pa.table({"text": list(shard), "number": range(len(shard))})
             pq.write_table(table, folder / f"{i:04d}.parquet", row_group_size=5)
     return str(folder / ("*.jsonl" if file_format == "json" else "*.parquet"))
+
+
+def next_micro_batches(
+    loader, size: int, number: int, *, length: int, dp_size: int = 1, source="files"
+) -> list[MicroBatch]:
+    """What a loader hands out of a step of ``number`` micro-batches of ``size`` packed sequences a rank."""
+    plan = StepPlan(
+        learning_rate=1.0,
+        global_batch_size=size * number * dp_size,
+        micro_batch_size=size,
+        sequence_length=length,
+        rope_base=1e4,
+        data_weights={source: 1.0},
+        stage="test",
+    )
+    return loader.next_micro_batches(plan)
 
 
 def rows_of(micro_batches: Sequence) -> list[tuple[list[int], list[int], list[int]]]:

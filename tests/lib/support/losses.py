@@ -120,11 +120,11 @@ def watch_model() -> list[Consumed]:
     consumed, forward = [], HybridModel.forward
 
     @functools.wraps(forward)
-    def watched(model, tokens_T, documents, labels_T=None, *, num_rows=1, shard=None):
+    def watched(model, tokens_T, documents, labels_T=None, *, num_rows=1, shard=None, **more):
         if torch.is_grad_enabled():
             places_T = torch.arange(len(tokens_T)) if shard is None else shard.global_tokens_T
             consumed.append(Consumed(num_rows, tokens_T.numpy().copy(), places_T.numpy().copy()))
-        return forward(model, tokens_T, documents, labels_T, num_rows=num_rows, shard=shard)
+        return forward(model, tokens_T, documents, labels_T, num_rows=num_rows, shard=shard, **more)
 
     HybridModel.forward = watched
     return consumed

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from minimax_train.data import DataConfig, build_train_loader, merge_states, sources
-from minimax_train.data.packing import RowPacker
+from minimax_train.data.packing import SequencePacker
 from minimax_train.data.streams import DocumentStream
 from minimax_train.parallel.context.layout import SequenceLayout
-from support.data import WordTokenizer, random_documents, rows_of, write_shards
+from support.data import WordTokenizer, next_micro_batches, random_documents, rows_of, write_shards
 
 NUM_STREAMS = 4
 LENGTH = 16
@@ -60,10 +60,14 @@ def loader(config, dp_rank=0, dp_size=1, tokenizer=None, seed=7):
     return build_train_loader(config, tokenizer or WordTokenizer(), dp_rank=dp_rank, dp_size=dp_size, seed=seed)
 
 
-def take(rows, count, step=4):
+def batches_of(rows, size, number, length=LENGTH):
+    return next_micro_batches(rows, size, number, length=length, dp_size=rows._dp_size)
+
+
+def take(rows, count, step=4, length=LENGTH):
     out = []
     for start in range(0, count, step):
-        out += rows_of(rows.next_micro_batches(1, min(step, count - start)))
+        out += rows_of(batches_of(rows, 1, min(step, count - start), length))
     return out
 
 
@@ -140,7 +144,7 @@ def test_resume_at_a_row_that_the_new_size_does_not_divide(json_config):
 
 def test_the_state_is_of_what_was_handed_out_not_of_what_was_packed_ahead(json_config):
     rows = loader(json_config)
-    rows.next_micro_batches(2, 4)
+    batches_of(rows, 2, 4)
     rows._background.wait()
     assert len(rows._ready) == 8, "nothing was packed ahead, so the test shows nothing"
     state = rows.state_dict()
@@ -150,8 +154,8 @@ def test_the_state_is_of_what_was_handed_out_not_of_what_was_packed_ahead(json_c
         documents = DocumentStream(
             source, WordTokenizer(), stream=stream, num_streams=NUM_STREAMS, seed=7, shuffle_documents=4
         )
-        packer = RowPacker(documents, LENGTH)
-        packer.next_row(), packer.next_row()
+        packer = SequencePacker(documents)
+        packer.next_sequence(LENGTH), packer.next_sequence(LENGTH)
         assert state["streams"][str(stream)] == packer.state_dict()
 
 
@@ -171,16 +175,16 @@ def test_step_sizes_may_change(json_config):
     rows = loader(json_config)
     got = []
     for per_micro_batch, num_micro_batches in [(1, 1), (2, 3), (1, 2), (5, 1), (2, 5)]:
-        batches = rows.next_micro_batches(per_micro_batch, num_micro_batches)
+        batches = batches_of(rows, per_micro_batch, num_micro_batches)
         assert [batch.num_rows for batch in batches] == [per_micro_batch] * num_micro_batches
         got += rows_of(batches)
     assert got == expected
-    with pytest.raises(ValueError, match="num_micro_batches=0"):
-        rows.next_micro_batches(1, 0)
+    with pytest.raises(ValueError, match="global_batch_size=0: must be a positive multiple of 1"):
+        batches_of(rows, 1, 0)
 
 
 def test_micro_batch_fields(json_config):
-    (batch,) = loader(json_config).next_micro_batches(3, 1)
+    (batch,) = batches_of(loader(json_config), 3, 1)
     assert batch.tokens_T.dtype == batch.labels_T.dtype == torch.int64
     assert batch.tokens_T.shape == batch.labels_T.shape == (3 * LENGTH,)
     assert batch.documents.num_tokens == 3 * LENGTH
@@ -200,15 +204,32 @@ def test_epochs_are_counted(json_config):
 
 
 def test_another_sequence_length_goes_on_at_the_same_token(json_config):
+    """In the same run, where sequences of the old length are packed ahead, and in one that resumes."""
     rows = loader(json_config)
     take(rows, 8)
     state = rows.state_dict()
     expected = take(rows, 8)
-    json_config.sequence_length = 2 * LENGTH
+    rows.load_state_dict(state)
+    take(rows, 4)
+    again = loader(json_config)
+    again.load_state_dict(rows.state_dict())
+    rows._background.wait()
+    assert rows._ready, "nothing was packed ahead, so the test shows nothing"
+    shorter = take(rows, 8, length=LENGTH // 2)
+    assert shorter == take(again, 8, length=LENGTH // 2)
+    for stream in range(4):
+        assert shorter[stream][0] + shorter[stream + NUM_STREAMS][0] == expected[4 + stream][0]
     longer = loader(json_config)
     longer.load_state_dict(state)
-    for stream, (tokens, _, _) in enumerate(take(longer, 4)):
+    for stream, (tokens, _, _) in enumerate(take(longer, 4, length=2 * LENGTH)):
         assert tokens == expected[stream][0] + expected[stream + NUM_STREAMS][0]
+
+
+def test_a_plan_for_other_data_is_refused(json_config):
+    rows = loader(json_config)
+    rows._source = "hub"
+    with pytest.raises(ValueError, match=r"data_weights=.*files.*: there is one source, 'hub'"):
+        batches_of(rows, 1, 1)
 
 
 class FailingTokenizer(WordTokenizer):
@@ -232,7 +253,7 @@ def test_an_error_in_the_background_reaches_the_caller_and_stays(json_config):
             got += take(rows, 4)
     assert 0 < len(got) < 60
     with pytest.raises(ValueError, match="broken"):
-        rows.next_micro_batches(1, 1)
+        batches_of(rows, 1, 1)
     tokenizer.left = -1
     rows.load_state_dict(state)
     assert got + take(rows, 8) == take(loader(json_config), len(got) + 8)
@@ -243,6 +264,7 @@ def test_exit_does_not_wait_for_a_hung_read(tmp_path):
     script = f"""
         import time, numpy as np
         from minimax_train.data import DataConfig, build_train_loader, background
+        from minimax_train.recipe import StepPlan
         background._EXIT_TIMEOUT_S = 0.1
         class Hangs:
             calls = 0
@@ -254,7 +276,7 @@ def test_exit_does_not_wait_for_a_hung_read(tmp_path):
                 return [np.arange(4) for _ in texts]
         config = DataConfig(source="files", train_files=[{str(tmp_path / "*.txt")!r}], sequence_length=4, num_streams=1)
         loader = build_train_loader(config, Hangs(), dp_rank=0, dp_size=1, seed=0)
-        loader.next_micro_batches(1, 1)
+        loader.next_micro_batches(StepPlan(1.0, 1, 1, 4, 1e4, {{"files": 1.0}}, "test"))
         time.sleep(0.2)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True, text=True)
@@ -263,7 +285,7 @@ def test_exit_does_not_wait_for_a_hung_read(tmp_path):
 
 def test_close_stops_the_thread(json_config):
     rows = loader(json_config)
-    rows.next_micro_batches(4, 1)
+    batches_of(rows, 4, 1)
     rows.close()
     assert rows._background._shared.thread is None
 
@@ -298,6 +320,6 @@ def test_a_state_must_cover_the_ranks_streams(json_config):
     with pytest.raises(ValueError, match=r"lacks streams \[1, 3\]"):
         loader(json_config, 1, 2).load_state_dict(state)
     later = loader(json_config, 1, 2)
-    later.next_micro_batches(1, 1)
+    batches_of(later, 1, 1)
     with pytest.raises(ValueError, match="different steps"):
         merge_states([state, later.state_dict()])

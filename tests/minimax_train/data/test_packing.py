@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimax_train.data.packing import RowPacker
+from minimax_train.data.packing import SequencePacker
 from minimax_train.data.streams import DocumentStream
 from minimax_train.documents import IGNORE_INDEX
 from support.data import EOS, ListSource, WordTokenizer, documents
 
 
-def packer(texts, sequence_length, **options):
+def packer(texts, **options):
     settings = {"stream": 0, "num_streams": 1, "seed": 0, "shuffle_documents": 1, "repeat": False} | options
-    return RowPacker(DocumentStream(ListSource([texts]), WordTokenizer(), **settings), sequence_length)
+    return SequencePacker(DocumentStream(ListSource([texts]), WordTokenizer(), **settings))
 
 
-def drain(rows):
+def drain(rows, sequence_length):
     out = []
-    while (row := rows.next_row()) is not None:
+    while (row := rows.next_sequence(sequence_length)) is not None:
         out.append((row.tokens_S.tolist(), row.labels_S.tolist(), row.lengths))
     return out
 
@@ -46,7 +46,7 @@ def reference_rows(texts, sequence_length):
 def test_rows_equal_the_flat_reference(lengths, sequence_length):
     texts = documents(lengths)
     expected, rest = reference_rows(texts, sequence_length)
-    rows = drain(packer(texts, sequence_length))
+    rows = drain(packer(texts), sequence_length)
     assert rows[: len(expected)] == expected
     assert len(rows) == len(expected) + bool(rest)
     if rest:  # the last row of a single pass is completed without targets
@@ -65,14 +65,14 @@ def test_documents_of_one_token_have_no_target():
     stream = DocumentStream(
         ListSource([["a", "b", "c"]]), OneTokenTokenizer(), stream=0, num_streams=1, seed=0, shuffle_documents=1
     )
-    row = RowPacker(stream, 5).next_row()
+    row = SequencePacker(stream).next_sequence(5)
     assert row.tokens_S.tolist() == [EOS] * 5
     assert row.labels_S.tolist() == [IGNORE_INDEX] * 5
     assert row.lengths == [1] * 5
 
 
 def test_a_document_longer_than_several_rows_keeps_every_target():
-    rows = drain(packer(documents([3, 25, 2]), 8))
+    rows = drain(packer(documents([3, 25, 2])), 8)
     targets = [label for _, labels, _ in rows for label in labels if label != IGNORE_INDEX]
     assert targets == [2, 3, 0, *range(5, 29), 0, 30, 0]  # each document's tokens but its first, then its end
     assert rows[1][2] == [8] and rows[1][1][-1] == rows[2][0][0]
@@ -84,7 +84,7 @@ def test_resume_twice_at_any_row(sequence_length):
     texts = documents([rng.randint(1, 25) for _ in range(23)])
 
     def fresh():
-        return packer(texts, sequence_length, shuffle_documents=5, repeat=True)
+        return packer(texts, shuffle_documents=5, repeat=True)
 
     def take(rows, count):
         return [
@@ -92,7 +92,7 @@ def test_resume_twice_at_any_row(sequence_length):
         ]
 
     def next_row(rows):
-        return lambda _: rows.next_row()
+        return lambda _: rows.next_sequence(sequence_length)
 
     total = 3 * sum(len(text.split()) + 1 for text in texts) // sequence_length  # across two epoch edges
     expected = take(fresh(), total)

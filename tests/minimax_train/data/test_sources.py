@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimax_train.data import DataConfig, build_train_loader, build_validation_rows, sources
+from minimax_train.data import DataConfig, build_train_loader, build_validation_sequences, sources
 from minimax_train.data.files import is_held_out, stdlib_files
 from minimax_train.data.sources import TRAIN, VALIDATION, open_source
-from support.data import WordTokenizer, write_shards
+from support.data import WordTokenizer, next_micro_batches, write_shards
 
 
 def files_config(*patterns, file_format="text", **options):
@@ -23,7 +23,8 @@ def read(config, split=TRAIN):
 
 
 def first_rows(config):
-    return build_train_loader(config, WordTokenizer(), dp_rank=0, dp_size=1, seed=0).next_micro_batches(1, 1)
+    loader = build_train_loader(config, WordTokenizer(), dp_rank=0, dp_size=1, seed=0)
+    return next_micro_batches(loader, 1, 1, length=config.sequence_length, source=config.source)
 
 
 @pytest.mark.parametrize("file_format", ["text", "json", "parquet"])
@@ -138,7 +139,8 @@ def test_too_many_streams_for_the_documents(tmp_path):
     pattern = write_shards(tmp_path, "json", [["1", "2", "3"]])
     with pytest.raises(ValueError, match=r"data.num_streams=4: stream 3 got none of the 3 documents"):
         config = files_config(pattern, file_format="json", num_streams=4, sequence_length=2)
-        build_train_loader(config, WordTokenizer(), dp_rank=0, dp_size=1, seed=0).next_micro_batches(1, 4)
+        loader = build_train_loader(config, WordTokenizer(), dp_rank=0, dp_size=1, seed=0)
+        next_micro_batches(loader, 1, 4, length=config.sequence_length)
 
 
 def test_a_data_set_by_name(tmp_path):
@@ -168,7 +170,9 @@ def test_a_data_set_that_does_not_exist(monkeypatch):
 def test_evaluation_needs_held_out_documents(tmp_path):
     (tmp_path / "a.txt").write_text("1")
     with pytest.raises(ValueError, match=r"data.validation_files=\[\]: evaluation needs"):
-        build_validation_rows(files_config(tmp_path / "a.txt"), WordTokenizer(), rows=1, dp_rank=0, dp_size=1)
+        build_validation_sequences(
+            files_config(tmp_path / "a.txt"), WordTokenizer(), num_sequences=1, sequence_length=8, dp_rank=0, dp_size=1
+        )
     with pytest.raises(ValueError, match=r"data.validation_split=None"):
         open_source(DataConfig(source="hub", name="x"), VALIDATION)
 

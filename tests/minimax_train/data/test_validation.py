@@ -2,7 +2,7 @@
 
 import pytest
 
-from minimax_train.data import DataConfig, build_validation_rows
+from minimax_train.data import DataConfig, build_validation_sequences
 from support.data import WordTokenizer, documents, random_documents, rows_of, write_shards
 
 
@@ -18,11 +18,17 @@ def config(tmp_path):
     return make_config(tmp_path, random_documents(40))
 
 
+def held_out_sequences(config, number, dp_rank=0, dp_size=1):
+    return build_validation_sequences(
+        config, WordTokenizer(), num_sequences=number, sequence_length=16, dp_rank=dp_rank, dp_size=dp_size
+    )
+
+
 def evaluation(config, rows, dp_size, rows_per_micro_batch):
     """Rows with a target by global index, and every rank's micro-batch shapes."""
     parts, shapes = [], []
     for rank in range(dp_size):
-        held_out = build_validation_rows(config, WordTokenizer(), rows=rows, dp_rank=rank, dp_size=dp_size)
+        held_out = held_out_sequences(config, rows, rank, dp_size)
         batches = held_out.micro_batches(rows_per_micro_batch)
         shapes.append([tuple(batch.tokens_T.shape) for batch in batches])
         parts.append(rows_of(batches))
@@ -42,7 +48,7 @@ def test_the_same_rows_for_every_data_parallel_size(config, dp_size, rows_per_mi
 
 
 def test_twice_the_same(config):
-    held_out = build_validation_rows(config, WordTokenizer(), rows=5, dp_rank=0, dp_size=1)
+    held_out = held_out_sequences(config, 5)
     assert rows_of(held_out.micro_batches(2)) == rows_of(held_out.micro_batches(2))
 
 
@@ -56,11 +62,11 @@ def test_fewer_rows_than_asked_for(tmp_path):
 
 def test_a_rank_without_rows_gets_one_without_targets(tmp_path):
     config = make_config(tmp_path, ["1 2 3"])
-    held_out = build_validation_rows(config, WordTokenizer(), rows=8, dp_rank=1, dp_size=2)
+    held_out = held_out_sequences(config, 8, 1, 2)
     (batch,) = held_out.micro_batches(1)
-    assert held_out.num_rows == 1 and batch.num_targets == 0 and batch.tokens_T.shape == (16,)
+    assert held_out.num_sequences == 1 and batch.num_targets == 0 and batch.tokens_T.shape == (16,)
 
 
 def test_rows_must_be_positive(config):
-    with pytest.raises(ValueError, match="rows=0"):
-        build_validation_rows(config, WordTokenizer(), rows=0, dp_rank=0, dp_size=1)
+    with pytest.raises(ValueError, match="num_sequences=0"):
+        held_out_sequences(config, 0)
