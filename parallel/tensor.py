@@ -1,7 +1,7 @@
 """Tensor parallelism: what moves at the edges of the parts of a model whose heads or vocabulary ranks share.
 
 Outside those parts a rank holds 1/n of the tokens (sequence parallelism, arXiv 2205.05198), so that norms, residuals
-and experts are nowhere computed twice. Every function is differentiable, and its gradient is its mirror image.
+and experts are nowhere computed twice. Every move is differentiable, and its gradient is its mirror image.
 
 Shape legend: t tokens on this rank, T = n t tokens of the group, D hidden, W the part of a projection's width that
 this rank has, C any number.
@@ -9,46 +9,68 @@ this rank has, C any number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_train.kernels.cross_entropy import VocabularyShard
 from minimax_train.parallel.communicator import Communicator
 
 
-def gather_tokens(x_tD: Tensor, communicator: Communicator) -> Tensor:
-    """``[t, D] -> [T, D]``: all ranks' tokens in rank order. Backward: :func:`scatter_sum`."""
-    return _Move.apply(x_tD, communicator, _gathered, _scattered)
-
-
-def scatter_sum(y_TD: Tensor, communicator: Communicator) -> Tensor:
-    """``[T, D] -> [t, D]``: the sum over ranks, of this rank's tokens. Backward: :func:`gather_tokens`."""
-    return _Move.apply(y_TD, communicator, _scattered, _gathered)
-
-
-def gather_project(x_tD: Tensor, weights_WD: Sequence[Tensor], communicator: Communicator) -> tuple[Tensor, ...]:
-    """``[t, D] -> [T, W]`` of each weight: all ranks' tokens in rank order, times ``[D, W]``.
-
-    What is kept for backward is ``[t, D]``: the tokens are gathered again, beside the product for their gradient, whose
-    sum over ranks then travels beside the products for the weights' (arXiv 2205.05198, section 4.2.2).
+class TensorParallel:
+    """The ranks that share heads and vocabulary, and what moves between them; one rank holds all, and nothing moves.
 
     Args:
-        weights_WD: one or more, the dtype of x.
+        communicator: the ranks; None for this one alone.
     """
-    return _GatherProject.apply(x_tD, communicator, *weights_WD)
 
+    def __init__(self, communicator: Communicator | None = None) -> None:
+        self.rank, self.size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+        self._communicator = communicator if self.size > 1 else None
 
-def sum_over(x: Tensor, communicator: Communicator) -> Tensor:
-    """The sum over ranks, on every rank. Backward: the same sum, of the gradients."""
-    return _Move.apply(x, communicator, _summed, _summed)
+    def local_range(self, size: int) -> range:
+        """This rank's heads, or vocabulary entries, of ``size`` that the ranks share equally."""
+        part = size // self.size
+        return range(self.rank * part, (self.rank + 1) * part)
 
+    def gather(self, x_tD: Tensor) -> Tensor:
+        """``[t, D] -> [T, D]``: all ranks' tokens in rank order. Backward: :meth:`scatter_sum`."""
+        return self._move(x_tD, _gathered, _scattered)
 
-def merge_log_sums(log_sum_C: Tensor, communicator: Communicator) -> Tensor:
-    """``log sum exp`` over ranks, on every rank; not differentiable."""
-    return communicator.all_gather(log_sum_C).wait().logsumexp(0)
+    def scatter_sum(self, y_TD: Tensor) -> Tensor:
+        """``[T, D] -> [t, D]``: the sum over ranks, of this rank's tokens. Backward: :meth:`gather`."""
+        return self._move(y_TD, _scattered, _gathered)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, on every rank. Backward: the same sum, of the gradients."""
+        return self._move(x, _summed, _summed)
+
+    def project(self, x_tD: Tensor, *weights_WD: Tensor) -> tuple[Tensor, ...]:
+        """``[t, D] -> [T, W]`` of each weight: all ranks' tokens in rank order, times ``[D, W]``.
+
+        What is kept for backward is ``[t, D]``: the tokens are gathered again, beside the GEMM for their gradient,
+        whose sum over ranks then travels beside the GEMMs for the weights' (arXiv 2205.05198, section 4.2.2).
+
+        Args:
+            weights_WD: one or more, the dtype of x.
+        """
+        if self._communicator is None:
+            return tuple(F.linear(x_tD, weight_WD) for weight_WD in weights_WD)
+        return _GatherProject.apply(x_tD, self._communicator, *weights_WD)
+
+    def vocabulary(self, size: int) -> VocabularyShard | None:
+        """This rank's part of a vocabulary, None where that is all of it."""
+        if self._communicator is None:
+            return None
+        merge = partial(_merged_log_sums, communicator=self._communicator)
+        return VocabularyShard(self.local_range(size).start, self.size, merge)
+
+    def _move(self, x: Tensor, move: Callable, mirror: Callable) -> Tensor:
+        return x if self._communicator is None else _Move.apply(x, self._communicator, move, mirror)
 
 
 def _gathered(x_tD: Tensor, communicator: Communicator) -> Tensor:
@@ -61,6 +83,10 @@ def _scattered(y_TD: Tensor, communicator: Communicator) -> Tensor:
 
 def _summed(x: Tensor, communicator: Communicator) -> Tensor:
     return communicator.all_gather(x).wait().sum(0)
+
+
+def _merged_log_sums(log_sum_C: Tensor, communicator: Communicator) -> Tensor:
+    return communicator.all_gather(log_sum_C).wait().logsumexp(0)
 
 
 class _Move(torch.autograd.Function):

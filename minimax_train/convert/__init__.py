@@ -2,7 +2,7 @@
 
 names        which tensor of theirs lies where in which parameter of ours
 decays       the buffers of lightning attention that transformers keeps beside the weights
-config       ModelConfig to and from transformers' MiniMaxConfig
+hf_config    ModelConfig to and from transformers' MiniMaxConfig
 checkpoint   reading and writing checkpoints one parameter at a time
 shards       reading and writing safetensors folders one tensor, or one shard, at a time
 tokenizer    files and special tokens

@@ -6,15 +6,16 @@ Evaluated in transformers' order and precision, float32, so that they come out t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from minimax_train.convert.names import attention_names
 from minimax_train.convert.shards import Output
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.model import ModelConfig
-from minimax_train.model.config import LIGHTNING
 
 SLOPES = "slope_rate"
 
@@ -25,7 +26,7 @@ def decay_name(layer: int, buffer: str) -> str:
 
 
 def lightning_layers(config: ModelConfig) -> list[int]:
-    return [layer for layer, kind in enumerate(config.layer_kinds) if kind == LIGHTNING]
+    return [layer for layer, names in enumerate(attention_names(config)) if names.has_decays]
 
 
 def decay_outputs(config: ModelConfig, block_size: int, dtype: torch.dtype) -> Iterator[Output]:
@@ -39,7 +40,7 @@ def decay_outputs(config: ModelConfig, block_size: int, dtype: torch.dtype) -> I
     }
     for layer in lightning_layers(config):
         for buffer, shape in shapes.items():
-            make = _maker(config, layer, buffer, block_size)
+            make = partial(decays, config, layer, buffer, block_size)
             yield Output(decay_name(layer, buffer), shape, dtype, make)
 
 
@@ -56,7 +57,3 @@ def decays(config: ModelConfig, layer: int, buffer: str, block_size: int) -> Ten
     assert buffer == "diagonal_decay", buffer
     exponent_1HCC = slope_H11 * (position_C[:, None] - position_C)[None, None]
     return torch.exp(torch.where(exponent_1HCC >= 0, -exponent_1HCC, float("-inf")))
-
-
-def _maker(config: ModelConfig, layer: int, buffer: str, block_size: int) -> Callable[[], Tensor]:
-    return lambda: decays(config, layer, buffer, block_size)

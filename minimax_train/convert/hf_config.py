@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimax_train.convert.names import attention_names
 from minimax_train.errors import ConfigError, require
 from minimax_train.model import ModelConfig
-from minimax_train.model.config import LIGHTNING, SOFTMAX, deep_norm_alpha
+from minimax_train.model.attention import ATTENTIONS
+from minimax_train.model.config import deep_norm_alpha
 
 if TYPE_CHECKING:
     from transformers import MiniMaxConfig
@@ -36,7 +38,6 @@ SAME = {
     "intermediate_size": "expert_hidden_size",
     "rms_norm_eps": "norm_eps",
 }
-LAYER_TYPES = {LIGHTNING: "linear_attention", SOFTMAX: "full_attention"}
 ALPHAS = ("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")
 BETAS = ("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor")
 # What this framework has no counterpart for, and the only values with which nothing is lost.
@@ -79,7 +80,7 @@ def to_hf_config(model: ModelConfig, surroundings: Surroundings, dtype: torch.dt
         **{theirs: getattr(model, ours) for theirs, ours in SAME.items()},
         **dict.fromkeys(ALPHAS, model.alpha),
         **dict.fromkeys(BETAS, 1),
-        layer_types=[LAYER_TYPES[kind] for kind in model.layer_kinds],
+        layer_types=[names.layer_type for names in attention_names(model)],
         rope_parameters=_to_rope(model),
         router_aux_loss_coef=_their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
         tie_word_embeddings=False,
@@ -143,7 +144,8 @@ def parse(raw: dict[str, Any]) -> MiniMaxConfig:
 
 def _pattern(hf: MiniMaxConfig) -> str:
     """The shortest pattern whose repetition is ``layer_types``."""
-    kinds, layers = {theirs: kind for kind, theirs in LAYER_TYPES.items()}, hf.num_hidden_layers
+    layers = hf.num_hidden_layers
+    kinds = {kind.hugging_face.layer_type: letter for letter, kind in ATTENTIONS.items() if kind.hugging_face}
     for name in hf.layer_types:
         require(name in kinds, "layer_types", name, f"must be one of {', '.join(kinds)}")
     letters = "".join(kinds[name] for name in hf.layer_types)

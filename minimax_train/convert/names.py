@@ -1,8 +1,8 @@
 """Which tensor of transformers' MiniMax lies where in which parameter of ours.
 
-The tables below are the whole correspondence of names. Theirs are the names on disk, as ``save_pretrained`` writes
-them: one tensor per expert and projection, under ``block_sparse_moe``. In memory transformers fuses them as
-``mlp.experts.gate_up_proj`` and ``down_proj``; both spellings are read.
+The tables below and the ``HuggingFaceNames`` of each attention are the whole correspondence of names. Theirs are the
+names on disk, as ``save_pretrained`` writes them: one tensor per expert and projection, under ``block_sparse_moe``. In
+memory transformers fuses them as ``mlp.experts.gate_up_proj`` and ``down_proj``; both spellings are read.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minimax_train.errors import require
 from minimax_train.model import HybridModel, ModelConfig
-from minimax_train.model.config import LIGHTNING, SOFTMAX
+from minimax_train.model.attention import ATTENTIONS
+from minimax_train.model.attention.kind import HuggingFaceNames
 
 MODEL = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -26,23 +28,8 @@ BLOCK = {
     "expert_norm.weight": "post_attention_layernorm.weight",
     "experts.router.weight": "block_sparse_moe.gate.weight",
 }
-ATTENTION = {
-    LIGHTNING: {
-        "attention.qkv_proj.weight": "self_attn.qkv_proj.weight",
-        "attention.gate_proj.weight": "self_attn.output_gate.weight",
-        "attention.norm.weight": "self_attn.norm.weight",
-        "attention.o_proj.weight": "self_attn.out_proj.weight",
-    },
-    SOFTMAX: {
-        "attention.q_proj.weight": "self_attn.q_proj.weight",
-        "attention.k_proj.weight": "self_attn.k_proj.weight",
-        "attention.v_proj.weight": "self_attn.v_proj.weight",
-        "attention.o_proj.weight": "self_attn.o_proj.weight",
-    },
-}
 # Ours are [expert, gate or up, rows, columns] and [expert, rows, columns]; theirs are one tensor per expert.
 EXPERTS = {"experts.mlp.gate_up_proj": ("w1", "w3"), "experts.mlp.down_proj": ("w2",)}
-ROTATED = ("attention.q_proj.weight", "attention.k_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -92,6 +79,19 @@ def correspondence(config: ModelConfig, *, permute_rotary: bool = True) -> list[
     return [Parameter(name, shape, _chunks(name, shape, config, permute_rotary)) for name, shape in shapes.items()]
 
 
+def attention_names(config: ModelConfig) -> list[HuggingFaceNames]:
+    """Of every layer's attention.
+
+    Raises:
+        ConfigError: when transformers does not have one of them.
+    """
+    known = " and ".join(str(kind) for kind in ATTENTIONS.values() if kind.hugging_face)
+    names = [kind.hugging_face for kind in config.attentions]
+    accepted = f"transformers has only {known}"
+    require(None not in names, "model.layer_pattern", config.layer_pattern, accepted)
+    return names
+
+
 def rotary_row_order(head_dim: int, rotary_dim: int) -> Tensor:
     """Where each row of a head of theirs lies in ours, int64 ``[head_dim]``.
 
@@ -111,9 +111,11 @@ def _chunks(name: str, shape: torch.Size, config: ModelConfig, permute_rotary: b
     prefix = f"model.layers.{layer}."
     if inner in EXPERTS:
         return _expert_chunks(inner, shape, prefix)
-    rows = _rotary_rows(shape[0], config) if permute_rotary and inner in ROTATED else None
-    names = BLOCK | ATTENTION[config.layer_kinds[int(layer)]]
-    return (Chunk(0, shape[0], (Part(prefix + names[inner], rows=rows),)),)
+    if inner in BLOCK:
+        return (Chunk(0, shape[0], (Part(prefix + BLOCK[inner]),)),)
+    names, own = attention_names(config)[int(layer)], inner.removeprefix("attention.")
+    rows = _rotary_rows(shape[0], config) if permute_rotary and own in names.rotated else None
+    return (Chunk(0, shape[0], (Part(f"{prefix}self_attn.{names.parameters[own]}", rows=rows),)),)
 
 
 def _expert_chunks(inner: str, shape: torch.Size, prefix: str) -> tuple[Chunk, ...]:

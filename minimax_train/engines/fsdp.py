@@ -132,7 +132,7 @@ class FSDPEngine(Engine):
             with self.phases("backward"):
                 (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
             sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.entropy, out.dropped)]))
-            tokens_per_expert_LE.append(out.load_LE)
+            tokens_per_expert_LE.append(out.tokens_per_expert_LE)
         total = torch.stack(sums).sum(0)
         self._loss = total[:2].sum()
         return StepSums(*total, torch.stack(tokens_per_expert_LE).sum(0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimax_train.errors import require, require_choice, require_positive
+from minimax_train.model.attention import ATTENTIONS, AttentionKind
 
-LIGHTNING, SOFTMAX = "L", "S"
-SCOPES = ("row", "global", "rank")
+SCOPES = ("sequence", "global", "rank")
+RENAMED_SCOPES = {"row": "sequence"}
 
 
 def deep_norm_alpha(num_layers: int) -> float:
@@ -23,22 +24,24 @@ class ModelConfig:
         vocab_size: rows of the embedding and of the output head, which are not tied.
         hidden_size: width of the residual stream.
         num_layers: blocks, each one attention and one expert layer.
-        layer_pattern: kind of attention of each block, ``L`` lightning or ``S`` softmax; repeated to ``num_layers``.
-        num_heads, head_dim: query heads of either attention and their width; the product need not be hidden_size.
+        layer_pattern: kind of attention of each block, a letter of :data:`minimax_train.model.attention.ATTENTIONS`:
+            ``L`` lightning or ``S`` softmax; repeated to ``num_layers``.
+        num_heads, head_dim: query heads of every attention and their width; the product need not be hidden_size.
         num_kv_heads: key-value heads of softmax attention.
         rotary_dim: leading dimensions of each softmax head that carry rotary position embedding.
         rope_base: base of the rotary frequencies.
         num_experts, experts_per_token, expert_hidden_size: the SwiGLU experts of every block.
         capacity_factor: an expert takes at most ``capacity_factor * experts_per_token * tokens / num_experts``
-            choices of ``tokens``, the rest are dropped; none are if null.
-        capacity_scope: which tokens share that capacity: each ``row`` its own, which no grid and no batch size changes;
-            ``global``: all ranks' tokens of a micro-batch, counted together before they are sent (MiniMax-01's global
-            router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert must be left at
-            least one choice of them. ``row`` without a capacity.
+            assignments of ``tokens``, the rest are dropped; none are if null.
+        capacity_scope: which tokens share that capacity: ``sequence``: those of each packed sequence, which no grid and no
+            batch size changes; ``global``: all ranks' tokens of a micro-batch, counted together before they are sent
+            (MiniMax-01's global router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert
+            must be left at least one assignment of them. ``sequence`` without a capacity.
         aux_loss_coefficient: factor of the load-balancing loss
-            :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over rows; with 0 it
-            is not computed, and not among the metrics.
-        aux_loss_scope: the tokens over which it counts choices, as for ``capacity_scope``; ``row`` without that loss.
+            :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over packed
+            sequences; with 0 it is not computed, and not among the metrics.
+        aux_loss_scope: the tokens over which it counts assignments, as for ``capacity_scope``; ``sequence`` without
+            that loss.
         norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
         residual_scale: factor alpha of the residual stream around attention and experts; null for DeepNorm's
             ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
@@ -57,73 +60,50 @@ class ModelConfig:
     experts_per_token: int
     expert_hidden_size: int
     capacity_factor: float | None = None
-    capacity_scope: str = "row"
+    capacity_scope: str = "sequence"
     aux_loss_coefficient: float = 0.01
-    aux_loss_scope: str = "row"
+    aux_loss_scope: str = "sequence"
     norm_eps: float = 1e-5
     residual_scale: float | None = None
 
     def __post_init__(self) -> None:
+        def check(name: str, holds: bool, accepted: str) -> None:
+            require(holds, f"model.{name}", getattr(self, name), accepted)
+
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_base")
         require_positive("model", self, *sizes, "num_experts", "experts_per_token", "expert_hidden_size", "norm_eps")
-        pattern, layers = self.layer_pattern, self.num_layers
-        known = set(pattern) <= {LIGHTNING, SOFTMAX}
-        require(
-            known and 0 < len(pattern) <= layers and layers % len(pattern) == 0,
-            "model.layer_pattern",
-            pattern,
-            f"must be made of {LIGHTNING} (lightning) and {SOFTMAX} (softmax), and its length {len(pattern)} "
-            f"must divide model.num_layers={layers}",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"must divide model.num_heads={self.num_heads}",
-        )
-        require(
-            self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim,
-            "model.rotary_dim",
-            self.rotary_dim,
-            f"must be even and between 0 and model.head_dim={self.head_dim}",
-        )
-        require(
-            self.experts_per_token <= self.num_experts,
-            "model.experts_per_token",
-            self.experts_per_token,
-            f"must be at most model.num_experts={self.num_experts}",
-        )
-        require(
-            self.capacity_factor is None or self.capacity_factor > 0,
-            "model.capacity_factor",
-            self.capacity_factor,
-            "must be greater than 0, or null for no limit",
-        )
-        require_choice("model.capacity_scope", self.capacity_scope, SCOPES)
-        require_choice("model.aux_loss_scope", self.aux_loss_scope, SCOPES)
-        require(
-            self.aux_loss_coefficient >= 0,
-            "model.aux_loss_coefficient",
-            self.aux_loss_coefficient,
-            "must be 0 or greater",
-        )
-        for scope, used, reason in [
-            ("capacity_scope", self.capacity_factor is not None, "model.capacity_factor=null: nothing is dropped"),
-            ("aux_loss_scope", self.aux_loss_coefficient > 0, "model.aux_loss_coefficient=0: there is no such loss"),
-        ]:
-            value = getattr(self, scope)
-            require(used or value == SCOPES[0], f"model.{scope}", value, f"must be {SCOPES[0]} with {reason}")
-        require(
-            self.residual_scale is None or self.residual_scale > 0,
-            "model.residual_scale",
-            self.residual_scale,
-            f"must be greater than 0, or null for DeepNorm's {deep_norm_alpha(self.num_layers):.4f}",
-        )
+        length, layers = len(self.layer_pattern), self.num_layers
+        fits = set(self.layer_pattern) <= set(ATTENTIONS) and 0 < length <= layers and layers % length == 0
+        kinds = " and ".join(map(str, ATTENTIONS.values()))
+        divides = f"its length {length} must divide model.num_layers={layers}"
+        check("layer_pattern", fits, f"must be made of {kinds}, and {divides}")
+        fits = self.num_heads % self.num_kv_heads == 0
+        check("num_kv_heads", fits, f"must divide model.num_heads={self.num_heads}")
+        fits = self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim
+        check("rotary_dim", fits, f"must be even and between 0 and model.head_dim={self.head_dim}")
+        fits = self.experts_per_token <= self.num_experts
+        check("experts_per_token", fits, f"must be at most model.num_experts={self.num_experts}")
+        has_capacity, has_aux_loss = self.capacity_factor is not None, self.aux_loss_coefficient > 0
+        fits = not has_capacity or self.capacity_factor > 0
+        check("capacity_factor", fits, "must be greater than 0, or null for no limit")
+        for name in ("capacity_scope", "aux_loss_scope"):
+            check(name, getattr(self, name) not in RENAMED_SCOPES, "renamed: use 'sequence'")
+            require_choice(f"model.{name}", getattr(self, name), SCOPES)
+        check("aux_loss_coefficient", self.aux_loss_coefficient >= 0, "must be 0 or greater")
+        without = f"must be {SCOPES[0]} with model"
+        fits = has_capacity or self.capacity_scope == SCOPES[0]
+        check("capacity_scope", fits, f"{without}.capacity_factor=null: nothing is dropped")
+        fits = has_aux_loss or self.aux_loss_scope == SCOPES[0]
+        check("aux_loss_scope", fits, f"{without}.aux_loss_coefficient=0: there is no such loss")
+        fits = self.residual_scale is None or self.residual_scale > 0
+        default = f"{deep_norm_alpha(layers):.4f}"
+        check("residual_scale", fits, f"must be greater than 0, or null for DeepNorm's {default}")
 
     @property
-    def layer_kinds(self) -> str:
-        """Kind of attention of every layer, one letter each."""
-        return self.layer_pattern * (self.num_layers // len(self.layer_pattern))
+    def attentions(self) -> list[AttentionKind]:
+        """Kind of attention of every layer."""
+        kinds = [ATTENTIONS[letter] for letter in self.layer_pattern]
+        return kinds * (self.num_layers // len(kinds))
 
     @property
     def alpha(self) -> float:
@@ -131,7 +111,7 @@ class ModelConfig:
         return deep_norm_alpha(self.num_layers) if self.residual_scale is None else self.residual_scale
 
     def expert_capacity(self, tokens: int) -> int:
-        """Choices an expert takes of that many tokens; call it only with a capacity factor."""
+        """Assignments an expert takes of that many tokens; call it only with a capacity factor."""
         share = self.capacity_factor * self.experts_per_token * tokens / self.num_experts
         return int(share * (1 + 1e-9))  # 0.29 * 100 is 29
 
@@ -155,15 +135,11 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters from the sizes alone, norms included."""
-    D, width = config.hidden_size, config.num_heads * config.head_dim
-    attention = {
-        LIGHTNING: 5 * D * width + width,
-        SOFTMAX: 2 * D * width + 2 * D * config.num_kv_heads * config.head_dim,
-    }
+    D = config.hidden_size
     expert = 3 * D * config.expert_hidden_size
     vocabulary, shared = 2 * config.vocab_size * D, D
-    for kind in config.layer_kinds:
-        shared += attention[kind] + 2 * D + config.num_experts * D
+    for kind in config.attentions:
+        shared += kind.parameters(config) + 2 * D + config.num_experts * D
     active_in_layers = shared + config.num_layers * config.experts_per_token * expert
     return ParameterCount(
         total=vocabulary + shared + config.num_layers * config.num_experts * expert,

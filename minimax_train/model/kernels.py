@@ -16,7 +16,7 @@ class KernelConfig:
 
     Attributes:
         lightning, softmax: the two attentions.
-        experts: the experts' matrix products and what lies between them.
+        experts: the experts' GEMMs and what lies between them.
         router: the router's projection, softmax, choice and counts.
         norm: every RMSNorm, with the residual before it or the gate after it.
         rope: rotary embedding.

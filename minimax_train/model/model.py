@@ -1,6 +1,7 @@
-"""The hybrid model: embedding, blocks, norm, head. Knows nothing of how it is sharded.
+"""The hybrid model: embedding, blocks, norm, head, of the parameters that are on this rank.
 
-Shape legend: T tokens, D hidden, V vocabulary, L layers, E experts.
+Shape legend: T tokens, D hidden, V vocabulary, L layers, E experts. Of tensor-parallel ranks each holds an equal
+part of the tokens between the embedding, the attentions and the head, which work on those of all.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimax_train.documents import Documents
-from minimax_train.kernels.cross_entropy import VocabularyShard, linear_cross_entropy
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.rope import rotary_table
-from minimax_train.model.attention import ATTENTIONS
-from minimax_train.model.attention.context import TokenContext, TokenShare
-from minimax_train.model.attention.tokens import TokenExchange
+from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
+from minimax_train.model.pools import TokenSpans
+from minimax_train.model.ranks import ModelRanks
 from minimax_train.model.sharding import Linear, Sharding, local
 from minimax_train.parallel.context.layout import SequenceShard
 
@@ -32,41 +33,43 @@ class ModelLoss(NamedTuple):
 
     Attributes:
         token_loss: cross-entropy in nats summed over tokens that have a label, scalar; this rank's part of it.
-        aux_loss: load-balancing loss summed over layers and rows, before its coefficient, scalar; 0 where that is.
+        aux_loss: load-balancing loss summed over layers and packed sequences, before its coefficient, scalar; 0 where
+            that is.
         entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
-        load_LE: choices of each expert in each layer, int64.
-        dropped: choices over capacity in all layers, int64 scalar.
+        tokens_per_expert_LE: assignments to each expert in each layer, int64.
+        dropped: assignments over capacity in all layers, int64 scalar.
     """
 
     token_loss: Tensor
     aux_loss: Tensor
     entropy: Tensor
-    load_LE: Tensor
+    tokens_per_expert_LE: Tensor
     dropped: Tensor
 
 
 class Block(nn.Module):
     """Attention, then experts, each a DeepNorm residual ``h = norm(x); y = alpha h + f(h)`` (arXiv 2203.00555)."""
 
-    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks, *, recompute: bool
+    ) -> None:
         super().__init__()
-        self.alpha = config.alpha
-        self.recompute = False
+        self.alpha, self.recompute = config.alpha, recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
-        self.attention = ATTENTIONS[config.layer_kinds[layer]](config, layer, kernels)
+        self.attention = config.attentions[layer].module(config, layer, kernels, ranks)
         self.expert_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, kernels)
-        self.experts = ExpertLayer(config, kernels)
+        self.experts = ExpertLayer(config, kernels, ranks)
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
+    def forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
         # Inside the module rather than around it, so that a sharding engine gathers the weights once per pass.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_TD, context, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_TD, context)
+            return checkpoint(self._forward, x_TD, context, spans, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_TD, context, spans)
 
-    def _forward(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, RouterReport]:
+    def _forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
         h_TD = self.attention_norm(x_TD)
         h_TD = self.expert_norm(h_TD, self.attention(h_TD, context), self.alpha)
-        y_TD, report = self.experts(h_TD, context)
+        y_TD, report = self.experts(h_TD, spans)
         return torch.add(y_TD, h_TD, alpha=self.alpha), report
 
     def initializers(self) -> dict[str, Initializer]:
@@ -74,19 +77,32 @@ class Block(nn.Module):
 
 
 class HybridModel(nn.Module):
-    """Decoder-only language model over packed documents."""
+    """Decoder-only language model over packed documents.
 
-    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None) -> None:
+    Args:
+        kernels: which implementation of each op runs.
+        ranks: those that compute it together; None for this one alone.
+        recompute: compute each block's activations again in its backward pass rather than keep them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: KernelConfig | None = None,
+        ranks: ModelRanks | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.kernels = kernels = kernels or KernelConfig()
+        self.kernels, self.ranks = kernels, ranks = kernels or KernelConfig(), ranks or ModelRanks()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, kernels, ranks, recompute=recompute) for layer in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = Linear(config.hidden_size, config.vocab_size)
-        self.tokens = TokenExchange()
-        self.share = TokenShare()
-        self.vocabulary: VocabularyShard | None = None  # the part on this rank, if not all
+        self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
 
     def forward(
         self,
@@ -101,22 +117,23 @@ class HybridModel(nn.Module):
         """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels.
 
         Args:
-            tokens_T: int64 token ids, the rows of the micro-batch one after the other.
-            documents: the documents in them; every row starts one.
+            tokens_T: int64 token ids, the packed sequences of the micro-batch one after the other.
+            documents: the documents in them; every packed sequence starts one.
             labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
-            num_rows: how many rows; expert capacity and the auxiliary loss are counted within each.
-            shard: which tokens of those rows these are, when several ranks share them.
+            num_rows: how many packed sequences, all of one length.
+            shard: which of their tokens these are, when context-parallel ranks share them.
             rope_base: base of the rotary frequencies; the one the model began with if None.
         """
         base = self.config.rope_base if rope_base is None else rope_base
         cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, base)
-        context = TokenContext(documents, num_rows, shard, self.share, cos_TR, sin_TR)
-        x_TD = self.tokens.scatter_sum(self._embed(tokens_T))
+        context = TokenContext(documents, shard, cos_TR, sin_TR)
+        spans = TokenSpans.of(documents, shard, num_rows, self.ranks)
+        x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))
         reports: list[RouterReport] = []
         for block in self.layers:
-            x_TD, report = block(x_TD, context)
+            x_TD, report = block(x_TD, context, spans)
             reports.append(report)
-        x_TD = self.tokens.gather(self.norm(x_TD))
+        x_TD = self.ranks.tp.gather(self.norm(x_TD))
         if labels_T is None:
             return self.head(x_TD)
         return ModelLoss(
@@ -125,12 +142,12 @@ class HybridModel(nn.Module):
             ),
             aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
             entropy=torch.stack([report.entropy for report in reports]).sum(),
-            load_LE=torch.stack([report.load_E for report in reports]),
+            tokens_per_expert_LE=torch.stack([report.tokens_per_expert_E for report in reports]),
             dropped=torch.stack([report.dropped for report in reports]).sum(),
         )
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
-        """Rows of this rank's part of the table; zero for a token of another's."""
+        """Embeddings in this rank's part of the vocabulary; zero for a token of another's."""
         weight_VD = local(self.embedding.weight)
         if self.vocabulary is None:
             return F.embedding(tokens_T, weight_VD)

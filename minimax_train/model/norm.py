@@ -5,14 +5,13 @@ Shape legend: T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.sharding import local
+from minimax_train.parallel.tensor import TensorParallel
 
 
 class RMSNorm(nn.Module):
@@ -35,13 +34,14 @@ class ResidualRMSNorm(RMSNorm):
 
 
 class GatedRMSNorm(RMSNorm):
-    """``norm(x) * sigmoid(gate)``."""
+    """``norm(x) * sigmoid(gate)``; the ranks of ``tp`` hold equal parts of the width."""
 
-    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
-    """Where ranks hold parts of the rows: from this rank's sums of squares ``[T]`` to those of whole rows."""
+    def __init__(self, width: int, eps: float, kernels: KernelConfig, tp: TensorParallel) -> None:
+        super().__init__(width, eps, kernels)
+        self.tp = tp
 
     def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
-        if self.sum_over_ranks is None:
+        if self.tp.size == 1:
             return gated_rms_norm(x_TD, gate_TD, self.weight, eps=self.eps, implementation=self.implementation)
-        scale_T = (self.sum_over_ranks(sum_of_squares(x_TD)) / self.weight.numel() + self.eps).rsqrt()
+        scale_T = (self.tp.sum(sum_of_squares(x_TD)) / self.weight.numel() + self.eps).rsqrt()
         return gated_scale(x_TD, gate_TD, local(self.weight), scale_T, implementation=self.implementation)

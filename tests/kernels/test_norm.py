@@ -70,6 +70,9 @@ def test_triton_at_real_sizes(kind, T, D, poisoned_empty):
     _check(kind, "triton", torch.bfloat16, T, D, "torch")
 
 
-def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match=r"kernels.norm='fast'.*torch"):
-        rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation="fast")
+@pytest.mark.parametrize(
+    "name, message", [("fast", "must be one of auto, triton, torch, naive"), ("plain", "renamed: use 'torch'")]
+)
+def test_unknown_implementation_is_named(name, message):
+    with pytest.raises(ValueError, match=f"^kernels.norm='{name}': {message}$"):
+        rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation=name)

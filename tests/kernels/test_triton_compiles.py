@@ -51,16 +51,16 @@ LAUNCHES = [
     (loss.log_sums, MOVED | {"out": f32}, dict(V=100_032, R=4, W=8192), 32),
     (loss.gradients, MOVED, dict(V=100_032, R=4, W=8192), 32),
 ]
-# The sums of a rank's own states: two ranges of 64 heads, slopes as the model has them; and one of one head.
-SUMMED = dict.fromkeys(("y", "z"), bf16) | dict.fromkeys(("out", "pieces"), f32) | {"slopes": "*fp64"}
-SUMMED |= dict.fromkeys(("edges", "places"), i32)
+# Local states: of two token ranges of 64 heads, slopes as the model has them; and of one range of one head.
+SUMMED = dict.fromkeys(("y", "z"), bf16) | dict.fromkeys(("out", "blocks"), f32) | {"slopes": "*fp64"}
+SUMMED |= dict.fromkeys(("ranges", "block_table"), i32)
 STATES = dict(K=128, V=128, C=64, BK=128, BV=128, PRECISION="tf32")
-for columns in (dict(H=64, COLUMNS=128), dict(H=1, COLUMNS=1, N=1)):
+for pairs in (dict(H=64, PAIRS=128), dict(H=1, PAIRS=1, num_pairs=1)):
     LAUNCHES += [
-        (lightning.share_pieces, SUMMED, columns | {"C": 64, "PIECES": 264}, 4),
-        (lightning.states, SUMMED, STATES | columns | {"REVERSE": columns["H"] == 1}, 8),
+        (lightning.plan_blocks, SUMMED, pairs | {"C": 64, "BLOCKS": 264}, 4),
+        (lightning.block_states, SUMMED, STATES | pairs | {"REVERSE": pairs["H"] == 1}, 8),
     ]
-LAUNCHES += [(lightning.add_pieces, SUMMED, {"KV": 128 * 128, "B": 1024}, 4)]
+LAUNCHES += [(lightning.sum_blocks, SUMMED, {"KV": 128 * 128, "B": 1024}, 4)]
 for kind in range(3):
     tile = {"D": 8192, "BT": 1, "BD": 8192, "KIND": kind, "GIVEN": False}
     LAUNCHES += [(norm.forward, MOVED, tile, 8), (norm.backward, MOVED, tile, 16)]

@@ -94,7 +94,7 @@ def test_memory_given_up_too_early_is_found(monkeypatch, streams, mistake, sizes
 
 
 def _problems_of_attention(streams, attend, kind, ranks=3):
-    """Of two layers after one another on every rank; a row of one document, and one of several."""
+    """Of two layers after one another on every rank; a sequence of one document, and one of several."""
     shapes = [(12, 2, 4), (12, 2, 4), (12, 2, 4)]
     for lengths in ([12 * ranks], [5, 1, 20, 12 * ranks - 26]):
         layout, whole = SequenceLayout(kind, ranks), Documents.from_lengths(lengths)
@@ -110,7 +110,7 @@ def _problems_of_attention(streams, attend, kind, ranks=3):
 
 def _lightning(method):
     def attend(q, k, v, shard, link):
-        # Near and far heads.
+        # A head with a short memory and one with a long memory.
         slopes = torch.tensor([9.0, 0.1])
         return lightning_attention_cp(q, k, v, slopes, shard, link, method=method, implementation="chunked")
 

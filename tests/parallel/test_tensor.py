@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.tensor import gather_project
+from minimax_train.parallel.tensor import TensorParallel
 from support.compare import relative_error
 from support.distributed import run_ranks
 
@@ -35,7 +35,7 @@ def _project(grid, number):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = gather_project(x, weights, communicator)
+        outputs = TensorParallel(communicator).project(x, *weights)
     results = torch.autograd.grad(outputs, [x, *weights], gradients[communicator.rank][:number])
     return [y.detach() for y in outputs], results, sum(kept.values())
 

@@ -1,13 +1,12 @@
 """The attentions a block can hold, by the letter that names them in ``model.layer_pattern``.
 
-An attention is a module built as ``cls(config, layer, kernels)``, called as ``attention(x_tD, context) -> y_tD``, with
-``initializers()`` for its parameters.
+Each is told in a module of its own, which ends with its :class:`AttentionKind`; registering that here is all it takes.
 """
 
-from minimax_train.model.attention.lightning import LightningAttention
-from minimax_train.model.attention.softmax import SoftmaxAttention
-from minimax_train.model.config import LIGHTNING, SOFTMAX
+from minimax_train.model.attention.kind import AttentionKind
+from minimax_train.model.attention.lightning import LIGHTNING
+from minimax_train.model.attention.softmax import SOFTMAX
 
-__all__ = ["ATTENTIONS", "LightningAttention", "SoftmaxAttention"]
+__all__ = ["ATTENTIONS", "AttentionKind"]
 
-ATTENTIONS = {LIGHTNING: LightningAttention, SOFTMAX: SoftmaxAttention}
+ATTENTIONS: dict[str, AttentionKind] = {kind.letter: kind for kind in (LIGHTNING, SOFTMAX)}

@@ -7,28 +7,34 @@ side by side.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.silu import silu_qkv
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.config import ModelConfig
+from minimax_train.model.attention.kind import AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import GatedRMSNorm
-from minimax_train.model.sharding import Linear, Sharding
+from minimax_train.model.ranks import ModelRanks
+from minimax_train.model.sharding import Linear, Sharding, local
+from minimax_train.parallel.context.lightning import METHODS, lightning_attention_cp
+
+if TYPE_CHECKING:
+    from minimax_train.model.config import ModelConfig
 
 # Transformers and the original model leave this norm at its default epsilon, whatever the others use.
 NORM_EPS = 1e-6
 
 
 @cache
-def _slopes_on(device: torch.device, num_heads: int, layer: int, num_layers: int, start: int, stop: int) -> Tensor:
+def _slopes_on(device: torch.device, num_heads: int, layer: int, num_layers: int, heads: range) -> Tensor:
     """The same tensor in every call, by which others keep what they derive from it."""
-    return lightning_slopes(num_heads, layer, num_layers)[start:stop].to(device)
+    return lightning_slopes(num_heads, layer, num_layers)[heads.start : heads.stop].to(device)
 
 
 class LightningAttention(nn.Module):
@@ -37,37 +43,33 @@ class LightningAttention(nn.Module):
     ``qkv_proj`` is laid out per head as (q, k, v).
     """
 
-    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks) -> None:
         super().__init__()
-        self.config, self.layer, self.implementation = config, layer, kernels.lightning
-        self.silu = kernels.silu
+        self.config, self.layer, self.ranks = config, layer, ranks
+        self.implementation, self.silu = kernels.lightning, kernels.silu
         D, width = config.hidden_size, config.num_heads * config.head_dim
         self.qkv_proj = Linear(D, 3 * width)
         self.gate_proj = Linear(D, width)
-        self.norm = GatedRMSNorm(width, NORM_EPS, kernels)
+        self.norm = GatedRMSNorm(width, NORM_EPS, kernels, ranks.tp)
         self.o_proj = Linear(width, D)
-        self.tokens = TokenExchange()
-        self.heads = (0, config.num_heads)  # first and after the last of all, on this rank
 
     def forward(self, x_tD: Tensor, context: TokenContext) -> Tensor:
-        config = self.config
-        qkv_TW, gate_TW = self.tokens.project(x_tD, self.qkv_proj, self.gate_proj)
-        qkv_THK = silu_qkv(qkv_TW, head_dim=config.head_dim, implementation=self.silu)
-        slopes_H = _slopes_on(x_tD.device, config.num_heads, self.layer, config.num_layers, *self.heads)
-        out_THK = self.attend(*qkv_THK, slopes_H, context)
-        return self.tokens.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), gate_TW)))
+        tp = self.ranks.tp
+        qkv_TW, gate_TW = tp.project(x_tD, local(self.qkv_proj.weight), local(self.gate_proj.weight))
+        qkv_THK = silu_qkv(qkv_TW, head_dim=self.config.head_dim, implementation=self.silu)
+        out_THK = self._attend(*qkv_THK, context)
+        return tp.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), gate_TW)))
 
-    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, slopes_H: Tensor, context: TokenContext) -> Tensor:
-        """Attention over this rank's tokens; context parallelism puts its own in this place."""
-        out_THK, _ = lightning_attention(
-            q_THK,
-            k_THK,
-            v_THK,
-            slopes_H,
-            context.documents,
-            implementation=self.implementation,
-        )
-        return out_THK
+    def _attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, context: TokenContext) -> Tensor:
+        config, ranks = self.config, self.ranks
+        heads = ranks.tp.local_range(config.num_heads)
+        slopes_H = _slopes_on(q_THK.device, config.num_heads, self.layer, config.num_layers, heads)
+        inputs = (q_THK, k_THK, v_THK, slopes_H)
+        if context.shard is None:
+            return lightning_attention(*inputs, context.documents, implementation=self.implementation)[0]
+        assert ranks.cp is not None
+        options = {"method": ranks.cp_methods.get("linear_cp", AUTO), "implementation": self.implementation}
+        return lightning_attention_cp(*inputs, context.shard, ranks.cp, **options)
 
     def initializers(self) -> dict[str, Initializer]:
         D, K = self.config.hidden_size, self.config.head_dim
@@ -82,3 +84,35 @@ class LightningAttention(nn.Module):
     def shardings(self) -> dict[str, Sharding]:
         columns = {name: {"tp": 0} for name in ("qkv_proj.weight", "gate_proj.weight", "norm.weight")}
         return columns | {"o_proj.weight": {"tp": 1}}
+
+
+def _parameters(config: ModelConfig) -> int:
+    width = config.num_heads * config.head_dim
+    return 5 * config.hidden_size * width + width
+
+
+def _flops(config: ModelConfig, num_scores: float) -> float:
+    """Projections; then every head's ``k v^T`` into its state and q times it, however long the context."""
+    width = config.num_heads * config.head_dim
+    return 10 * config.hidden_size * width + 4 * width * config.head_dim
+
+
+LIGHTNING = AttentionKind(
+    letter="L",
+    name="lightning",
+    module=LightningAttention,
+    parameters=_parameters,
+    flops=_flops,
+    tp=("num_heads",),
+    cp={"linear_cp": METHODS},
+    hugging_face=HuggingFaceNames(
+        layer_type="linear_attention",
+        parameters={
+            "qkv_proj.weight": "qkv_proj.weight",
+            "gate_proj.weight": "output_gate.weight",
+            "norm.weight": "norm.weight",
+            "o_proj.weight": "out_proj.weight",
+        },
+        has_decays=True,
+    ),
+)

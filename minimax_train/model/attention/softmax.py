@@ -6,49 +6,58 @@ heads, K head dim, W heads side by side.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
+from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.tokens import TokenExchange
-from minimax_train.model.config import ModelConfig
+from minimax_train.model.attention.kind import AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
-from minimax_train.model.sharding import Linear, Sharding
+from minimax_train.model.ranks import ModelRanks
+from minimax_train.model.sharding import Linear, Sharding, local
+from minimax_train.parallel.context.softmax import METHODS, softmax_attention_cp
+
+if TYPE_CHECKING:
+    from minimax_train.model.config import ModelConfig
 
 
 class SoftmaxAttention(nn.Module):
     """Causal within each document; scores scaled by ``head_dim ** -0.5``."""
 
-    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks) -> None:
         super().__init__()
-        self.config, self.implementation, self.rope = config, kernels.softmax, kernels.rope
+        self.config, self.ranks = config, ranks
+        self.implementation, self.rope = kernels.softmax, kernels.rope
         D, K = config.hidden_size, config.head_dim
-        self.scale = K**-0.5
         self.q_proj = Linear(D, config.num_heads * K)
         self.k_proj = Linear(D, config.num_kv_heads * K)
         self.v_proj = Linear(D, config.num_kv_heads * K)
         self.o_proj = Linear(config.num_heads * K, D)
-        self.tokens = TokenExchange()
 
     def forward(self, x_tD: Tensor, context: TokenContext) -> Tensor:
-        K = self.config.head_dim
-        q_TW, k_TW, v_TW = self.tokens.project(x_tD, self.q_proj, self.k_proj, self.v_proj)
+        K, tp = self.config.head_dim, self.ranks.tp
+        weights_WD = (local(projection.weight) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q_TW, k_TW, v_TW = tp.project(x_tD, *weights_WD)
         q_TW, k_TW = (self._rotated(x_TW, context) for x_TW in (q_TW, k_TW))
-        out_THK = self.attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW)), context)
-        return self.tokens.scatter_sum(self.o_proj(out_THK.flatten(1)))
+        out_THK = self._attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW)), context)
+        return tp.scatter_sum(self.o_proj(out_THK.flatten(1)))
 
     def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:
         K = self.config.head_dim
         return rotate_heads(x_TW, context.cos_TR, context.sin_TR, head_dim=K, implementation=self.rope)
 
-    def attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: TokenContext) -> Tensor:
-        """Attention over this rank's tokens; context parallelism puts its own in this place."""
-        out_THK, _ = softmax_attention(
-            q_THK, k_TGK, v_TGK, context.documents, scale=self.scale, implementation=self.implementation
-        )
-        return out_THK
+    def _attend(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, context: TokenContext) -> Tensor:
+        inputs = (q_THK, k_TGK, v_TGK)
+        options = {"scale": self.config.head_dim**-0.5, "implementation": self.implementation}
+        if context.shard is None:
+            return softmax_attention(*inputs, context.documents, **options)[0]
+        assert self.ranks.cp is not None
+        method = self.ranks.cp_methods.get("softmax_cp", AUTO)
+        return softmax_attention_cp(*inputs, context.shard, self.ranks.cp, method=method, **options)
 
     def initializers(self) -> dict[str, Initializer]:
         D, K, beta = self.config.hidden_size, self.config.head_dim, self.config.initial_gain
@@ -63,3 +72,28 @@ class SoftmaxAttention(nn.Module):
     def shardings(self) -> dict[str, Sharding]:
         columns = {name: {"tp": 0} for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
         return columns | {"o_proj.weight": {"tp": 1}}
+
+
+def _parameters(config: ModelConfig) -> int:
+    return 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+
+
+def _flops(config: ModelConfig, num_scores: float) -> float:
+    """Projections; then every head's scores and the sum of values they weigh."""
+    return 2 * _parameters(config) + 4 * config.num_heads * config.head_dim * num_scores
+
+
+SOFTMAX = AttentionKind(
+    letter="S",
+    name="softmax",
+    module=SoftmaxAttention,
+    parameters=_parameters,
+    flops=_flops,
+    tp=("num_heads", "num_kv_heads"),
+    cp={"softmax_cp": METHODS},
+    hugging_face=HuggingFaceNames(
+        layer_type="full_attention",
+        parameters={name: name for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")},
+        rotated=("q_proj.weight", "k_proj.weight"),
+    ),
+)

@@ -1,6 +1,7 @@
 """The model as a whole: documents apart, kernels interchangeable, weights independent of sharding."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from minimax_train.documents import Documents
 from minimax_train.engines.fsdp import FSDPConfig, shard
 from minimax_train.kernels.lightning import lightning_slopes
 from minimax_train.model import HybridModel, KernelConfig, count_parameters, initialize
-from minimax_train.model.attention.context import TokenContext, TokenShare
+from minimax_train.model.attention import lightning
+from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.initialization import standard_normal
+from minimax_train.model.ranks import ModelRanks
+from minimax_train.parallel.tensor import TensorParallel
 from support.compare import relative_error
 from support.distributed import run_ranks
 from support.runs import model_config
@@ -20,8 +24,8 @@ LENGTHS = [1, 70, 13, 64, 65]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _model(config, kernels=None):
-    model = HybridModel(config, kernels).double()
+def _model(config, kernels=None, ranks=None, **options):
+    model = HybridModel(config, kernels, ranks, **options).double()
     initialize(model, seed=3)
     return model
 
@@ -29,7 +33,7 @@ def _model(config, kernels=None):
 @pytest.mark.parametrize("pattern", ["LLSL", "L", "S", "SL"])
 @pytest.mark.parametrize("capacity", [None, 0.7])
 def test_packed_documents_do_not_see_each_other(pattern, capacity):
-    # Capacity is shared by a row, so with it each document is a row of its own here.
+    # Capacity is shared by a packed sequence, so with it each is compared as a whole.
     model = _model(model_config(layer_pattern=pattern))
     tokens = torch.randint(300, (sum(LENGTHS),))
     packed = model(tokens, Documents.from_lengths(LENGTHS))
@@ -40,8 +44,8 @@ def test_packed_documents_do_not_see_each_other(pattern, capacity):
         tokens = torch.randint(300, (2 * 63,))
         documents = [20, 43, 63]
         packed = model(tokens, Documents.from_lengths(documents), num_rows=2)
-        rows = [model(tokens[:63], Documents.from_lengths([20, 43])), model(tokens[63:], Documents.from_lengths([63]))]
-        assert relative_error(packed, torch.cat(rows)) < 1e-13
+        apart = [model(tokens[:63], Documents.from_lengths([20, 43])), model(tokens[63:], Documents.from_lengths([63]))]
+        assert relative_error(packed, torch.cat(apart)) < 1e-13
 
 
 @pytest.mark.parametrize(
@@ -50,15 +54,16 @@ def test_packed_documents_do_not_see_each_other(pattern, capacity):
         ({"aux_loss_coefficient": 0.0}, set()),
         ({"aux_loss_coefficient": 0.0, "capacity_factor": 0.7, "capacity_scope": "global"}, {"global"}),
         ({"aux_loss_scope": "global"}, {"global"}),
-        ({"aux_loss_scope": "rank", "capacity_factor": 0.7}, {"row", "rank"}),
+        ({"aux_loss_scope": "rank", "capacity_factor": 0.7}, {"sequence", "rank"}),
     ],
 )
-def test_choices_are_counted_only_for_what_is_used(changes, counted):
-    model = _model(model_config(num_layers=1, layer_pattern="L", **changes))
+def test_assignments_are_counted_only_for_what_is_used(changes, counted):
     asked = []
-    model.layers[0].experts.sum_over_ranks = {
-        scope: lambda counts, scope=scope: asked.append(scope) or counts for scope in ("row", "global", "rank")
+    sums = {
+        scope: lambda counts, scope=scope: asked.append(scope) or counts for scope in ("sequence", "global", "rank")
     }
+    config = model_config(num_layers=1, layer_pattern="L", **changes)
+    model = _model(config, ranks=ModelRanks(sum_counts=sums))
     tokens = torch.randint(300, (64,))
     out = model(tokens, Documents.from_lengths([64]), tokens)
     assert set(asked) == counted
@@ -83,8 +88,8 @@ def test_loss_and_gradients_equal_the_naive_kernels(capacity):
         results.append((out, dict(model.named_parameters())))
     (out, parameters), (expected, right) = results
     torch.testing.assert_close(out.aux_loss, expected.aux_loss)
-    assert torch.equal(out.load_LE, expected.load_LE)
-    assert out.load_LE.sum() == config.num_layers * 126 * 2
+    assert torch.equal(out.tokens_per_expert_LE, expected.tokens_per_expert_LE)
+    assert out.tokens_per_expert_LE.sum() == config.num_layers * 126 * 2
     assert (int(out.dropped) > 0) == (capacity is not None)
     for name, parameter in parameters.items():
         assert relative_error(parameter.grad, right[name].grad) < 1e-11, name
@@ -107,34 +112,32 @@ def test_triton_kernels_give_the_same_model(capacity):
     (out, gradients), (expected, right) = results
     assert relative_error(out.token_loss, expected.token_loss) < 1e-6
     assert relative_error(out.aux_loss, expected.aux_loss) < 1e-6
-    assert torch.equal(out.load_LE, expected.load_LE) and torch.equal(out.dropped, expected.dropped)
+    assert torch.equal(out.tokens_per_expert_LE, expected.tokens_per_expert_LE) and torch.equal(
+        out.dropped, expected.dropped
+    )
     for name, gradient in gradients.items():
         assert relative_error(gradient, right[name]) < 2e-5, name
 
 
-def test_slopes_of_a_rank_are_one_tensor_in_every_pass():
+def test_slopes_of_a_rank_are_one_tensor_in_every_pass(monkeypatch):
     """Context parallelism keeps by that tensor what it would otherwise wait for the device to tell."""
-    attention = _model(model_config()).layers[1].attention
-    attention.heads, seen, attend = (2, 6), [], attention.attend
-    attention.qkv_proj.weight = torch.nn.Parameter(attention.qkv_proj.weight[: 4 * 3 * 6])
-    attention.gate_proj.weight = torch.nn.Parameter(attention.gate_proj.weight[: 4 * 6])
-    attention.norm.weight = torch.nn.Parameter(attention.norm.weight[: 4 * 6])
-    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, : 4 * 6])
-    attention.attend = lambda *inputs: (seen.append(inputs[3]), attend(*inputs))[1]
-    context = TokenContext(Documents.from_lengths([9]), 1, None, TokenShare(), *torch.ones(2, 9, 2))
+    seen, run = [], lightning.lightning_attention
+    spy = lambda *inputs, **options: (seen.append(inputs[3]), run(*inputs, **options))[1]  # noqa: E731
+    monkeypatch.setattr(lightning, "lightning_attention", spy)
+    second_of_three = ModelRanks(tp=TensorParallel(SimpleNamespace(rank=1, size=3)))
+    attention = lightning.LightningAttention(model_config(), 1, KernelConfig(), second_of_three)
+    context = TokenContext(Documents.from_lengths([9]), None, *torch.ones(2, 9, 2))
     for _ in range(2):
-        attention(torch.randn(9, 20, dtype=torch.float64), context)
+        attention._attend(*torch.randn(3, 9, 2, 6), context)
     assert seen[0] is seen[1]
-    assert torch.equal(seen[0], lightning_slopes(6, 1, 4)[2:])
+    assert torch.equal(seen[0], lightning_slopes(6, 1, 4)[2:4])
 
 
 def test_recomputed_activations_give_the_same_gradients():
     tokens, labels = torch.randint(300, (2, 63))
     gradients = []
     for recompute in (False, True):
-        model = _model(model_config())
-        for block in model.layers:
-            block.recompute = recompute
+        model = _model(model_config(), recompute=recompute)
         out = model(tokens, Documents.from_lengths([40, 23]), labels)
         (out.token_loss + out.aux_loss).backward()
         gradients.append([p.grad for p in model.parameters()])

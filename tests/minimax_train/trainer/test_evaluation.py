@@ -33,7 +33,7 @@ def _targets(config):
 @pytest.mark.parametrize("rows", [5, 1000])
 def test_unigram_loss(tmp_path, rows):
     for ranks in (1, 2):
-        sizes = [f"data.sequence_length={ROW}", f"recipe.eval_rows={rows}", "recipe.micro_batch_size=2"]
+        sizes = [f"data.sequence_length={ROW}", f"recipe.eval_sequences={rows}", "recipe.micro_batch_size=2"]
         config = tiny_run(tmp_path / str(ranks), *ONE_STEP, *sizes)
         run_ranks(_train, ranks, config)
         records = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]

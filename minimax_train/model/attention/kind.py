@@ -1,0 +1,63 @@
+"""What the rest of the framework knows of an attention: nothing else asks which kind one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from minimax_train.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class HuggingFaceNames:
+    """The same attention in transformers' MiniMax.
+
+    Attributes:
+        layer_type: its name in ``layer_types``.
+        parameters: ours to theirs, each within its attention module.
+        rotated: ours whose output rows carry rotary position embedding, one head after the other.
+        has_decays: whether transformers keeps the decays of ``convert/decays.py`` beside the parameters.
+    """
+
+    layer_type: str
+    parameters: Mapping[str, str]
+    rotated: tuple[str, ...] = ()
+    has_decays: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKind:
+    """One kind of attention.
+
+    Attributes:
+        letter: names it in ``model.layer_pattern``.
+        name: names it in messages.
+        module: built as ``module(config, layer, kernels, ranks)`` and called as ``attention(x_tD, context) -> y_tD``,
+            with ``initializers()`` and ``shardings()`` for its parameters. It computes with the parameters that are on
+            this rank, and with the tokens of ``context``.
+        parameters: how many a layer has, from the sizes alone.
+        flops: of a layer's forward pass for one token, a multiply-add being two, norms and activations left out; from
+            the sizes and the mean number of tokens that a token sees in a causal attention, itself included: in
+            documents of n tokens ``(n + 1) / 2``.
+        tp: the keys of ``model`` whose values tensor parallelism splits, and ``parallel.tp`` must divide; None where
+            the attention cannot be split over ranks.
+        cp: the keys of ``parallel`` that choose how context parallelism is done, with what each may be besides
+            ``auto``; empty where there is one way, None where a packed sequence cannot be split over ranks.
+        hugging_face: None where transformers has no such attention.
+    """
+
+    letter: str
+    name: str
+    module: Callable[..., nn.Module]
+    parameters: Callable[[ModelConfig], int]
+    flops: Callable[[ModelConfig, float], float]
+    tp: tuple[str, ...] | None = None
+    cp: Mapping[str, tuple[str, ...]] | None = None
+    hugging_face: HuggingFaceNames | None = None
+
+    def __str__(self) -> str:
+        return f"{self.letter} ({self.name})"

@@ -1,0 +1,100 @@
+"""Whose assignments to experts are counted together, for capacity and for the load-balancing loss.
+
+A *pool* is the tokens that share an expert's capacity. By the scopes of ``model.capacity_scope`` and
+``model.aux_loss_scope`` that is each packed sequence (``row``), the micro-batches of all ranks (``global``), or the
+micro-batch of this rank (``rank``). Earlier tokens of a pool are served first, so a rank must know what was assigned
+before each of its tokens on other ranks. It counts by *span*: tokens of its own that follow each other in one packed
+sequence. Each span's counts go to its place in the token order of the pool, and a sum over ranks fills in the others'.
+
+Shape legend: T tokens on this rank, P spans on this rank, B pools, J places of spans in a pool, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minimax_train.documents import Documents, to_device
+from minimax_train.model.ranks import ModelRanks
+from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPools:
+    """The pools of one scope.
+
+    Attributes:
+        pool_P: the pool of each span, int64.
+        place_P: place of each span in its pool, in token order over all ranks, int64.
+        num_pools, num_places: B and J.
+        num_tokens: tokens of a pool.
+    """
+
+    pool_P: Tensor
+    place_P: Tensor
+    num_pools: int
+    num_places: int
+    num_tokens: int
+
+    def spread(self, count_PE: Tensor) -> Tensor:
+        """This rank's counts at the places of its spans: ``[J, B, E]``, zero where other ranks' are."""
+        count_JBE = count_PE.new_zeros(self.num_places, self.num_pools, count_PE.shape[1])
+        count_JBE[self.place_P, self.pool_P] = count_PE
+        return count_JBE
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpans:
+    """The tokens of this rank between attention layers, cut where a packed sequence or a chunk of the layout ends.
+
+    Attributes:
+        ranks: who holds the others.
+        span_T: the span each token lies in, int64, ascending.
+        sequence_P: the packed sequence of the micro-batch each span is part of, int64.
+        place_P: place of each span in its packed sequence, in token order over all ranks, int64.
+        num_places: how many there can be in a packed sequence.
+        num_sequences, sequence_length: of the micro-batch.
+    """
+
+    ranks: ModelRanks
+    span_T: Tensor
+    sequence_P: Tensor
+    place_P: Tensor
+    num_places: int
+    num_sequences: int
+    sequence_length: int
+    _pools: dict[str, TokenPools] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, documents: Documents, shard: SequenceShard | None, num_sequences: int, ranks: ModelRanks) -> TokenSpans:
+        """Those of a micro-batch; arguments as of :meth:`minimax_train.model.model.HybridModel.forward`."""
+        shard = shard or SequenceLayout("contiguous", 1).shard(documents, 0)
+        sequence_length, tp = shard.whole.num_tokens // num_sequences, ranks.tp
+        tokens_T = shard.global_tokens_T.chunk(tp.size)[tp.rank]
+        key_T = tokens_T // shard.chunk_size * num_sequences + tokens_T // sequence_length
+        key_P, span_T = key_T.unique_consecutive(return_inverse=True)
+        place_P = key_P // num_sequences * tp.size + tp.rank
+        on_device = (to_device(x, documents.device) for x in (span_T, key_P % num_sequences, place_P))
+        return cls(ranks, *on_device, len(shard.chunks) * tp.size, num_sequences, sequence_length)
+
+    def pools(self, scope: str) -> TokenPools:
+        """Made at the first use of a scope (``sequence``, ``global`` or ``rank``) and shared by all layers."""
+        if scope not in self._pools:
+            self._pools[scope] = self._make_pools(scope)
+        return self._pools[scope]
+
+    def _make_pools(self, scope: str) -> TokenPools:
+        sequences, places = self.num_sequences, self.num_places
+        if scope == "sequence":
+            return TokenPools(self.sequence_P, self.place_P, sequences, places, self.sequence_length)
+        only_P = torch.zeros_like(self.sequence_P)
+        if scope == "rank":
+            order_P = torch.arange(len(only_P), device=only_P.device)
+            return TokenPools(only_P, order_P, 1, len(only_P), len(self.span_T))
+        assert scope == "global", scope
+        # Sequence i of a step's micro-batches is on data-parallel rank i modulo their number.
+        rank, size = self.ranks.dp_rank, self.ranks.dp_size
+        order_P = (self.sequence_P * size + rank) * places + self.place_P
+        return TokenPools(only_P, order_P, 1, size * sequences * places, size * sequences * self.sequence_length)
