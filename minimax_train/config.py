@@ -296,6 +296,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _instantiate(tree: DictConfig) -> Config:
+    require_choice("engine.name", tree.engine.name, tuple(ENGINES))
     _refuse_unknown(OmegaConf.to_container(tree), tree.engine.name)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
@@ -316,7 +317,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
     parent, _, name = key.rpartition(".")
     engines = [item.partition("=")[2] for item in overrides if item.startswith("engine=")]
-    engine = engines[-1] if engines and engines[-1] in ENGINES else EngineConfig.name
+    engine = engines[-1] if engines else EngineConfig.name
     fields = _fields_of(parent, engine)
     if fields and name not in fields:
         return _unknown_key(key, given, fields)
@@ -333,7 +334,8 @@ def _fields_of(path: str, engine: str) -> dict[str, str]:
     kind: Any = Config
     for name in filter(None, path.split(".")):
         kind = get_type_hints(kind).get(name)
-        kind = ENGINES[engine].config_type if kind is EngineConfig else kind
+        if kind is EngineConfig:
+            kind = ENGINES[engine].config_type if engine in ENGINES else EngineConfig
         if not dataclasses.is_dataclass(kind):
             return {}
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}

@@ -33,10 +33,10 @@ class ModelConfig:
         num_experts, experts_per_token, expert_hidden_size: the SwiGLU experts of every block.
         capacity_factor: an expert takes at most ``capacity_factor * experts_per_token * tokens / num_experts``
             assignments of ``tokens``, the rest are dropped; none are if null.
-        capacity_scope: which tokens share that capacity: ``sequence``: those of each packed sequence, which no grid and no
-            batch size changes; ``global``: all ranks' tokens of a micro-batch, counted together before they are sent
-            (MiniMax-01's global router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert
-            must be left at least one assignment of them. ``sequence`` without a capacity.
+        capacity_scope: which tokens share that capacity: ``sequence``: those of each packed sequence, which no grid
+            and no batch size changes; ``global``: all ranks' tokens of a micro-batch, counted together before they
+            are sent (MiniMax-01's global router); ``rank``: each rank's own, which drops most, kept to compare with.
+            Each expert must be left at least one assignment of them. ``sequence`` without a capacity.
         aux_loss_coefficient: factor of the load-balancing loss
             :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over packed
             sequences; with 0 it is not computed, and not among the metrics.

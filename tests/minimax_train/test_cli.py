@@ -44,11 +44,14 @@ from support.runs import overrides
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
-        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 choice"),
-        ("model.capacity_scope=global", r"model.capacity_scope='global': must be row with model.capacity_factor=null"),
+        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 assignment"),
+        (
+            "model.capacity_scope=global",
+            r"model.capacity_scope='global': must be sequence with model.capacity_factor=null",
+        ),
         (
             "model.aux_loss_coefficient=0 model.aux_loss_scope=rank",
-            r"model.aux_loss_scope='rank': must be row with model.aux_loss_coefficient=0",
+            r"model.aux_loss_scope='rank': must be sequence with model.aux_loss_coefficient=0",
         ),
         ("parallel.token_groups=2", r"parallel.token_groups=2: must be 1 with parallel.ep=1 and parallel.etp=1"),
         (
@@ -71,7 +74,7 @@ def test_refused_before_anything_starts(given, message):
 
 
 def test_a_capacity_that_drops_everything_is_refused():
-    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a packed sequence, two sequences on 4 ranks, 8 such groups of ranks."""
+    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a sequence, two sequences on 4 ranks, 8 times."""
     sizes = ["data.sequence_length=64", "recipe.micro_batch_size=2", "recipe.global_batch_size=16"]
     sizes += ["parallel.cp=2", "parallel.tp=2", "data.num_streams=8"]
     for scope, tokens, where in [
