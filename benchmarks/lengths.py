@@ -1,4 +1,4 @@
-"""Both attentions over the length of a row, 2K to 1M tokens: time per token, beside their peers and their floors.
+"""Both attentions over the number of tokens, 2K to 1M: time per token, beside their peers and their floors.
 
     python benchmarks/lengths.py --json FILE [--tokens 2048 ...] [--peer]
     python benchmarks/lengths.py --plot FILE PICTURE.svg       # needs no GPU
@@ -6,7 +6,7 @@
 bfloat16, head dim 128, one document. Lightning attention: 64 heads, fewer where their tensors do not fit (a token's
 time is scaled to 64); device time; floor: 4 tensors read or written forward, 11 with backward, at the
 copy rate of the run. Softmax attention: 64 query heads, 8 of keys and values, ours and FlashAttention-4's own entry
-point in turns; floor: its FLOP at the rate of a dense 8192^3 product in the run.
+point in turns; floor: its FLOP at the rate of a dense 8192^3 GEMM in the run.
 """
 
 from __future__ import annotations

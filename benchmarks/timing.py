@@ -54,7 +54,7 @@ def alternating_times(
 def times_in_turns(runs: dict[str, Callable[[], object]], turn_ms: float = 300, rounds: int = 5) -> dict[str, float]:
     """Milliseconds of each on the device, the median over turns that each takes among the others.
 
-    Products run fastest in their first tens of milliseconds, until the power limit lowers the clock: those that are
+    GEMMs run fastest in their first tens of milliseconds, until the power limit lowers the clock: those that are
     compared must run at the same one. The first round only warms up.
     """
     turns = {name: [] for name in runs}
@@ -109,7 +109,7 @@ def copy_rate() -> float:
 
 
 def gemm(M: int, N: int, K: int) -> Callable[[], torch.Tensor]:
-    """One dense bfloat16 product ``[M, K] x [K, N]`` of random numbers."""
+    """One dense bfloat16 GEMM ``[M, K] x [K, N]`` of random numbers."""
     a, b = (torch.randn(rows, K, device="cuda", dtype=torch.bfloat16) for rows in (M, N))
     return lambda: a @ b.T
 

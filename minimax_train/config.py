@@ -71,7 +71,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require_positive("parallel", self, *self.sizes, "token_groups", "timeout_s")
         alone = self.ep * self.etp == 1
-        accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the products"
+        accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the GEMMs"
         require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
         require_choice("parallel.layout", self.layout, LAYOUTS)
         for kind in ATTENTIONS.values():

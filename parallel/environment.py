@@ -76,9 +76,9 @@ class ProcessEnvironment:
 
 
 def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let the tokenizers of the processes that torchrun started have an equal share of this machine's processors each.
+    """Give the tokenizer of each process that torchrun started an equal share of this machine's CPU cores.
 
-    A ``RAYON_NUM_THREADS`` that is set stays. srun binds tasks to their processors itself.
+    A ``RAYON_NUM_THREADS`` that is set stays. srun binds tasks to their CPU cores itself.
     """
     processes = int(environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1:

@@ -31,20 +31,26 @@ from minimax_train.kernels.experts.permutation import Permutation
 class Dispatcher:
     """Where the tokens of one call of the layer go; made for this call, used in its forward and its backward.
 
-    ``dispatch`` starts a round trip. Iterating over it gives the groups, each when it has arrived: ``group.routed``,
-    which they are of all groups' routed tokens; ``group.experts``, which of this rank's experts they are for; and
-    ``group.offsets_E``, the end of each of these experts' tokens among them, int32. Of a group, the trip gives
+    ``dispatch`` starts a *round trip* of tokens: to the experts, through them group by group, and back. Iterating over
+    the trip yields the groups in order, each once its tokens are on this rank. A group has
 
-        permute(group)                      its routed tokens ``[R, D]``
-        permute_weights(group)              the weights of their assignments ``[R]``
-        combine(group, y_RD, d_weights_R)   starts sending back what the experts made of them, and in backward the
-                                            gradients of the weights; before the next group
+        routed      slice: its place among the routed tokens of all groups
+        experts     slice: the experts of this rank that it has tokens for
+        offsets_E   int32: end of each of these experts' tokens within the group, as grouped GEMMs take it
 
-    and after all of them ``dispatched_ND``, the tokens as they lie on this rank, and ``wait()``, what was sent back:
-    ``[T, D]``, and ``[T, K]`` in backward.
+    For each group the layer calls, before it asks for the next one,
+
+        trip.permute(group)                      its routed tokens by expert, ``[R, D]``
+        trip.permute_weights(group)              the weights of their assignments, ``[R]``; forward only
+        trip.combine(group, y_RD, d_weights_R)   starts to send the experts' output back (forward), or the gradients of
+                                                 tokens and weights (backward)
+
+    After the last group, ``trip.dispatched_ND`` holds the dispatched tokens of all groups, and ``trip.wait()`` returns
+    what was sent back: ``[T, D]``, and in backward ``[T, K]`` as well.
     """
 
     is_local = False
+    """Whether no other rank takes part."""
     offsets_E: Any
     """End of each expert's routed tokens of all groups, int32."""
 
@@ -52,11 +58,11 @@ class Dispatcher:
         raise NotImplementedError
 
     def permute_all(self, dispatched_ND: Tensor) -> Tensor:
-        """The routed tokens of all groups, by expert."""
+        """Dispatched tokens of all groups -> their routed tokens by expert, ``[R, D]``: operands of weight GEMMs."""
         return dispatched_ND
 
     def merge_groups(self, x_RF: Tensor) -> Tensor:
-        """Something of all routed tokens, group after group -> by expert."""
+        """What was written group after group, a row per routed token -> the rows by expert."""
         return x_RF
 
 

@@ -5,7 +5,7 @@ up and stores their gradients, the activation again and its part of the gradient
 must lie in one tile for that, so ``hidden`` holds them as neighbouring columns, gate first. Weights and their gradients
 keep gate over up: quack lets TMA read and write their rows interleaved ("concat layout").
 
-Tiles were chosen by measurement on one H200, see ``docs/kernels.md``. Each is compiled once, in two to six seconds.
+Tiles were chosen by measurement on one H200 (``docs/results.md``). Each is compiled once, in two to six seconds.
 
 Shape legend: R routed tokens sorted by expert, K assignments per token, E experts, D hidden, F expert hidden; M, N
 columns.

@@ -22,7 +22,7 @@ def choose_implementation(q_QHK: Tensor, v_SGV: Tensor, requested: str = AUTO) -
     """The module that attends to these tensors: the one asked for, or the fastest one that takes them.
 
     On one H200, head dim 128, FlashAttention-4 reaches 650 TFLOP/s, PyTorch's FlashAttention-2 340
-    (``docs/context-parallelism.md``). Looks at shapes, dtypes and the device's kind only: never waits for the device.
+    (``docs/results.md``). Looks at shapes, dtypes and the device's kind only: never waits for the device.
 
     Raises:
         ValueError: for an unknown implementation.

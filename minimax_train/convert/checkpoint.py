@@ -80,7 +80,7 @@ def write_model_config(model: ModelConfig, folder: Path) -> None:
 
 
 def read_sequence_length(path: str | Path) -> int | None:
-    """Row length the model of a run's ``config.yaml`` was trained on."""
+    """Tokens of the packed sequences that a ``config.yaml`` names, a run's or a checkpoint's."""
     return OmegaConf.select(OmegaConf.load(path), "data.sequence_length")
 
 

@@ -25,10 +25,10 @@ class MicroBatch:
     Attributes:
         tokens_T: token ids, int64.
         labels_T: the token each position must predict, ``IGNORE_INDEX`` where there is none, int64.
-        documents: the segments; every row's edge is an edge of a segment.
-        num_rows: rows, one after the other on the token axis.
+        documents: those of all packed sequences, each of which starts with a new one; or their segments in the shard.
+        num_rows: packed sequences, one after the other on the token axis.
         num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
-        shard: which tokens of those rows these are, when several ranks share them; None when they are all.
+        shard: which tokens of them these are, when context-parallel ranks share them; None when they are all.
     """
 
     tokens_T: Tensor
@@ -51,7 +51,7 @@ class MicroBatch:
         )
 
     def split(self, layout: SequenceLayout, rank: int) -> MicroBatch:
-        """The part of the micro-batch that one of the ranks holds which share it; itself when there is one rank."""
+        """The part of the micro-batch that one of the context-parallel ranks holds; itself when there is one."""
         if layout.num_ranks == 1:
             return self
         shard = layout.shard(self.documents, rank)

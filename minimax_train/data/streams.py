@@ -18,7 +18,7 @@ from minimax_train.data.sources import Source
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError
 
-ENCODED_TOGETHER = 32  # documents, each by a thread of its own as long as there are processors
+ENCODED_TOGETHER = 32  # documents, each by a thread of its own as long as there are CPU cores
 _DOCUMENTS_COUNTED = 10_000  # for a message; counting all of a large data set would look like a hang
 
 

@@ -45,7 +45,7 @@ class Tokenizer:
         return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The same of several texts, by as many threads as there are processors.
+        """The same of several texts, by as many threads as there are CPU cores.
 
         The interpreter lock is free meanwhile, for the training loop beside which this runs.
         """

@@ -13,7 +13,7 @@ class LoggingConfig:
 
     Attributes:
         interval: write metrics every so many steps.
-        expert_load: write every expert's share of its layer's choices too: layers x experts numbers a step.
+        expert_load: write every expert's share of its layer's assignments too: layers x experts numbers a step.
         wandb: ``online``, ``offline`` or ``off``.
         wandb_project, wandb_name: where the run appears; the name is that of ``run_dir`` if null.
     """

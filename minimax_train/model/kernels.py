@@ -17,7 +17,7 @@ class KernelConfig:
     Attributes:
         lightning, softmax: the two attentions.
         experts: the experts' GEMMs and what lies between them.
-        router: the router's projection, softmax, choice and counts.
+        router: the router's projection, softmax, top-k, and tokens per expert.
         norm: every RMSNorm, with the residual before it or the gate after it.
         rope: rotary embedding.
         silu: SiLU of lightning attention's q, k and v.

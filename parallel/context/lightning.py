@@ -23,9 +23,9 @@ none further. States of the other heads, with a long memory, are exchanged in on
 * ``ring``: final states are passed from chunk to chunk (LASP, arXiv 2404.02882). This is the serial baseline, and takes
   all heads.
 * ``scan``: the ring with the heads in pieces that follow each other, so that all links work at once (the idea of ZeCO,
-  arXiv 2507.01004); its time grows with ranks plus pieces and not with ranks times the whole state.
+  arXiv 2507.01004). Its time grows with (chunks + pieces) * piece instead of chunks * whole state.
 
-``docs/context-parallelism.md`` counts the bytes of this and of other orders.
+``docs/context-parallelism.md`` has an example and the costs.
 
 Shape legend: T tokens on this rank, H heads, K key dim, V value dim, M chunks on this rank, J chunks on all ranks.
 """

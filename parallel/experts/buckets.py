@@ -1,4 +1,13 @@
-"""Which routed token goes where: expert buckets, groups of them, and the order in which they arrive.
+"""Which routed token goes where with ``ep``: expert buckets, groups of them, and the order in which tokens arrive.
+
+Two experts on each of two ranks, one part of the tokens, two groups: bucket b of a rank is its b-th expert, and
+
+    bucket id        0            1            2            3
+    group, rank      0, 0         0, 1         1, 0         1, 1
+    expert           0            2            1            3
+
+A rank sorts its routed tokens by bucket id. What it sends to each rank in group 0's all-to-all is then contiguous, and
+so is the whole group. The rank that holds the experts sorts what it receives by its own buckets: by expert.
 
 Shape legend: T tokens, K assignments per token, B bucket ids, E experts, P parts of the tokens, J etp ranks, I ep
 ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a group as they arrive, R by expert.
@@ -15,12 +24,11 @@ from minimax_train.parallel.experts.overlap import split_groups
 
 
 class ExpertBuckets:
-    """How routed tokens are cut in groups, the same on all ranks.
+    """How routed tokens are divided into groups, the same on all ranks.
 
-    An *expert bucket* is one expert and one part of each rank's tokens. The buckets of a rank's experts are ordered by
-    expert, then part; a group is a range of them, the same of every rank. A bucket's *id* is its place in the order by
-    group, rank, bucket. Routed tokens lie by id at their source, and by bucket where they are dispatched to: so a group
-    is contiguous in both.
+    Every rank's tokens are divided into ``token_parts`` equal parts, usually one. An *expert bucket* is the routed
+    tokens of one expert and one part. The buckets of a rank's experts are ordered by expert, then part; a group is a range of
+    this order, the same range for every rank. A bucket's *id* numbers the buckets of all ranks by group, rank, bucket.
     """
 
     def __init__(self, num_experts: int, ep: int, groups: int) -> None:
@@ -33,22 +41,22 @@ class ExpertBuckets:
         self._ids_EP: dict[torch.device, Tensor] = {}
 
     def ids(self, group: int, rank: int) -> slice:
-        """Of the buckets that a group has of a rank."""
+        """Ids of the buckets that a group has of a rank's experts."""
         buckets = self.ranges[group]
         c = buckets.stop - buckets.start
         start = self.ep * buckets.start + rank * c
         return slice(start, start + c)
 
     def experts(self, group: int) -> slice:
-        """A rank's experts that a group has buckets of."""
+        """Which of a rank's experts a group has buckets of."""
         buckets = self.ranges[group]
         return slice(buckets.start // self.token_parts, -(-buckets.stop // self.token_parts))
 
     def assign(self, experts_TK: Tensor) -> Tensor:
-        """The bucket id of each assignment, -1 for none."""
+        """The bucket id of each assignment, int64 ``[T, K]``; -1 where it has no expert."""
         T, device = len(experts_TK), experts_TK.device
         if device not in self._ids_EP:
-            # The last row is where -1 leads.
+            # The last row is for assignments without expert: index -1 reads it.
             ids_EP = torch.full((self.num_experts + 1, self.token_parts), -1)
             for group, of_rank in enumerate(self.ranges):
                 for rank in range(self.ep):
@@ -61,18 +69,19 @@ class ExpertBuckets:
 
 @dataclass
 class BucketGroup:
-    """One group's routed tokens, on this rank.
+    """One group: the routed tokens that this rank sends in it, and those that it receives for its experts.
 
     Attributes:
-        source: which they are before they are sent, and after they have come back.
-        input_splits, output_splits: how many go to, and come from, each ep rank.
-        padded: how many each etp rank passes on: the most that any of them receives.
-        routed: which they are where they are dispatched to, by expert.
-        experts: of this rank, which they are for.
-        ids: of this rank's buckets.
-        by_expert: whether they arrive by expert and without gaps.
-        offsets_E: end of each of these experts' tokens among them, int32.
-        source_R, place_N: which arrived token each routed token is, and the reverse, 0 for padding.
+        source: place of what it sends among its routed tokens in the order of bucket ids; results come back there.
+        input_splits, output_splits: how many it sends to, and receives from, each ep rank.
+        padded: the most that any of its etp ranks receives; each passes on as many to the others.
+        routed: place of what it receives among the routed tokens of all groups, sorted by expert.
+        experts: which of its experts these are for.
+        ids: of the buckets of these experts.
+        by_expert: whether tokens arrive sorted by expert and without padding, so that nothing need be moved.
+        offsets_E: end of each of these experts' tokens within the group, int32.
+        source_R, place_N: unless ``by_expert``, where each routed token lies among the arrived ones, and the inverse,
+            0 for padding, int64.
     """
 
     source: slice
@@ -86,7 +95,6 @@ class BucketGroup:
     offsets_E: Tensor = field(init=False)
     source_R: Tensor = field(init=False)
     place_N: Tensor = field(init=False)
-    weights = ()  # they multiply at the source
 
 
 def make_groups(buckets: ExpertBuckets, counts: list[list[list[int]]], i: int, j: int) -> list[BucketGroup]:
@@ -118,11 +126,15 @@ def make_groups(buckets: ExpertBuckets, counts: list[list[list[int]]], i: int, j
 
 
 def locate(buckets: ExpertBuckets, groups: list[BucketGroup], counts_JIB: Tensor) -> Tensor:
-    """Fills in what of the groups is on the device; the end of each expert's routed tokens of all groups, int32."""
+    """Fill in the groups' tensors on the device, from tokens per bucket ``[J, I, B]`` of all ranks.
+
+    Returns:
+        The end of each of this rank's experts' routed tokens, of all groups together, int32.
+    """
     counts_C = torch.cat([counts_JIB[:, :, group.ids] for group in groups], -1).sum((0, 1))
     offsets_e = counts_C.view(-1, buckets.token_parts).sum(1).cumsum(0).int()
     for group in groups:
-        # Of the first and the last expert it may have a part.
+        # Of its first and its last expert a group may have some of the parts only.
         group.offsets_E = offsets_e[group.experts].clamp(max=group.routed.stop) - group.routed.start
         if not group.by_expert:
             _locate_arrivals(group, counts_JIB[:, :, group.ids])
@@ -131,7 +143,8 @@ def locate(buckets: ExpertBuckets, groups: list[BucketGroup], counts_JIB: Tensor
 
 def _locate_arrivals(group: BucketGroup, counts_JIc: Tensor) -> None:
     J, device, size = len(counts_JIc), counts_JIc.device, group.routed.stop - group.routed.start
-    # A bucket's tokens from one rank stay together: they arrive by (j, i, c), and are wanted by (c, j, i).
+    # Tokens arrive by etp rank, ep rank, bucket (j, i, c), each etp rank's padded; experts want them by (c, j, i). The
+    # X = J I c runs of tokens of one rank and bucket move as they are.
     arrival_JX = counts_JIc.flatten(1)
     starts_JX = arrival_JX.cumsum(1) - arrival_JX + group.padded * torch.arange(J, device=device)[:, None]
     starts_X = starts_JX.view_as(counts_JIc).permute(2, 0, 1).flatten()

@@ -1,12 +1,12 @@
 """Dispatchers to other ranks: of routed tokens (ep, with or without etp), and of tokens (etp alone).
 
-Each is a :class:`minimax_train.kernels.experts.mlp.Dispatcher`; what it does to a group, in the order of
-:class:`minimax_train.parallel.experts.overlap.OverlappedRoundTrip`:
+Each is a :class:`minimax_train.kernels.experts.mlp.Dispatcher`. Its ``dispatch`` returns an
+:class:`minimax_train.parallel.experts.overlap.OverlappedRoundTrip`, which calls, for every group and in this order,
 
-    dispatch_group   tokens, and their weights, to where the experts are; tokens into ``dispatched_ND`` where they fit
-    permute          as they arrived -> routed tokens by expert
-    unpermute        and back, after the GEMMs
-    combine_group    into their place among the tokens that this rank had sent
+    dispatch_group   starts to send tokens, or their weights, to the ranks that hold their experts
+    permute          tokens as they arrived -> routed tokens by expert
+    unpermute        results by expert -> as the tokens arrived
+    combine_group    starts to send results to the ranks that own the tokens, which find them where the tokens were
 
 Shape legend: T tokens of this rank, K assignments per token, J etp ranks, I ep ranks, B bucket ids, E experts, D
 hidden, F expert hidden, N tokens of all groups, or one, as they arrive, R routed tokens by expert.
@@ -63,7 +63,7 @@ class RoutedTokenDispatcher(Dispatcher):
         return self.groups[-1].routed.stop
 
     def plan(self) -> list[Transfer]:
-        """What is worked out on the device, while the first groups are under way."""
+        """Compute the order of arrivals on the device, while the first groups travel; for the forward pass only."""
         if self.offsets_E is None:
             self.offsets_E = locate(self.buckets, self.groups, self._counts_JIB)
         return []
@@ -105,12 +105,13 @@ class RoutedTokenDispatcher(Dispatcher):
 
 @dataclass
 class TokenGroup:
-    """Some tokens of every rank.
+    """One group: the same range of every rank's tokens.
 
     Attributes:
-        tokens: which they are of each rank's.
-        dispatched: which they are of all ranks', by group, rank and token.
-        routed: which their routed tokens are of all groups'.
+        tokens: that range.
+        dispatched: place of these tokens of all ranks among the dispatched ones, by group, rank and token.
+        routed: place of their routed tokens among those of all groups.
+        permutation: of their assignments.
     """
 
     tokens: slice
@@ -146,9 +147,13 @@ class TokenDispatcher(Dispatcher):
         self._gathered = [etp.all_gather(computed(experts_TK))]
 
     def plan(self) -> list[Transfer]:
-        """Sort each group's assignments, while the first are under way. Returns what lives until they are back."""
+        """Sort each group's assignments, while the first groups travel; for the forward pass only.
+
+        Returns:
+            The transfers that the round trip must keep until its end.
+        """
         gathered, self._gathered = self._gathered, []
-        for experts in gathered:  # in forward
+        for experts in gathered:  # none in backward
             experts_JTK = experts.wait().unflatten(0, (self.etp.size, -1))
             self._experts_NK = torch.cat([experts_JTK[:, group.tokens].flatten(0, 1) for group in self.groups])
             for group in self.groups:

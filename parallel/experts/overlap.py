@@ -1,9 +1,10 @@
 """Transfers beside GEMMs: streams, what keeps memory alive between them, and the order in which groups go.
 
-Who may use memory when: a tensor belongs to the stream it was made on, and its memory goes to the next tensor made
-there as soon as nothing in Python refers to it. So a communication stream first waits for an event of the computing
-stream, and writes no memory handed out there after that event; and a tensor that another stream uses is kept until its
-own stream has waited for that one: by the :class:`Transfer` that uses it. ``record_stream`` is not used: it withholds
+Who may use memory when: PyTorch's allocator gives the memory of a tensor that nothing in Python refers to any more to
+the next tensor made on the same stream, and knows nothing of other streams that still read or write it. Hence two
+rules. Before a communication stream writes to memory of the compute stream, it waits for an event of that stream which
+was recorded after the memory was handed out. And a tensor that another stream uses is kept, by the :class:`Transfer`
+that uses it, until its own stream has been told to wait for that one. ``record_stream`` is not used: it withholds
 memory until the host next looks.
 """
 
@@ -40,7 +41,7 @@ def wait_event(event: Event) -> None:
 
 
 class Transfer:
-    """A tensor that is there after an event. Keeps it, and the transfers it was made from, until :meth:`release`."""
+    """A tensor whose contents are complete after an event. Keeps it, and those it was made from, until ``release``."""
 
     def __init__(self, tensor: Tensor, event: Event, source: Transfer | None = None) -> None:
         self.tensor, self.event, self._kept = tensor, event, source
@@ -60,12 +61,12 @@ class Transfer:
         return self.tensor
 
     def release(self) -> None:
-        """Called when the streams that its tensors belong to have been told to wait for those that use them."""
+        """Let go of the memory: the streams that it belongs to have been told to wait for those that use it."""
         del self.tensor, self._kept
 
 
 def computed(x: Tensor) -> Transfer:
-    """What the current stream is making."""
+    """A tensor that the current stream is computing."""
     return Transfer(x, record_event(x))
 
 
@@ -123,14 +124,17 @@ class CommunicationStream:
 
 
 def split_groups(size: int, groups: int) -> list[slice]:
-    """The overlap schedule: a range in shares, the first and last, which have nothing to run beside, half as large."""
+    """The overlap schedule: ``range(size)`` as consecutive equal groups, but the first and the last half as large.
+
+    The first dispatch and the last combine have no GEMMs to run beside, so they should be short.
+    """
     shares = [1, *[2] * (groups - 2), 1][:groups]
     ends = [(2 * size * done + sum(shares)) // (2 * sum(shares)) for done in accumulate(shares)]
     return [slice(*edges) for edges in pairwise([0, *ends])]
 
 
 class OverlappedRoundTrip:
-    """All groups' tokens to the experts and back: the next groups travel while one is computed.
+    """A round trip (:class:`minimax_train.kernels.experts.mlp.Dispatcher`): two groups travel while one is computed.
 
     Args:
         sent: the tokens, and their weights if they have any.

@@ -60,7 +60,7 @@ def test_route(T, E, K, pieces):
     assert ours[3].sum() == T * K
     for i in (0, 1, 4):
         assert relative_error(ours[i], right[i]) < 1e-6
-    # The gradient of weights that must sum to one vanishes where there is one choice.
+    # The gradient of weights that must sum to one vanishes where there is one assignment.
     assert relative_error(ours[5], right[5]) < 2e-6 if K > 1 else ours[5].abs().max() < 1e-6
 
 

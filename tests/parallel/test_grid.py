@@ -42,7 +42,7 @@ def test_every_group_has_the_timeout_of_the_run():
 
 
 def _options(grid):
-    """Of the NCCL group of each axis: priority and bound on processors; and whether all ranks' sum is right."""
+    """Of the NCCL group of each axis: priority and bound on SMs; and whether all ranks' sum is right."""
     found = {}
     for axis in (*DENSE, *EXPERT, *JOINED):
         group = grid.group(axis)

@@ -1,4 +1,4 @@
-"""Projections of gathered tokens against the same products on one rank."""
+"""Projections of gathered tokens against the same GEMMs on one rank."""
 
 import pytest
 import torch

@@ -94,14 +94,14 @@ def next_micro_batches(
 
 
 def rows_of(micro_batches: Sequence) -> list[tuple[list[int], list[int], list[int]]]:
-    """(tokens, labels, segment lengths) of every row in micro-batches."""
+    """(tokens, labels, segment lengths) of every packed sequence in micro-batches."""
     rows = []
     for batch in micro_batches:
         length = len(batch.tokens_T) // batch.num_rows
         edges = batch.documents.bounds
         for start in range(0, batch.num_rows * length, length):
             inside = [edge for edge in edges if start <= edge <= start + length]
-            assert inside[0] == start and inside[-1] == start + length, "a row's edge is not a segment's"
+            assert inside[0] == start and inside[-1] == start + length, "a packed sequence's edge is not a document's"
             lengths = [b - a for a, b in pairwise(inside)]
             window = slice(start, start + length)
             rows.append((batch.tokens_T[window].tolist(), batch.labels_T[window].tolist(), lengths))

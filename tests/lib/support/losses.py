@@ -1,9 +1,10 @@
 """Runs of twenty steps in float64, what is recorded of them, and how two recordings are compared.
 
-A recording holds, of every step, loss, gradient norm and a digest of the tokens consumed, in global row order, which is
-the same on every grid; of every evaluation its losses; and of ``STEPS_WITH_ROWS`` the token ids themselves.
+A recording holds, of every step, loss, gradient norm and a digest of the tokens consumed, in the order of the run's
+packed sequences, which is the same on every grid; of every evaluation its losses; and of ``STEPS_WITH_ROWS`` the token
+ids themselves.
 
-Shape legend: T tokens that a rank is given, G rows of a step, S tokens of a row.
+Shape legend: T tokens that a rank is given, G packed sequences of a step, S tokens of each.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ RUNS = {
 
 
 class Consumed(NamedTuple):
-    """A rank's part of a micro-batch: how many rows, its token ids, and their places on the rows' token axis."""
+    """A rank's part of a micro-batch: how many packed sequences, its token ids, and their places on the whole axis."""
 
     num_rows: int
     tokens_T: np.ndarray
@@ -137,7 +138,7 @@ def watch_model() -> list[Consumed]:
 
 
 def _train(grid: Any, config: Config) -> tuple[int, list[Consumed]]:
-    """The rank's place among those that take different rows, and what it consumed."""
+    """The rank's place among those that take different sequences, and what it consumed."""
     consumed = watch_model()
     Trainer(config, grid, torch.device("cpu")).train()
     return grid.rank("dp"), consumed
@@ -161,7 +162,7 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _rows_of_steps(ranks: Sequence[tuple[int, list[Consumed]]], steps: int) -> list[np.ndarray]:
-    """Token ids of every step in global row order, int64 ``[G, S]``, put together from all ranks' parts."""
+    """Token ids of every step, by packed sequence of the run, int64 ``[G, S]``, put together from all ranks' parts."""
     dp_size = 1 + max(dp_rank for dp_rank, _ in ranks)
     parts = [[consumed for dp_rank, consumed in ranks if dp_rank == rank] for rank in range(dp_size)]
     found = []
@@ -174,7 +175,7 @@ def _rows_of_steps(ranks: Sequence[tuple[int, list[Consumed]]], steps: int) -> l
 
 
 def _join(parts: Sequence[Consumed]) -> np.ndarray:
-    """The rows of a micro-batch, of the parts of ranks that share them; where parts overlap they must be the same."""
+    """A micro-batch's sequences, of the parts of ranks that share them; where parts overlap they must be the same."""
     tokens = np.full(1 + max(int(part.places_T.max()) for part in parts), -1)
     for part in parts:
         before = tokens[part.places_T]
@@ -209,7 +210,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, recording: dict[str, Any]) -> None:
-    """A step and a row to a line."""
+    """A step, or a packed sequence, to a line."""
     steps = ",\n".join(f"{json.dumps(step)}: {json.dumps(values)}" for step, values in recording["steps"].items())
     rows = ",\n".join(
         f"{json.dumps(step)}: [\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in values) + "\n]"

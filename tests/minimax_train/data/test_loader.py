@@ -18,7 +18,7 @@ from support.data import WordTokenizer, next_micro_batches, random_documents, ro
 NUM_STREAMS = 4
 LENGTH = 16
 TEXTS = random_documents(60)
-TOTAL = 4 * sum(len(text.split()) + 1 for text in TEXTS) // LENGTH // 8 * 8  # rows of about four epochs
+TOTAL = 4 * sum(len(text.split()) + 1 for text in TEXTS) // LENGTH // 8 * 8  # sequences of about four epochs
 
 LAYOUTS = {
     "text": ("text", 60),
@@ -99,7 +99,7 @@ def test_rows_do_not_depend_on_the_data_parallel_size(config):
         assert interleave(parts) == expected
 
 
-# In rows of all streams: inside the first block, across the first epoch's edge, and both resumes in later epochs.
+# In sequences of all streams: inside the first block, across the first epoch's edge, and both resumes in later epochs.
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (5, 23), (0, TOTAL // 4 + 3), (TOTAL // 3, TOTAL - 9)])
 def test_resumed_twice_the_rows_are_the_same(config, first, second):
     expected = take(loader(config), TOTAL)

@@ -1,4 +1,4 @@
-"""Rows against a packer that works on one flat list."""
+"""Packed sequences against a packer that works on one flat list."""
 
 import random
 from itertools import pairwise
@@ -26,7 +26,7 @@ def drain(rows, sequence_length):
 
 
 def reference_rows(texts, sequence_length):
-    """All tokens in one list; a label is the next entry unless a document ends here; rows are slices."""
+    """All tokens in one list; a label is the next entry unless a document ends here; sequences are slices."""
     tokens, labels, ends = [], [], set()
     for text in texts:
         ids = [int(word) for word in text.split()] + [0]
@@ -49,7 +49,7 @@ def test_rows_equal_the_flat_reference(lengths, sequence_length):
     rows = drain(packer(texts), sequence_length)
     assert rows[: len(expected)] == expected
     assert len(rows) == len(expected) + bool(rest)
-    if rest:  # the last row of a single pass is completed without targets
+    if rest:  # the last sequence of a single pass is completed without targets
         tokens, labels, segments = rows[-1]
         assert tokens[: len(rest)] == rest
         assert labels[len(rest) :] == [IGNORE_INDEX] * (sequence_length - len(rest))

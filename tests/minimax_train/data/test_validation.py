@@ -1,4 +1,4 @@
-"""Held-out rows: the same for any data-parallel size, however few there are."""
+"""Held-out sequences: the same for any data-parallel size, however few there are."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def held_out_sequences(config, number, dp_rank=0, dp_size=1):
 
 
 def evaluation(config, rows, dp_size, rows_per_micro_batch):
-    """Rows with a target by global index, and every rank's micro-batch shapes."""
+    """Sequences with a target by global index, and every rank's micro-batch shapes."""
     parts, shapes = [], []
     for rank in range(dp_size):
         held_out = held_out_sequences(config, rows, rank, dp_size)
@@ -53,7 +53,7 @@ def test_twice_the_same(config):
 
 
 def test_fewer_rows_than_asked_for(tmp_path):
-    config = make_config(tmp_path, documents([20, 12]))  # 34 tokens: two rows and two tokens
+    config = make_config(tmp_path, documents([20, 12]))  # 34 tokens: two sequences and two tokens
     rows, shapes = evaluation(config, 1000, 4, 1)
     assert len(rows) == 3 and shapes == [[(16,)]] * 4
     targets = [label for _, labels, _ in rows for label in labels if label != -100]

@@ -1,4 +1,4 @@
-"""The whole model on rows that ranks share: loss and gradients equal those of one rank."""
+"""The whole model on packed sequences that ranks share: loss and gradients equal those of one rank."""
 
 import pytest
 import torch

@@ -39,10 +39,10 @@ def test_unigram_loss(tmp_path, rows):
         records = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
         (loss,) = (record["unigram_loss"] for record in records if "unigram_loss" in record)
         targets = _targets(config)
-        # The target of a row's last token is the next row's first, of which these rows hold none but that one.
+        # The target of a sequence's last token is the next one's first, of which these hold none but that one.
         held_out = Counter(token for token in targets[1 : rows * ROW + 1] if token is not None)
         total = held_out.total()
-        assert -(-min(len(targets), rows * ROW) // ROW) % 4, "ranks times rows of a micro-batch do not divide the rows"
+        assert -(-min(len(targets), rows * ROW) // ROW) % 4, "the last micro-batches must need stand-ins"
         assert len(held_out) > 15
         expected = -sum(count / total * math.log(count / total) for count in held_out.values())
         assert loss == pytest.approx(expected, rel=1e-12)

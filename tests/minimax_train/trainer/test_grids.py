@@ -102,7 +102,7 @@ def test_weights_are_gathered_once_per_pass(tmp_path, recompute):
 
 
 def test_capacity_and_balance_over_all_ranks(one_rank, tmp_path):
-    """One pool of all tokens of a micro-batch: the same when four ranks take one row each as when one takes four."""
+    """One pool of all tokens of a micro-batch: the same when four ranks take one sequence each as when one has four."""
     shared = ["model.capacity_factor=0.8", "model.capacity_scope=global", "model.aux_loss_scope=global"]
     whole = one_rank(*shared, "recipe.micro_batch_size=4")
     done = {tuple(shared): whole}
