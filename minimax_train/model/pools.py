@@ -2,9 +2,10 @@
 
 A *pool* is the tokens that share an expert's capacity. By the scopes of ``model.capacity_scope`` and
 ``model.aux_loss_scope`` that is each packed sequence (``sequence``), the micro-batches of all ranks (``global``), or
-the micro-batch of this rank (``rank``). Earlier tokens of a pool are served first, so a rank must know what was assigned
-before each of its tokens on other ranks. It counts by *span*: tokens of its own that follow each other in one packed
-sequence. Each span's counts go to its place in the token order of the pool, and a sum over ranks fills in the others'.
+the micro-batch of this rank (``rank``). Earlier tokens of a pool are served first, so a rank must know what was
+assigned before each of its tokens on other ranks. It counts by *span*: tokens of its own that follow each other in one
+packed sequence. Each span's counts go to its place in the token order of the pool, and a sum over ranks fills in the
+others'.
 
 Shape legend: T tokens on this rank, P spans on this rank, B pools, J places of spans in a pool, E experts.
 """

@@ -27,8 +27,8 @@ class ExpertBuckets:
     """How routed tokens are divided into groups, the same on all ranks.
 
     Every rank's tokens are divided into ``token_parts`` equal parts, usually one. An *expert bucket* is the routed
-    tokens of one expert and one part. The buckets of a rank's experts are ordered by expert, then part; a group is a range of
-    this order, the same range for every rank. A bucket's *id* numbers the buckets of all ranks by group, rank, bucket.
+    tokens of one expert and one part. The buckets of a rank's experts are ordered by expert, then part; a group is a
+    range of this order, the same for every rank. Bucket *ids* number the buckets of all ranks by group, rank, bucket.
     """
 
     def __init__(self, num_experts: int, ep: int, groups: int) -> None:
