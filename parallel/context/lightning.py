@@ -109,6 +109,9 @@ def choose_method(state_bytes: int, num_chunks: int, num_ranks: int, machine: Ma
 
 
 class _ContextParallelLightning(torch.autograd.Function):
+    """The documents that the kernels see are this rank's segments. Initial states belong to the first segment of each
+    chunk, final states to the last, so a list of M segment indices says whose states the M states are."""
+
     @staticmethod
     def forward(ctx, q_THK, k_THK, v_THV, slopes_H, shard, communicator, method, phases: StatePassing):
         where, (first, last) = (slopes_H, shard.documents), _edge_segments(shard)
@@ -144,7 +147,7 @@ def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def _passed(segments: tuple[int, ...], shard: SequenceShard, *, backwards: bool) -> tuple[int | None, ...]:
-    """The segments, one of each of this rank's chunks, whose state another chunk takes; None for the others."""
+    """The given segments, one of each of this rank's chunks; None where no other chunk takes the chunk's state."""
     targets = (_neighbours(chunk, shard, backwards=backwards)[1] for chunk in shard.mine)
     return tuple(n if target else None for n, target in zip(segments, targets, strict=True))
 
@@ -165,7 +168,7 @@ def _start_exchange(
     *,
     backwards: bool,
 ) -> Callable[[], Tensor]:
-    """Start to turn the local states of this rank's chunks into their initial states.
+    """Start the exchange that turns the local states of all chunks into the initial states of this rank's.
 
     The initial state of a chunk is the decayed sum of the local states of the chunks before it in its document.
     Backwards: after it, which turns the local parts of the gradients of initial states into those of final states.

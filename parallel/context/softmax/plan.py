@@ -4,7 +4,8 @@ Take the queries of a chunk and the keys of an earlier one. At most one document
 segment of the later chunk and in the last segment of the earlier one. All those queries see all those keys: a dense
 *rectangle* of scores. Between two ranks that hold several chunks, these rectangles make a single one, whose queries and
 whose keys are each contiguous on their rank's token axis: a document that has tokens in two chunks of a rank covers the
-end of the first and the start of the second, which are neighbours there.
+end of the first and the start of the second, which are neighbours there. ``docs/context-parallelism.md`` has the proof
+and an example.
 
 A transfer goes from the rank that holds the keys directly to the rank that reads them, and only what is read is sent.
 Transfers are ordered by distance: at distance d, rank r sends to rank r + d and receives from rank r - d (modulo their
@@ -81,8 +82,10 @@ class RankPlan:
     Attributes:
         local: its tokens as documents (:func:`local_lengths`); attention among them is causal.
         rounds: one per round of the ring, possibly without reads or sends.
-        queries_merged: the queries of all its rectangles, as disjoint token ranges in order.
-        keys_sent: the keys that other ranks read, likewise. Every range that is read or sent lies inside one of these.
+        queries_merged: the queries of all its rectangles, as disjoint token ranges in order: those whose outputs are
+            merged in float32.
+        keys_sent: the keys that other ranks read, likewise: those whose gradients are summed in float32. Every range
+            that is read or sent lies inside one of these.
     """
 
     local: Documents
