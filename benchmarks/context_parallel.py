@@ -33,7 +33,7 @@ from minimax_train.kernels.lightning import lightning_attention, lightning_slope
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.context.layout import SequenceLayout
-from minimax_train.parallel.context.lightning import SCAN_PIECES, count_near_heads, lightning_attention_cp
+from minimax_train.parallel.context.lightning import SCAN_PIECES, count_short_memory_heads, lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
@@ -121,8 +121,9 @@ def lightning_rows(options: argparse.Namespace, layer: int) -> Iterator[dict]:
                 layout = SequenceLayout(kind, ranks)
                 pieces = 1
                 if method == "scan":
-                    near = count_near_heads(slopes, layout.shard(whole, 0).chunk_size, torch.float32)
-                    pieces = max(1, min(SCAN_PIECES, options.heads - near))
+                    chunk_size = layout.shard(whole, 0).chunk_size
+                    short = count_short_memory_heads(slopes, chunk_size, torch.float32)
+                    pieces = max(1, min(SCAN_PIECES, options.heads - short))
 
                 def attend(link, layout=layout, whole=whole, method=method):
                     shard = layout.shard(whole, link.rank)
@@ -158,7 +159,7 @@ def softmax_rows(options: argparse.Namespace) -> Iterator[dict]:
     inputs = make_inputs(tokens, heads, options)
 
     def rate(pairs: int, milliseconds: float) -> float:
-        return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 products forward, 5 backward
+        return 14 * pairs * options.heads * options.dim / milliseconds / 1e9  # TFLOP/s: 2 GEMMs forward, 5 backward
 
     for ranks in options.ranks:
         # As much work as each rank has on one document over all of them.
@@ -205,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
     parser.add_argument("--rate", choices=list(RATES), default="nvlink", help="of the emulated link")
-    parser.add_argument("--sms", type=int, default=8, help="processors an emulated transfer occupies")
+    parser.add_argument("--sms", type=int, default=8, help="SMs an emulated transfer occupies")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--ops", nargs="+", choices=["lightning", "softmax"], default=["lightning", "softmax"])
     parser.add_argument("--tokens", type=int, default=131072, help="per GPU, lightning attention")

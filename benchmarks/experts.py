@@ -7,10 +7,10 @@
 Forward + backward of one layer at MiniMax width, from permutation to combination, without the router: all ranks on the
 ``ep`` axis, or all on ``etp``, or two on ``etp`` and the others on ``ep``. *Exposed* is its time less that of the same
 calls over a link that takes no time (``FreeLink``: the same streams, shapes and kernels, no byte moved); the two
-alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most rows, and
-*transfers* is what the link needs for all of them, one after the other. FLOP/s are
-of the products (18 D F per row), and their share is of dense 8192^3 products, which take turns with the layer, so that
-both run at the clock that the power limit allows for long. Before each call the device sleeps some milliseconds, as it
+alternate, and the median of the differences counts. Emulated, one GPU plays the rank that gets most routed tokens, and
+*transfers* is what the link needs for all of them, one after the other. FLOP/s are of the GEMMs (18 D F per routed
+token), and their share is of dense 8192^3 GEMMs, which take turns with the layer, so that both run at the clock that
+the power limit allows for long. Before each call the device sleeps some milliseconds, as it
 would be busy with the attention before this layer, so that the host is ahead when the layer starts.
 
 Routing: *balanced*, every expert gets the same; *skewed*, log-normal popularity, the same on every rank.
@@ -38,7 +38,7 @@ from minimax_train.parallel.communicator import Communicator, GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import EXPERT_TRANSFER_CTAS, transfer_options
 
-CHOICES = 2
+TOP_K = 2
 DENSE = 40
 DENSE_FLOP = DENSE * 2 * 8192**3
 
@@ -52,23 +52,23 @@ def balanced(tokens: int, experts: int) -> Tensor:
 
 def skewed(tokens: int, experts: int) -> Tensor:
     popularity_E = (0.7 * torch.randn(experts)).exp()
-    return torch.multinomial(popularity_E.expand(tokens, -1), CHOICES)
+    return torch.multinomial(popularity_E.expand(tokens, -1), TOP_K)
 
 
 def make_inputs(routing: str, ep: int, etp: int, options: argparse.Namespace) -> tuple[int, float, list[Tensor]]:
-    """The rank on ``ep`` with most rows, its FLOPs, and x, weights, experts, gate_up and down of one rank."""
+    """The rank on ``ep`` with most routed tokens, its FLOPs, and x, weights, experts, gate_up and down of one rank."""
     torch.manual_seed(0)
     D, F, E, T = options.hidden, options.expert_hidden, options.experts, options.tokens
     experts_TK = {"balanced": balanced, "skewed": skewed}[routing](T, E)
-    rows_I = torch.bincount(experts_TK.flatten(), minlength=E).view(ep, -1).sum(1)
-    shapes = [(T, D), (T, CHOICES), (E // ep, 2 * F // etp, D), (E // ep, D, F // etp)]
+    routed_I = torch.bincount(experts_TK.flatten(), minlength=E).view(ep, -1).sum(1)
+    shapes = [(T, D), (T, TOP_K), (E // ep, 2 * F // etp, D), (E // ep, D, F // etp)]
     scales = [1.0, 1.0, D**-0.5, F**-0.5]
     where = {"device": options.device, "dtype": options.dtype}
     x, weights, gate_up, down = (s * torch.randn(shape, **where) for s, shape in zip(scales, shapes, strict=True))
     leaves = [t.requires_grad_() for t in (x, weights.float(), gate_up, down)]
-    rank = int(rows_I.argmax())
-    # Every rank routes alike, so an expert's rows come from all of them.
-    flops = 18.0 * float(rows_I[rank]) * ep * etp * D * F / etp
+    rank = int(routed_I.argmax())
+    # Every rank routes alike, so an expert's tokens come from all of them.
+    flops = 18.0 * float(routed_I[rank]) * ep * etp * D * F / etp
     return rank, flops, [*leaves[:2], experts_TK.to(options.device), *leaves[2:]]
 
 
@@ -123,7 +123,7 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         for groups in options.groups
         for kind, axes in both.items()
     }
-    runs["dense"] = dense_products(options)
+    runs["dense"] = dense_gemms(options)
     transfers = {}
     for key, run in runs.items():
         before = busy_ms(both["linked"])
@@ -170,8 +170,8 @@ def slowest(milliseconds: list[float]) -> list[float]:
     return times.tolist()
 
 
-def dense_products(options: argparse.Namespace) -> Callable[[], None]:
-    """``DENSE`` products of two matrices of 8192^2, about as long as the layer."""
+def dense_gemms(options: argparse.Namespace) -> Callable[[], None]:
+    """``DENSE`` GEMMs of two matrices of 8192^2, about as long as the layer."""
     if not torch.cuda.is_available():
         return lambda: None
     a, b, out = (torch.randn(8192, 8192, device=options.device, dtype=options.dtype) for _ in range(3))
@@ -186,7 +186,7 @@ def dense_products(options: argparse.Namespace) -> Callable[[], None]:
 def one_rank(options: argparse.Namespace) -> dict:
     """All experts on one rank."""
     _, flops, inputs = make_inputs("balanced", 1, 1, options)
-    layer, dense = one_call(expert_mlp, inputs, torch.randn_like(inputs[0])), dense_products(options)
+    layer, dense = one_call(expert_mlp, inputs, torch.randn_like(inputs[0])), dense_gemms(options)
     samples = [(milliseconds(layer), milliseconds(dense)) for _ in range(options.repeats + 1)][1:]
     ms, dense_ms = (statistics.median(times) for times in zip(*samples, strict=True))
     return {"ranks": 1, "ms": ms, "tflops": flops / ms / 1e9, "of_dense": flops / ms / (DENSE_FLOP / dense_ms)}
@@ -220,34 +220,34 @@ def write_trace(path: Path, run: Callable[[], object]) -> None:
     ]
     sending = {event["tid"] for event in kept if "nccl" in event["name"] or event["name"] == "_carry"}
     kept += [
-        {"name": "thread_name", "ph": "M", "pid": event["pid"], "tid": event["tid"], "args": {"name": lane}}
+        {"name": "thread_name", "ph": "M", "pid": event["pid"], "tid": event["tid"], "args": {"name": kind}}
         for event in {event["tid"]: event for event in kept}.values()
-        for lane in ["transfers" if event["tid"] in sending else "products"]
+        for kind in ["transfers" if event["tid"] in sending else "GEMMs"]
     ]
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": kept}, file)
 
 
 def plot(traces: list[Path], picture: Path) -> None:
-    """Products above, transfers below, over time, of traces that :func:`write_trace` wrote."""
-    colors = {"transfer": "tab:red", "matrix product": "tab:blue", "other kernel": "tab:gray"}
+    """GEMMs above, transfers below, over time, of traces that :func:`write_trace` wrote."""
+    colors = {"transfer": "tab:red", "GEMM": "tab:blue", "other kernel": "tab:gray"}
     figure, axes = subplots(len(traces), 1, (10, 1.5 * len(traces) + 0.6), sharex=True)
     for axis, path in zip(axes, traces, strict=True):
         with gzip.open(path, "rt") as file:
             events = json.load(file)["traceEvents"]
-        lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+        streams = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
         ran = [event for event in events if event["ph"] == "X" and "spin_kernel" not in event["name"]]
         begin = min(event["ts"] for event in ran)
         spans = {kind: [] for kind in colors}
         for event in ran:
-            kind = "matrix product" if "gemm" in event["name"].lower() else "other kernel"
-            kind = "transfer" if lanes[event["tid"]] == "transfers" else kind
+            kind = "GEMM" if "gemm" in event["name"].lower() else "other kernel"
+            kind = "transfer" if streams[event["tid"]] == "transfers" else kind
             if event["dur"] > 5:  # microseconds; less does not show
                 spans[kind].append(((event["ts"] - begin) * 1e-3, event["dur"] * 1e-3))
         for kind, color in colors.items():
             height = (0 if kind == "transfer" else 1, 0.9)
             axis.broken_barh(spans[kind], height, color=color, edgecolor="white", linewidth=0.2, label=kind)
-        axis.set_yticks([0.45, 1.45], ["transfers", "products"])
+        axis.set_yticks([0.45, 1.45], ["transfers", "GEMMs"])
         axis.set_title(path.name.split(".")[0], fontsize=9)
     axes[-1].set_xlabel("milliseconds, forward and backward")
     save(figure, axes[0], picture)
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
     parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
     parser.add_argument(
-        "--sms", type=int, default=EXPERT_TRANSFER_CTAS, help="processors a transfer occupies; over NCCL, at most"
+        "--sms", type=int, default=EXPERT_TRANSFER_CTAS, help="SMs a transfer occupies; over NCCL, at most"
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])

@@ -3,9 +3,9 @@
 Times are medians of plain calls, gradients included where it says so; at these sizes the device is what is waited for.
 A share of the copy rate is the bytes that the op must read and write once, over the time, over the rate of a copy in
 the same run. A share of the GEMM rate is 6 FLOP per token and active weight, over the time, over the rate of a dense
-product in the same run: 8192^3, and in brackets one of the experts' own size (all rows, one expert). The expert layer
-and those dense products take turns of a third of a second, the layer's products of a tenth, so that all run at the
-clock that the power limit allows for long; a product's first 15 ms are faster.
+GEMM in the same run: 8192^3, and in brackets one of the experts' own size (all routed tokens, one expert). The expert
+layer and those dense GEMMs take turns of a third of a second, the layer's GEMMs of a tenth, so that all run at the
+clock that the power limit allows for long; a GEMM's first 15 ms are faster.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ from timing import extra_memory, gemm, gemm_rate, times, times_in_turns
 from torch import Tensor
 
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
-from minimax_train.kernels.experts import ExpertRows, expert_mlp, expert_products, has_quack, route, router_logits
+from minimax_train.kernels.experts import (
+    Permutation,
+    choose_implementation,
+    expert_mlp,
+    has_quack,
+    pytorch,
+    route,
+    router_logits,
+)
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from minimax_train.kernels.rope import rotary_table, rotate_heads
 from minimax_train.kernels.silu import silu_qkv
 
-# Tokens, hidden, expert hidden, experts, choices.
+# Tokens, hidden, expert hidden, experts, assignments per token.
 EXPERTS = [(16_384, 6144, 9216, 32, 2), (65_536, 1024, 2816, 16, 2)]
 NORMS = [(32_768, 6144), (32_768, 8192), (131_072, 1024)]
 SILUS = [(32_768, 64), (131_072, 8)]  # tokens, heads
@@ -67,13 +75,13 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float) -
 
     def layer(implementation: str, router_implementation: str) -> tuple[Tensor, ...]:
         logits, h = router_logits(x, router, implementation=router_implementation)
-        probabilities, weights, choices, _ = route(logits, K, pieces, 1, implementation=router_implementation)
-        y = expert_mlp(h, weights, choices, gate_up, down, implementation=implementation)
+        probabilities, weights, assigned, _ = route(logits, K, pieces, 1, implementation=router_implementation)
+        y = expert_mlp(h, weights, assigned, gate_up, down, implementation=implementation)
         return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
 
     flop = {"dense, 8192^3": 2 * 8192**3, "dense, own size": 4 * T * K * hidden * D}
     runs = {"dense, 8192^3": gemm(8192, 8192, 8192), "dense, own size": gemm(T * K, 2 * hidden, D)}
-    for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "plain")]:
+    for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "torch")]:
         runs[f"{name}: forward + backward"] = partial(layer, name, router_name)
     ms = times_in_turns(runs)
     rates = {name: flop.get(name, 18 * T * K * D * hidden) / ms[name] * 1e3 for name in runs}
@@ -110,47 +118,43 @@ def _expert_parts(
         rows.append(row)
 
     logits, _ = router_logits(x, router)
-    _, weights, choices, _ = route(logits, K, pieces, 1)
-    plan = triton.rank_rows(choices, E)
-    for name in ("triton", "plain"):
+    _, weights, assigned, _ = route(logits, K, pieces, 1)
+    permutation = Permutation.by_expert(assigned, E, triton)
+    for name in ("triton", "torch"):
         part(f"router projection, {name}", lambda n=name: router_logits(x, router, implementation=n), moved=x.nbytes)
         part(f"route, {name}", lambda n=name: route(logits, K, pieces, 1, implementation=n))
-    part("plan by ranks", lambda: triton.rank_rows(choices, E))
-    part("plan by torch.sort", lambda: ExpertRows.sort(choices, E))
-    part("permute", lambda: triton._permute(x, plan), moved=(1 + K) * x.nbytes)
-    x_RD = triton._permute(x, plan)
-    part("permute, indexing", lambda: x[plan.choice_R // K], moved=(1 + K) * x.nbytes)
-    part("combine", lambda: triton._combine(x_RD, plan), moved=(1 + K) * x.nbytes)
-    products, flop = {}, {}
+    part("sort by expert", lambda: triton.sort_by_expert(assigned, E))
+    part("sort by expert, torch.sort", lambda: pytorch.sort_by_expert(assigned, E))
+    part("permute", lambda: permutation.permute(x), moved=(1 + K) * x.nbytes)
+    x_RD = permutation.permute(x)
+    part("permute, indexing", lambda: x[permutation.assignment_R // K], moved=(1 + K) * x.nbytes)
+    part("unpermute", lambda: permutation.unpermute(x_RD), moved=(1 + K) * x.nbytes)
+    gemms, flop = {}, {}
     for name in _names(x):
-        for label, count, run in _products(name, x_RD, gate_up, down, plan, weights):
-            products[label], flop[label] = run, count * 2 * len(x_RD) * down[0].numel()
-    for label, ms in times_in_turns(products, turn_ms=100, rounds=3).items():
+        for label, count, run in _gemms(name, x_RD, gate_up, down, permutation, weights):
+            gemms[label], flop[label] = run, count * 2 * len(x_RD) * down[0].numel()
+    for label, ms in times_in_turns(gemms, turn_ms=100, rounds=3).items():
         _print(label, ms, f"{flop[label] / ms * 1e-9:.0f}", flop[label] / ms * 1e3 / dense)
         rows.append({"op": "experts", "name": label, "tokens": T, "hidden": D, "ms": ms})
     return rows
 
 
-def _products(
-    name: str, x_RD: Tensor, gate_up: Tensor, down: Tensor, plan: ExpertRows, weights: Tensor
+def _gemms(
+    name: str, x_RD: Tensor, gate_up: Tensor, down: Tensor, permutation: Permutation, weights: Tensor
 ) -> list[tuple[str, int, Callable[[], object]]]:
-    """The six products, the first and the third with SwiGLU: label, how many products of R x D x F, and the call."""
-    products = expert_products(x_RD, down.shape[2], name)
-    offsets_E, choices = plan.offsets_E, (weights, plan.choice_R)
-    hidden, act = products.up(x_RD, gate_up, offsets_E, *choices)
+    """The six GEMMs, the first and the third with SwiGLU: label, how many GEMMs of R x D x F, and the call."""
+    gemms, _ = choose_implementation(x_RD, down.shape[2], name)
+    offsets_E, weights_R = permutation.offsets_E, permutation.permute_weights(weights)
+    hidden, act = gemms.up(x_RD, gate_up, offsets_E, weights_R)
     # The gradient of y may be any tensor of its shape.
-    d_hidden, _, _ = products.d_hidden(x_RD, hidden, down, offsets_E, *choices)
+    d_hidden, _, _ = gemms.d_hidden(x_RD, hidden, down, offsets_E, weights_R)
     return [
-        (f"{name}: gate, up and activation", 2, lambda: products.up(x_RD, gate_up, offsets_E, *choices)),
-        (f"{name}: down", 1, lambda: products.down(act, down, offsets_E)),
-        (
-            f"{name}: d gate, d up and activation",
-            1,
-            lambda: products.d_hidden(x_RD, hidden, down, offsets_E, *choices),
-        ),
-        (f"{name}: d down", 1, lambda: products.d_down(x_RD, act, offsets_E)),
-        (f"{name}: d gate_up", 2, lambda: products.d_gate_up(d_hidden, x_RD, offsets_E)),
-        (f"{name}: dx", 2, lambda: products.dx(d_hidden, gate_up, offsets_E)),
+        (f"{name}: gate, up and activation", 2, lambda: gemms.up(x_RD, gate_up, offsets_E, weights_R)),
+        (f"{name}: down", 1, lambda: gemms.down(act, down, offsets_E)),
+        (f"{name}: d gate, d up and activation", 1, lambda: gemms.d_hidden(x_RD, hidden, down, offsets_E, weights_R)),
+        (f"{name}: d down", 1, lambda: gemms.d_down(x_RD, act, offsets_E)),
+        (f"{name}: d gate_up", 2, lambda: gemms.d_gate_up(d_hidden, x_RD, offsets_E)),
+        (f"{name}: dx", 2, lambda: gemms.dx(d_hidden, gate_up, offsets_E)),
     ]
 
 
@@ -198,7 +202,7 @@ def norm(rate: float) -> list[dict]:
             ),
         }
         for kind, (leaves, tensors, run) in kinds.items():
-            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "plain")}
+            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "torch")}
             moved = tuple(count * x.nbytes for count in tensors)
             rows += _both_directions("norm", f"{kind}, {T} x {D}", runs, leaves, moved, rate)
     return rows
@@ -211,7 +215,7 @@ def rope(rate: float) -> list[dict]:
     cos, sin = rotary_table(torch.arange(T, device="cuda"), R, 10_000.0)
     for H in (64, 8):
         x = _randn(T, H * K)
-        for name in ("triton", "plain"):
+        for name in ("triton", "torch"):
 
             def run(x: Tensor, name: str = name) -> Tensor:
                 return rotate_heads(x, cos, sin, head_dim=K, implementation=name)
@@ -238,7 +242,7 @@ def silu(rate: float) -> list[dict]:
     _header("SiLU of q, k, v", "implementation", "forward ms (share of the copy rate)", "backward")
     for T, H in SILUS:
         x = _randn(T, H * 3 * 128)
-        runs = {name: lambda x=x, n=name: silu_qkv(x, head_dim=128, implementation=n) for name in ("triton", "plain")}
+        runs = {name: lambda x=x, n=name: silu_qkv(x, head_dim=128, implementation=n) for name in ("triton", "torch")}
         # x has the three tensors of T x H x K; their gradients are three tensors, as attention's backward makes them.
         rows += _both_directions("silu", f"{T} tokens, {H} heads", runs, [x], (2 * x.nbytes, 3 * x.nbytes), rate)
     return rows
@@ -262,7 +266,7 @@ def loss(rate: float) -> list[dict]:
     dense = gemm_rate(8192, 8192, 8192)
     losses = {
         "triton": lambda *args: linear_cross_entropy(*args, implementation="triton"),
-        "plain, in chunks": lambda *args: linear_cross_entropy(*args, implementation="plain"),
+        "torch, in blocks": lambda *args: linear_cross_entropy(*args, implementation="torch"),
         "all logits": _materialised,
     }
     if liger := _liger():

@@ -108,7 +108,7 @@ def plot(source: Path, picture: Path) -> None:
             lengths = sorted({point["tokens"] for point in of_op})
             least = [floors(op, tokens, machine)[index] for tokens in lengths]
             axis.plot(lengths, least, color=color, linestyle=":", label=f"{op}, floor")
-        axis.set(xscale="log", yscale="log", xlabel="tokens in a row", title=title)
+        axis.set(xscale="log", yscale="log", xlabel="tokens in a sequence", title=title)
         axis.set_xticks([2**n for n in range(11, 21)], [f"{2 ** (n - 10)}K" for n in range(11, 20)] + ["1M"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -2,7 +2,7 @@
 
 :class:`EmulatedLink` is a Communicator (``minimax_train.parallel.communicator``). What other ranks would have sent is a
 local copy of tensors of the right shape, so results are wrong and times are right; correctness is the tests' business.
-Each transfer is one kernel on the link's own stream, beside compute: ``sms`` programs, each on a processor of its own,
+Each transfer is one kernel on the link's own stream, beside compute: ``sms`` programs, each on an SM of its own,
 which copy and then hold on. It takes, the copy included,
 
     latency + bytes through this rank's link in the busier direction / rate.
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from minimax_train.parallel.communicator import Pending
 
-# Two H200 over NVLink: an all-gather of 4 MB takes 39 us, a send-receive of 1 GB 2.98 ms. And a 400 Gb/s card per GPU.
+# One line for transfers of all kinds and sizes, unlike the lines of each kind in minimax_train.parallel.cost. Two H200
+# over NVLink: an all-gather of 4 MB takes 39 us, a send-receive of 1 GB 2.98 ms. And a 400 Gb/s card per GPU.
 RATES = {"nvlink": (20e-6, 335e9), "network": (30e-6, 50e9)}
 
 
@@ -35,7 +36,7 @@ class EmulatedLink:
     Attributes:
         rank, size: the rank that is played, and how many there are.
         latency_s, bytes_per_s: of a transfer.
-        sms: processors a transfer occupies while it lasts.
+        sms: SMs a transfer occupies while it lasts.
         chained: whether states travel from rank to rank, forwards or backwards, to this one past all before it.
         pieces: in how many pieces they travel.
         busy_s: what all transfers so far take, one after the other.
@@ -64,11 +65,11 @@ class EmulatedLink:
         out = torch.empty_like(x[0]) if out is None else out
         return self._transfer((self.size - 1) * out.nbytes, x.contiguous(), out)
 
-    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
         row_bytes = x[:1].nbytes
-        outgoing = (sum(sends) - sends[self.rank]) * row_bytes
-        incoming = (sum(receives) - receives[self.rank]) * row_bytes
-        return self._transfer(max(outgoing, incoming), x.contiguous(), out[: sum(receives)], result=out)
+        outgoing = (sum(input_splits) - input_splits[self.rank]) * row_bytes
+        incoming = (sum(output_splits) - output_splits[self.rank]) * row_bytes
+        return self._transfer(max(outgoing, incoming), x.contiguous(), out[: sum(output_splits)], result=out)
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
         outgoing = sum(x.nbytes for x in sends.values())
@@ -109,7 +110,7 @@ class EmulatedLink:
             nothing = target is None or not source.numel()
             words = [started[:0], started[:0]] if nothing else _words(source, target)
             sizes = [x.numel() for x in words]
-            # 1024 threads leave a product no registers: smaller programs would share a processor with it.
+            # 1024 threads leave a GEMM no registers: smaller programs would share an SM with it.
             _carry[(self.sms,)](
                 *words, *sizes, started, int(seconds * 1e9), B=4096, EXACT=max(sizes) < 2**20, num_warps=32
             )
@@ -176,7 +177,7 @@ def _clock(out):
 
 @triton.jit(do_not_specialize=["source_size", "target_size", "nanoseconds"])
 def _carry(source, target, source_size, target_size, started, nanoseconds, B: tl.constexpr, EXACT: tl.constexpr):
-    """Fill the target from the source, round and round; then keep stream and processors until a time is over.
+    """Fill the target from the source, round and round; then keep stream and SMs until a time is over.
 
     All of a source that is longer is read: a sum over ranks reads all of theirs. Unless EXACT, whole blocks wrap
     around, which costs no division per word.

@@ -2,7 +2,7 @@
 
     python benchmarks/softmax.py [--tokens 8192 32768 131072] [--documents 1 64] [--json FILE]
 
-The implementations take turns of a fifth of a second or one call. What sharing a row costs is in
+The implementations take turns of a fifth of a second or one call. What sharing a sequence costs is in
 ``context_parallel.py``.
 """
 

@@ -25,14 +25,17 @@ from minimax_train.data.config import DataConfig
 from minimax_train.engines import ENGINES, EngineConfig
 from minimax_train.errors import ConfigError, require, require_choice, require_positive
 from minimax_train.files import replace_text
-from minimax_train.kernels.dispatch import AUTO
+from minimax_train.kernels.dispatch import AUTO, RENAMED
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.model.attention import ATTENTIONS
+from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, nearest_divisors
 from minimax_train.recipe import RecipeConfig, StepPlan
 
+# Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
+RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
 CONFIG_DIR = Path(configs.__file__).parent
 
 
@@ -42,7 +45,7 @@ class ParallelConfig:
 
     Attributes:
         tp: tensor-parallel size: how many ranks share the heads of an attention, and the vocabulary.
-        cp: context-parallel size: how many ranks share each row.
+        cp: context-parallel size: how many ranks share each packed sequence.
         ep: expert-parallel size: how many ranks share the experts of a layer.
         etp: expert-tensor-parallel size: how many ranks share each expert's hidden size. What is left over of the
             number of processes is data-parallel, for the dense part and for the experts each by itself.
@@ -118,25 +121,25 @@ class Config:
         groups = self.parallel.token_groups
         require(groups <= self.tokens_per_rank, "parallel.token_groups", groups, accepted)
         # Of all ranks' tokens: in check_world_size, for how many they are is not known before.
-        if self.model.capacity_scope == "row":
-            self._check_capacity(self.data.sequence_length, "a row")
+        if self.model.capacity_scope == "sequence":
+            self._check_capacity(self.data.sequence_length, "a packed sequence")
         elif self.model.capacity_scope == "rank":
             self._check_capacity(self.tokens_per_rank, "a rank's micro-batch")
 
     @property
     def tokens_per_rank(self) -> int:
         """Tokens of a micro-batch that a rank holds between attention layers."""
-        rows, parallel = self.recipe.micro_batch_size, self.parallel
-        return rows * self.data.sequence_length // (parallel.cp * parallel.tp)
+        tokens, parallel = self.recipe.micro_batch_size * self.data.sequence_length, self.parallel
+        return tokens // (parallel.cp * parallel.tp)
 
     def _check_capacity(self, tokens: int, pool: str) -> None:
-        """Refuse a capacity factor that drops every choice of the tokens that share a capacity."""
+        """Refuse a capacity factor that drops every assignment of the tokens that share a capacity."""
         model = self.model
         if model.capacity_factor is None:
             return
         capacity = model.expert_capacity(tokens)
         accepted = (
-            f"must leave each expert at least 1 choice of the {tokens} tokens of {pool} "
+            f"must leave each expert at least 1 assignment of the {tokens} tokens of {pool} "
             f"(model.capacity_scope={model.capacity_scope}); it leaves {capacity}"
         )
         require(capacity >= 1, "model.capacity_factor", model.capacity_factor, accepted)
@@ -165,7 +168,7 @@ class Config:
 
     @property
     def layout(self) -> SequenceLayout:
-        """How rows are dealt to context-parallel ranks."""
+        """How packed sequences are dealt to context-parallel ranks."""
         return SequenceLayout(self.parallel.layout, self.parallel.cp)
 
     def check_world_size(self, world_size: int) -> None:
@@ -180,12 +183,12 @@ class Config:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         dp = world_size // (parallel.cp * parallel.tp)
-        rows = dp * recipe.micro_batch_size
+        together = dp * recipe.micro_batch_size
         require(
-            recipe.global_batch_size % rows == 0,
+            recipe.global_batch_size % together == 0,
             "recipe.global_batch_size",
             recipe.global_batch_size,
-            f"must be a multiple of {rows}: {dp} data-parallel ranks x "
+            f"must be a multiple of {together}: {dp} data-parallel ranks x "
             f"recipe.micro_batch_size={recipe.micro_batch_size}",
         )
         fitting = [size for size in range(1, streams + 1) if streams % size == 0]
@@ -196,7 +199,7 @@ class Config:
             f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
         )
         if self.model.capacity_scope == "global":
-            self._check_capacity(rows * self.data.sequence_length, "all ranks' micro-batches")
+            self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -237,13 +240,27 @@ def read_config(path: str | Path) -> Config:
         ConfigError: when the file is missing or does not hold a configuration of this version.
     """
     try:
-        saved, schema = OmegaConf.load(path), OmegaConf.structured(Config)
+        saved, schema = _with_new_names(OmegaConf.load(path)), OmegaConf.structured(Config)
         name = OmegaConf.select(saved, "engine.name")
         require_choice("engine.name", name, tuple(ENGINES))
         schema.engine = OmegaConf.structured(ENGINES[name].config_type)
         return _instantiate(OmegaConf.merge(schema, saved))
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
+
+
+def _with_new_names(saved: DictConfig) -> DictConfig:
+    """What an earlier version saved, in the words of this one."""
+    for old, new in RENAMED_KEYS.items():
+        group, _, name = old.rpartition(".")
+        if name in (node := OmegaConf.select(saved, group, default={})):
+            node[new.rpartition(".")[2]] = node.pop(name)
+    for group, renamed in [("kernels", RENAMED), ("model", RENAMED_SCOPES)]:
+        node = OmegaConf.select(saved, group, default={})
+        for name, value in node.items():
+            if (group == "kernels" or name.endswith("_scope")) and value in renamed:
+                node[name] = renamed[value]
+    return saved
 
 
 def config_at(config: Config, plan: StepPlan) -> Config:
@@ -279,6 +296,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _instantiate(tree: DictConfig) -> Config:
+    require_choice("engine.name", tree.engine.name, tuple(ENGINES))
     _refuse_unknown(OmegaConf.to_container(tree), tree.engine.name)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
@@ -299,7 +317,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
     parent, _, name = key.rpartition(".")
     engines = [item.partition("=")[2] for item in overrides if item.startswith("engine=")]
-    engine = engines[-1] if engines and engines[-1] in ENGINES else EngineConfig.name
+    engine = engines[-1] if engines else EngineConfig.name
     fields = _fields_of(parent, engine)
     if fields and name not in fields:
         return _unknown_key(key, given, fields)
@@ -316,7 +334,8 @@ def _fields_of(path: str, engine: str) -> dict[str, str]:
     kind: Any = Config
     for name in filter(None, path.split(".")):
         kind = get_type_hints(kind).get(name)
-        kind = ENGINES[engine].config_type if kind is EngineConfig else kind
+        if kind is EngineConfig:
+            kind = ENGINES[engine].config_type if engine in ENGINES else EngineConfig
         if not dataclasses.is_dataclass(kind):
             return {}
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
@@ -335,6 +354,8 @@ def _refuse_unknown(tree: dict[str, Any], engine: str, path: str = "") -> None:
 
 def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
     parent, _, name = key.rpartition(".")
+    if key in RENAMED_KEYS:
+        return f"{given}: renamed: use {RENAMED_KEYS[key]}"
     close = difflib.get_close_matches(name, fields, n=1)
     hint = f" Did you mean {f'{parent}.{close[0]}'.lstrip('.')}?" if close else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"

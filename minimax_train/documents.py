@@ -1,6 +1,6 @@
 """Where packed documents start and end on the token axis: what data, kernels and ranks all describe a batch by.
 
-Shape legend: T tokens, N documents, M chunks, C tokens per chunk.
+Shape legend: T tokens, N documents.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,35 +26,20 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Chunks:
-    """Documents cut in chunks of at most C tokens, each chunk inside one document, in token order.
+class Derived:
+    """Something that keeps what is computed from it: made at the first request, shared by all layers, gone with it."""
 
-    Attributes:
-        size: C.
-        starts_M, lengths_M: first token and token count of each chunk, int64.
-        documents_M: the document each chunk lies in, int64.
-    All on the device of the documents.
-    """
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
-    size: int
-    starts_M: Tensor
-    lengths_M: Tensor
-    documents_M: Tensor
-
-    @cached_property
-    def tokens_MC(self) -> Tensor:
-        """Token index of each chunk slot, int64; slots past the chunk's length repeat its last token."""
-        slots_C = torch.arange(self.size, device=self.starts_M.device)
-        return self.starts_M[:, None] + torch.minimum(slots_C, self.lengths_M[:, None] - 1)
-
-    @cached_property
-    def valid_MC(self) -> Tensor:
-        """Whether the slot holds a token, bool."""
-        return torch.arange(self.size, device=self.starts_M.device) < self.lengths_M[:, None]
+    def derive(self, key: Hashable, make: Callable[[Self], Any]) -> Any:
+        """``make(self)``, computed once per key. A result that refers to ``self`` would keep both from being freed."""
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class Documents(Derived):
     """The documents packed on one token axis: document n is tokens ``cu_seqlens[n]`` up to ``cu_seqlens[n + 1]``.
 
     Held on the host as well as on the compute device, so that nothing waits for the device to learn a length.
@@ -63,14 +48,13 @@ class Documents:
     Attributes:
         cu_seqlens: int32 ``[N + 1]`` on the compute device, the form varlen kernels take.
         cu_seqlens_cpu: the same on the host.
-        first_positions: position of each document's first token, host integers: 0 unless these are pieces of documents
+        first_positions: position of each document's first token, host integers: 0 unless these are parts of documents
             that began elsewhere.
     """
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
     first_positions: tuple[int, ...]
-    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_lengths(
@@ -124,24 +108,3 @@ class Documents:
         shift_N = to_device(torch.tensor(self.first_positions), self.device) - self.cu_seqlens[:-1]
         shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=self.device) + shift_T
-
-    def chunks(self, size: int) -> Chunks:
-        """The documents cut in chunks of at most ``size`` tokens; computed once per size."""
-        return self.derive(("chunks", size), lambda documents: documents._cut(size))
-
-    def derive(self, key: Hashable, make: Callable[[Documents], Any]) -> Any:
-        """``make(self)``, made at the first request for ``key`` and kept for all layers."""
-        if key not in self._derived:
-            self._derived[key] = make(self)
-        return self._derived[key]
-
-    def _cut(self, size: int) -> Chunks:
-        lengths_N = self.cu_seqlens_cpu.diff().long()
-        chunks_N = (lengths_N + size - 1) // size
-        documents_M = torch.arange(len(self)).repeat_interleave(chunks_N)
-        first_M = (chunks_N.cumsum(0) - chunks_N)[documents_M]
-        offset_M = (torch.arange(len(documents_M)) - first_M) * size
-        starts_M = self.cu_seqlens_cpu[:-1].long()[documents_M] + offset_M
-        lengths_M = (lengths_N[documents_M] - offset_M).clamp(max=size)
-        parts = (starts_M, lengths_M, documents_M)
-        return Chunks(size, *(to_device(part, self.device) for part in parts))

@@ -35,7 +35,7 @@ class Evaluation:
             held_out = build_validation_sequences(
                 self.config.data,
                 self.tokenizer,
-                num_sequences=self.config.recipe.eval_rows,
+                num_sequences=self.config.recipe.eval_sequences,
                 sequence_length=plan.sequence_length,
                 dp_rank=self.grid.rank("dp"),
                 dp_size=self.grid.size("dp"),

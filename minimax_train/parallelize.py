@@ -50,7 +50,7 @@ def context_methods(config: ParallelConfig) -> dict[str, str]:
 
 def count_sums(grid: ProcessGrid) -> dict[str, Callable[[Tensor], Tensor]]:
     """Sums over all ranks that hold tokens of a packed sequence, or of the micro-batch."""
-    axes = {"row": "cp_tp", "global": "dp_cp_tp"}
+    axes = {"sequence": "cp_tp", "global": "dp_cp_tp"}
     return {scope: partial(_all_reduce, grid.group(axis)) for scope, axis in axes.items() if grid.size(axis) > 1}
 
 

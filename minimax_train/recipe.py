@@ -30,7 +30,8 @@ class RecipeConfig:
         weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
         gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
         activation_checkpointing: keep only each block's input and recompute the rest in the backward pass.
-        eval_interval, eval_rows: every how many steps, and on how many held-out rows; interval 0 for never.
+        eval_interval, eval_sequences: every how many steps, and on how many held-out packed sequences; interval 0 for
+            never.
     """
 
     steps: int
@@ -48,10 +49,12 @@ class RecipeConfig:
     gradient_clip: float | None = 1.0
     activation_checkpointing: bool = False
     eval_interval: int = 100
-    eval_rows: int = 64
+    eval_sequences: int = 64
 
     def __post_init__(self) -> None:
-        require_positive("recipe", self, "steps", "global_batch_size", "micro_batch_size", "learning_rate", "eval_rows")
+        require_positive(
+            "recipe", self, "steps", "global_batch_size", "micro_batch_size", "learning_rate", "eval_sequences"
+        )
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "recipe.micro_batch_size",

@@ -1,4 +1,4 @@
-"""What ranks say to each other with: all-gather, reduce-scatter, all-to-all, batches of sends and receives.
+"""Communication between ranks: all-gather, reduce-scatter, all-to-all, batches of sends and receives.
 
 The algorithms are given a :class:`Communicator` and know no process group, so the same code runs over NCCL, over gloo,
 and over an emulated link (``benchmarks/``).
@@ -41,15 +41,15 @@ class Communicator(Protocol):
         """
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
-        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's row of the sum.
+        """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's slice of the sum.
 
         In ``out`` if given, which must be contiguous.
         """
 
-    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
-        """Start sending ``sends[r]`` rows of x to each rank r, in order, and receiving ``receives[r]`` into ``out``.
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
+        """Start sending ``input_splits[r]`` rows of x to each rank r, in order, and receiving ``output_splits[r]``.
 
-        Both may have more rows than are sent or received. ``wait()`` returns ``out``.
+        They arrive in ``out``, which ``wait()`` returns. Both tensors may have more rows than are sent or received.
         """
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
@@ -87,12 +87,13 @@ class GroupCommunicator:
         work = collective(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
-    def all_to_all(self, x: Tensor, out: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Pending:
-        sent, received = x[: sum(sends)].contiguous(), out[: sum(receives)]
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
+        sent, received = x[: sum(input_splits)].contiguous(), out[: sum(output_splits)]
         if not self._is_nccl and x.is_cuda:  # gloo
-            host = self.all_to_all(sent.cpu(), torch.empty_like(received, device="cpu"), sends, receives)
+            host = self.all_to_all(sent.cpu(), torch.empty_like(received, device="cpu"), input_splits, output_splits)
             return Pending(lambda: (received.copy_(host.wait()), out)[1])
-        work = dist.all_to_all_single(received, sent, list(receives), list(sends), group=self.group, async_op=True)
+        splits = list(output_splits), list(input_splits)
+        work = dist.all_to_all_single(received, sent, *splits, group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:

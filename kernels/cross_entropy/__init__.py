@@ -1,13 +1,13 @@
 """Output projection and cross-entropy in one op that never holds all logits.
 
-The gradient is linear in the loss, so it is made in the forward pass, chunk by chunk, while the logits exist; the
-backward pass only scales it. Memory beyond the inputs and their gradients is held under ``BUDGET``, whatever the
-number of tokens: one chunk of logits, which turns into its own gradient in place, and, where it takes no more than
-half of that, a float32 sum for the gradient of a 16-bit weight. Where it would take more (beyond D = 1,174 at a
-vocabulary of 200,064) the sum is kept in the weight's dtype: each chunk's product is summed in float32 and rounded
-once. ``docs/kernels.md`` has the error of that.
+The gradient is linear in the loss, so it is made in the forward pass, one block of tokens after the other, while their
+logits exist; the backward pass only scales it. Memory beyond the inputs and their gradients is held under ``BUDGET``,
+whatever the number of tokens: the logits of one block, which turn into their own gradient in place, and, where it takes
+no more than half of that, a float32 sum for the gradient of a 16-bit weight. Where it would take more (beyond D = 1,174
+at a vocabulary of 200,064) the sum is kept in the weight's dtype: each block's GEMM sums in float32 and rounds once.
+``docs/kernels.md`` has the error of that.
 
-Shape legend: T tokens, D hidden, V vocabulary, C tokens per chunk.
+Shape legend: T tokens, D hidden, V vocabulary, B tokens of a block.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.cross_entropy.plain import TEMPORARIES, softmax_gradient_plain
+from minimax_train.kernels.cross_entropy import pytorch
 from minimax_train.kernels.cross_entropy.vocabulary import VocabularyShard
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
 
-__all__ = ["BUDGET", "IMPLEMENTATIONS", "VocabularyShard", "choose_chunks", "linear_cross_entropy"]
+__all__ = ["BUDGET", "IMPLEMENTATIONS", "VocabularyShard", "choose_block", "linear_cross_entropy"]
 
 BUDGET = 1792 * 2**20  # bytes
-# Tokens: a processor without kernels of its own is better off in its caches than near the budget.
-PLAIN_CHUNK = 2048
-# Elements of a float32 temporary while gradients are scaled, or summed where no product can add itself.
+# Tokens: PyTorch ops on a CPU are faster within its caches than near the budget.
+TORCH_BLOCK = 2048
+# Elements of a float32 temporary while gradients are scaled, or summed where no GEMM adds to float32.
 SLICE = 2**24
 
 
-def _triton(*args) -> Tensor:
-    # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.cross_entropy.triton import softmax_gradient_triton
+@OnDemand
+def _triton():
+    from minimax_train.kernels.cross_entropy import triton
 
-    return softmax_gradient_triton(*args)
-
-
-IMPLEMENTATIONS = {"triton": _triton, "plain": softmax_gradient_plain}
+    return triton
 
 
-def choose_chunks(T: int, D: int, V: int, *, itemsize: int, temporaries: int) -> tuple[int, bool]:
-    """Tokens per chunk, and whether a float32 sum of the weight's gradient fits beside it.
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
+
+
+def choose_block(T: int, D: int, V: int, *, itemsize: int, temporaries: int) -> tuple[int, bool]:
+    """Tokens per block, and whether a float32 sum of the weight's gradient fits beside it.
 
     Args:
         itemsize: bytes of a logit.
@@ -51,17 +51,17 @@ def choose_chunks(T: int, D: int, V: int, *, itemsize: int, temporaries: int) ->
     per_token = V * (itemsize + 4 * temporaries)
     sum_bytes = 4 * V * D if itemsize < 4 else 0
     wide_sum = 0 < sum_bytes <= BUDGET // 2 and BUDGET // per_token < T
-    chunk = (BUDGET - wide_sum * sum_bytes) // per_token
+    block = (BUDGET - wide_sum * sum_bytes) // per_token
     if temporaries:
-        chunk = min(chunk, PLAIN_CHUNK)
-    if chunk >= T:
-        return max(1, T), False  # one product, one rounding
-    return max(1, chunk // 256 * 256 or chunk), wide_sum
+        block = min(block, TORCH_BLOCK)
+    if block >= T:
+        return max(1, T), False  # one GEMM, one rounding
+    return max(1, block // 256 * 256 or block), wide_sum
 
 
 @cache
-def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds the product of 16-bit matrices to a float32 one: on CUDA, and not in every version."""
+def _gemm_adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's GEMM of 16-bit matrices adds to a float32 one: on CUDA, and not in every version."""
     total, factor = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
@@ -70,26 +70,26 @@ def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _add_product(total_VD: Tensor, grad_CV: Tensor, x_CD: Tensor, *, first: bool) -> None:
+def _add_gemm(total_VD: Tensor, grad_BV: Tensor, x_BD: Tensor, *, first: bool) -> None:
     """``total += grad^T x``, summed in float32 at least and rounded once to the dtype of the total."""
-    if total_VD.dtype == x_CD.dtype:
+    if total_VD.dtype == x_BD.dtype:
         if first:
-            torch.mm(grad_CV.T, x_CD, out=total_VD)
+            torch.mm(grad_BV.T, x_BD, out=total_VD)
         else:
-            total_VD.addmm_(grad_CV.T, x_CD)
-    elif _adds_to_float32(x_CD.device, x_CD.dtype):
-        torch.addmm(total_VD, grad_CV.T, x_CD, beta=0 if first else 1, out_dtype=torch.float32, out=total_VD)
+            total_VD.addmm_(grad_BV.T, x_BD)
+    elif _gemm_adds_to_float32(x_BD.device, x_BD.dtype):
+        torch.addmm(total_VD, grad_BV.T, x_BD, beta=0 if first else 1, out_dtype=torch.float32, out=total_VD)
     else:
-        step = max(1, SLICE // max(total_VD.shape[1], len(x_CD)))
-        x_CD = x_CD.to(total_VD.dtype)
-        for total_vD, grad_Cv in zip(total_VD.split(step), grad_CV.split(step, dim=1), strict=True):
+        step = max(1, SLICE // max(total_VD.shape[1], len(x_BD)))
+        x_BD = x_BD.to(total_VD.dtype)
+        for total_vD, grad_Bv in zip(total_VD.split(step), grad_BV.split(step, dim=1), strict=True):
             if first:
                 total_vD.zero_()
-            total_vD.addmm_(grad_Cv.T.to(total_VD.dtype), x_CD)
+            total_vD.addmm_(grad_Bv.T.to(total_VD.dtype), x_BD)
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x * factor`` in ``dtype``, in place if that is x's own; the product is made in float32 at least.
+    """``x * factor`` in ``dtype``, in place if that is x's own; multiplied in float32 at least.
 
     In slices: in one op, PyTorch's CUDA kernel rounds the factor to the dtype of x.
     """
@@ -102,11 +102,12 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weight_VD, labels_T, softmax_gradient, temporaries, shard):
+    def forward(ctx, x_TD, weight_VD, labels_T, softmax, shard):
         (T, D), V = x_TD.shape, len(weight_VD)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        chunk, wide_sum = choose_chunks(T, D, V, itemsize=x_TD.element_size(), temporaries=temporaries)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        temporaries = softmax.TEMPORARIES * dtype.itemsize // 4
+        block, wide_sum = choose_block(T, D, V, itemsize=x_TD.element_size(), temporaries=temporaries)
         grad_x_TD = torch.empty_like(x_TD) if needs_x else None
         grad_weight_VD = None
         if needs_weight:
@@ -114,18 +115,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight_VD = torch.empty(V, D, dtype=kind, device=x_TD.device)
             if T == 0:
                 grad_weight_VD.zero_()
-        logits_CV = torch.empty(min(chunk, T), V, dtype=x_TD.dtype, device=x_TD.device)
+        logits_BV = torch.empty(min(block, T), V, dtype=x_TD.dtype, device=x_TD.device)
         losses = []
-        for start in range(0, T, chunk):
-            rows = slice(start, start + chunk)
-            x_CD = x_TD[rows]
-            grad_CV = logits_CV[: len(x_CD)]
-            torch.mm(x_CD, weight_VD.T, out=grad_CV)
-            losses.append(softmax_gradient(grad_CV, labels_T[rows], needs_x or needs_weight, shard))
+        for start in range(0, T, block):
+            tokens = slice(start, start + block)
+            x_BD = x_TD[tokens]
+            grad_BV = logits_BV[: len(x_BD)]
+            torch.mm(x_BD, weight_VD.T, out=grad_BV)
+            losses.append(softmax.softmax_gradient(grad_BV, labels_T[tokens], needs_x or needs_weight, shard))
             if needs_x:
-                torch.mm(grad_CV, weight_VD, out=grad_x_TD[rows])
+                torch.mm(grad_BV, weight_VD, out=grad_x_TD[tokens])
             if needs_weight:
-                _add_product(grad_weight_VD, grad_CV, x_CD, first=start == 0)
+                _add_gemm(grad_weight_VD, grad_BV, x_BD, first=start == 0)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype
         return torch.cat(losses).sum() if losses else x_TD.new_zeros((), dtype=dtype)
@@ -138,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else _scaled(gradient, grad_loss, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 def linear_cross_entropy(
@@ -155,15 +156,11 @@ def linear_cross_entropy(
         x_TD, weight_VD: any floating dtype, the same for both; logits are rounded to it.
         labels_T: int64, in ``[0, V)`` or ``IGNORE_INDEX``.
         shard: which part of the vocabulary ``weight`` is, where several ranks hold parts; labels are of the whole.
-        implementation: of the softmax: ``auto``, ``triton`` (not float64) or ``plain``.
+        implementation: of the softmax: ``auto``, ``triton`` (not float64) or ``torch``.
 
     Returns:
         The summed loss in nats, a float32 scalar (float64 for float64 inputs). With a shard this rank's part of it:
         the sum over ranks is the loss, and the gradient of x is this rank's part of the gradient of that sum.
     """
-    name = implementation
-    if name == AUTO:
-        name = "triton" if triton_takes(x_TD) else "plain"
-    softmax_gradient = choose("loss", IMPLEMENTATIONS, name, name)
-    temporaries = TEMPORARIES * (2 if x_TD.dtype == torch.float64 else 1) if name == "plain" else 0
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, softmax_gradient, temporaries, shard)
+    softmax = choose("loss", IMPLEMENTATIONS, implementation, triton_or_torch(x_TD))
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, softmax, shard)

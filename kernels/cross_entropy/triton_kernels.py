@@ -1,8 +1,8 @@
 """Logits to their own gradient, in place.
 
-A program owns one token, and has W rows of B of its logits at hand.
+A program owns one token, and walks its logits in tiles of R rows of W.
 
-Shape legend: C tokens of a chunk, V vocabulary.
+Shape legend: V vocabulary, R x W a tile.
 """
 
 import triton
@@ -10,83 +10,83 @@ import triton.language as tl
 
 
 @triton.jit
-def _log_sum(row, V: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
+def _log_sum(row, V: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """``log sum_v exp(row[v])`` in float32."""
-    offsets = tl.arange(0, W)[:, None] * B + tl.arange(0, B)[None, :]
-    steps: tl.constexpr = (V + W * B - 1) // (W * B)
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    steps: tl.constexpr = (V + R * W - 1) // (R * W)
     # A maximum and a sum per column of the tile, so that the walk needs no exchange between threads. Not -inf: the
     # difference of two of those is NaN.
-    top_B = tl.full([B], -1.0e30, tl.float32)
-    sum_B = tl.zeros([B], tl.float32)
+    top_W = tl.full([W], -1.0e30, tl.float32)
+    sum_W = tl.zeros([W], tl.float32)
     for step in range(0, steps):
-        columns = step * W * B + offsets
-        x_WB = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        new_B = tl.maximum(top_B, tl.max(x_WB, 0))
-        sum_B = sum_B * tl.exp(top_B - new_B) + tl.sum(tl.exp(x_WB - new_B[None, :]), 0)
-        top_B = new_B
-    top = tl.max(top_B, 0)
-    return top + tl.log(tl.sum(sum_B * tl.exp(top_B - top), 0))
+        columns = step * R * W + offsets
+        x_RW = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        new_W = tl.maximum(top_W, tl.max(x_RW, 0))
+        sum_W = sum_W * tl.exp(top_W - new_W) + tl.sum(tl.exp(x_RW - new_W[None, :]), 0)
+        top_W = new_W
+    top = tl.max(top_W, 0)
+    return top + tl.log(tl.sum(sum_W * tl.exp(top_W - top), 0))
 
 
 @triton.jit
-def _to_gradient(row, label, log_sum, V: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
+def _to_gradient(row, label, log_sum, V: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """``row <- exp(row - log_sum) - onehot(label)``, from the end, which was read last."""
-    offsets = tl.arange(0, W)[:, None] * B + tl.arange(0, B)[None, :]
-    steps: tl.constexpr = (V + W * B - 1) // (W * B)
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    steps: tl.constexpr = (V + R * W - 1) // (R * W)
     for step in range(0, steps):
-        columns = (steps - 1 - step) * W * B + offsets
-        x_WB = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        d_WB = tl.exp(x_WB - log_sum) - (columns == label).to(tl.float32)
-        tl.store(row + columns, d_WB.to(row.dtype.element_ty), mask=columns < V)
+        columns = (steps - 1 - step) * R * W + offsets
+        x_RW = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        d_RW = tl.exp(x_RW - log_sum) - (columns == label).to(tl.float32)
+        tl.store(row + columns, d_RW.to(row.dtype.element_ty), mask=columns < V)
 
 
 @triton.jit
-def _clear(row, V: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
-    offsets = tl.arange(0, W)[:, None] * B + tl.arange(0, B)[None, :]
-    for start in range(0, V, W * B):
-        tl.store(row + start + offsets, tl.zeros([W, B], row.dtype.element_ty), mask=start + offsets < V)
+def _clear(row, V: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    offsets = tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
+    for start in range(0, V, R * W):
+        tl.store(row + start + offsets, tl.zeros([R, W], row.dtype.element_ty), mask=start + offsets < V)
 
 
 @triton.jit
 def softmax_gradient(
-    logits, labels, losses, logits_c, ignored,
-    V: tl.constexpr, W: tl.constexpr, B: tl.constexpr, NEEDS_GRADIENT: tl.constexpr,
+    logits, labels, losses, logits_t, ignored,
+    V: tl.constexpr, R: tl.constexpr, W: tl.constexpr, NEEDS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """``losses[c] = -log softmax(logits[c])[label]`` and ``logits[c] <- softmax(logits[c]) - onehot(label)``.
+    """``losses[t] = -log softmax(logits[t])[label]`` and ``logits[t] <- softmax(logits[t]) - onehot(label)``.
 
     The second walk over a token's logits goes backwards, so that it begins with what the first has just left in L2.
     """
     token = tl.program_id(0).to(tl.int64)
-    row = logits + token * logits_c
+    row = logits + token * logits_t
     label = tl.load(labels + token)
     if label == ignored:
         tl.store(losses + token, 0.0)
         if NEEDS_GRADIENT:
-            _clear(row, V, W, B)
+            _clear(row, V, R, W)
     else:
         at_label = tl.load(row + label).to(tl.float32)
-        log_sum = _log_sum(row, V, W, B)
+        log_sum = _log_sum(row, V, R, W)
         tl.store(losses + token, log_sum - at_label)
         if NEEDS_GRADIENT:
-            _to_gradient(row, label, log_sum, V, W, B)
+            _to_gradient(row, label, log_sum, V, R, W)
 
 
 @triton.jit
-def log_sums(logits, out, logits_c, V: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
-    """``out[c] = log sum_v exp(logits[c, v])``: the first walk alone, for a vocabulary of which only a part is here."""
+def log_sums(logits, out, logits_t, V: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """``out[t] = log sum_v exp(logits[t, v])``: the first walk alone, for a vocabulary of which only a part is here."""
     token = tl.program_id(0).to(tl.int64)
-    tl.store(out + token, _log_sum(logits + token * logits_c, V, W, B))
+    tl.store(out + token, _log_sum(logits + token * logits_t, V, R, W))
 
 
 @triton.jit
 def gradients(
-    logits, labels, log_sum, logits_c, ignored, V: tl.constexpr, W: tl.constexpr, B: tl.constexpr
+    logits, labels, log_sum, logits_t, ignored, V: tl.constexpr, R: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    """``logits[c] <- exp(logits[c] - log_sum[c]) - onehot(label)``: the second walk; a label may lie elsewhere."""
+    """``logits[t] <- exp(logits[t] - log_sum[t]) - onehot(label)``: the second walk; a label may lie elsewhere."""
     token = tl.program_id(0).to(tl.int64)
-    row = logits + token * logits_c
+    row = logits + token * logits_t
     label = tl.load(labels + token)
     if label == ignored:
-        _clear(row, V, W, B)
+        _clear(row, V, R, W)
     else:
-        _to_gradient(row, label, tl.load(log_sum + token), V, W, B)
+        _to_gradient(row, label, tl.load(log_sum + token), V, R, W)

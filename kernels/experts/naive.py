@@ -1,4 +1,4 @@
-"""The expert layer one token and one choice at a time: the reference."""
+"""The expert layer one token and one assignment at a time: the reference."""
 
 from __future__ import annotations
 

@@ -1,77 +1,50 @@
-"""Tokens to rows sorted by expert, and back. Both directions are gathers, so the result is deterministic.
+"""Routed tokens: a token once for each of its assignments, sorted by expert; and back.
 
-Shape legend: T tokens, K choices per token, R = T * K rows, D hidden, E experts.
+Shape legend: T tokens, K assignments per token, R = T * K routed tokens, D hidden, E experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertRows:
-    """Which choice sits in which row once rows are sorted by expert, and within an expert by token.
+class Permutation:
+    """Between assignments and routed tokens, which are sorted by expert and within an expert by token.
 
-    Choices of no expert (-1) come last, past ``offsets_E[-1]``; they hold zeros and give zeros.
+    Assignments of no expert (-1) come last, past ``offsets_E[-1]``: permuted tokens are zero there, and what is
+    unpermuted may hold anything.
 
     Attributes:
-        choice_R: index into the flattened ``[T, K]`` choices, int64.
-        row_TK: the row of each choice, int64; the inverse of ``choice_R``.
-        offsets_E: end row of each expert, int32, the form grouped GEMMs take.
+        assignment_R: the assignment (``token * K + k``) of each routed token, int64.
+        routed_TK: the routed token of each assignment, int64; the inverse of ``assignment_R``.
+        offsets_E: end of each expert's routed tokens, int32, the form grouped GEMMs take.
+        ops: the module whose ops do it: ``pytorch`` or ``triton``.
     """
 
-    choice_R: Tensor
-    row_TK: Tensor
+    assignment_R: Tensor
+    routed_TK: Tensor
     offsets_E: Tensor
-
-    @cached_property
-    def used_R1(self) -> Tensor:
-        """Whether the row belongs to an expert, bool."""
-        return torch.arange(len(self.choice_R), device=self.choice_R.device)[:, None] < self.offsets_E[-1]
+    ops: Any
 
     @classmethod
-    def sort(cls, experts_TK: Tensor, num_experts: int) -> ExpertRows:
-        expert_R = experts_TK.flatten() % (num_experts + 1)
-        sorted_R, choice_R = expert_R.sort(stable=True)
-        slots_R = torch.arange(len(choice_R), device=choice_R.device)
-        row_TK = torch.empty_like(choice_R).scatter_(0, choice_R, slots_R).view_as(experts_TK)
-        experts_E = torch.arange(num_experts, device=choice_R.device)
-        offsets_E = torch.searchsorted(sorted_R, experts_E, right=True).int()
-        return cls(choice_R, row_TK, offsets_E)
+    def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: Any) -> Permutation:
+        return cls(*ops.sort_by_expert(experts_TK, num_experts), ops)
 
     def permute(self, x_TD: Tensor) -> Tensor:
         """``[T, D] -> [R, D]``."""
-        return _Permute.apply(x_TD, self)
+        return self.ops.permute(x_TD, self.assignment_R, self.routed_TK, self.offsets_E)
 
-    def unpermute(self, x_RD: Tensor) -> Tensor:
-        """``[R, D] -> [T, K, D]``, zero where the choice was of no expert."""
-        return _Unpermute.apply(x_RD, self)
+    def permute_weights(self, weights_TK: Tensor) -> Tensor:
+        """``[T, K] -> [R]``."""
+        return weights_TK.flatten()[self.assignment_R]
 
-
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, rows):
-        ctx.rows = rows
-        return x_TD[rows.choice_R // rows.row_TK.shape[1]].where(rows.used_R1, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_RD):
-        return grad_RD.where(ctx.rows.used_R1, 0)[ctx.rows.row_TK].sum(1), None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RD, rows):
-        ctx.rows = rows
-        return x_RD.where(rows.used_R1, 0)[rows.row_TK]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TKD):
-        return grad_TKD.flatten(0, 1)[ctx.rows.choice_R].where(ctx.rows.used_R1, 0), None
+    def unpermute(self, y_RD: Tensor, weights_R: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``[R, D] -> [T, D]``, the sum of each token's assignments; and ``[R] -> [T, K]`` if there are weights."""
+        y_TD = self.ops.unpermute(y_RD, self.routed_TK, self.offsets_E)
+        if weights_R is None:
+            return (y_TD,)
+        return y_TD, weights_R[self.routed_TK].where(self.routed_TK < self.offsets_E[-1], 0)

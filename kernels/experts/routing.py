@@ -1,85 +1,94 @@
-"""Router arithmetic: probabilities, choices, load and capacity.
+"""The router: logits, probabilities, assignments of tokens to experts, capacity and the load-balancing loss.
 
-Shape legend: T tokens, E experts, K choices per token, P pieces of rows.
+Shape legend: T tokens, D hidden, E experts, K assignments per token, P spans of tokens.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def router_logits_plain(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Operands cast to float32 (float64 stays), any device."""
-    dtype = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.experts import pytorch
 
 
-def route_plain(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Any device and dtype."""
-    probabilities_TE, weights_TK, experts_TK = top_k_routing(logits_TE, k)
-    counts_PE = count_choices(experts_TK, logits_TE.shape[1], piece_T, num_pieces)
-    return probabilities_TE, weights_TK, experts_TK, counts_PE
+@OnDemand
+def _triton():
+    from minimax_train.kernels.experts import triton
+
+    return triton
 
 
-def top_k_routing(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over experts, the k largest, renormalised over the k.
-
-    Returns:
-        Router probabilities ``[T, E]`` and weights of the choices ``[T, K]``, both in the dtype of the logits, and
-        the chosen experts ``[T, K]``, int64, most probable first.
-    """
-    probabilities_TE = logits_TE.softmax(-1)
-    weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
-    return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK
+ROUTER_IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
 
 
-def count_choices(experts_TK: Tensor, num_experts: int, piece_T: Tensor, num_pieces: int) -> Tensor:
-    """How often each expert was chosen within each piece of the tokens, int64 ``[P, E]``; -1 is not counted.
+def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
+    """``weight @ x_t`` in float32 (float64 for float64), and x for those that use it next.
+
+    Whoever uses the x returned here, rather than the one given, has its gradient added to the router's inside the
+    router's own GEMM.
 
     Args:
-        experts_TK: the choices, int64.
-        piece_T: the piece each token lies in, int64.
+        implementation: ``auto``, ``triton`` (bfloat16 operands without casts; other dtypes as torch) or ``torch``.
     """
-    slot_TK = piece_T[:, None] * (num_experts + 1) + experts_TK % (num_experts + 1)
-    counts = torch.zeros(num_pieces * (num_experts + 1), dtype=torch.int64, device=experts_TK.device)
-    counts.scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
-    return counts.view(num_pieces, num_experts + 1)[:, :num_experts]
+    module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(x_TD))
+    return module.router_logits(x_TD, weight_ED)
 
 
-def drop_over_capacity(experts_TK: Tensor, piece_T: Tensor, load_PE: Tensor, taken_PE: Tensor, capacity: int) -> Tensor:
-    """Choices with those over capacity replaced by -1: each expert keeps the first ``capacity`` choices of each row.
+def route(
+    logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int, *, implementation: str = AUTO
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax over experts, the k largest renormalised, and how many tokens each expert was assigned.
+
+    Args:
+        logits_TE: float32 or float64.
+        k: assignments per token.
+        span_T: the span each token lies in: tokens that follow each other in a packed sequence, int64, ascending.
+        num_spans: how many there are.
+        implementation: ``auto``, ``triton`` (not float64) or ``torch``.
+
+    Returns:
+        Probabilities ``[T, E]`` and weights ``[T, K]`` in the dtype of the logits, both differentiable; the assigned
+        experts ``[T, K]``, most probable first, and the tokens per expert ``[P, E]``, both int64.
+    """
+    module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(logits_TE))
+    return module.route(logits_TE, k, span_T, num_spans)
+
+
+def drop_over_capacity(
+    experts_TK: Tensor, span_T: Tensor, count_PE: Tensor, before_PE: Tensor, capacity: int
+) -> Tensor:
+    """Assignments with those over capacity replaced by -1: of each sequence an expert keeps the first ``capacity``.
 
     First in token order, so whether a token is dropped depends on no later token.
 
     Args:
-        experts_TK: the choices, int64.
-        piece_T: the piece of a row each token lies in, int64, ascending.
-        load_PE: choices of each expert in each piece, as :func:`count_choices` gives them.
-        taken_PE: choices of each expert in the same row before the piece.
-        capacity: choices an expert takes of a row.
+        experts_TK: the assignments, int64.
+        span_T: the span each token lies in, int64, ascending.
+        count_PE: tokens per expert in each span, as :func:`route` gives them.
+        before_PE: assignments to each expert in the same sequence before the span.
+        capacity: assignments an expert takes of a sequence.
     """
-    choice_TKE = torch.nn.functional.one_hot(experts_TK, load_PE.shape[1])
-    counted_TKE = choice_TKE.flatten(0, 1).cumsum(0).view_as(choice_TKE)
-    # Counted from the first token here; the row's count is ahead of it by what came earlier on other ranks, less what
-    # other pieces here came before.
-    ahead_PE = taken_PE - (load_PE.cumsum(0) - load_PE)
-    rank_TK = ((counted_TKE + ahead_PE[piece_T][:, None]) * choice_TKE).sum(-1)
-    return experts_TK.masked_fill(rank_TK > capacity, -1)
+    assigned_TKE = F.one_hot(experts_TK, count_PE.shape[1])
+    counted_TKE = assigned_TKE.flatten(0, 1).cumsum(0).view_as(assigned_TKE)
+    # Counted from the first token here; the sequence's count is ahead of it by what came earlier on other ranks, less
+    # what other spans here came before.
+    ahead_PE = before_PE - (count_PE.cumsum(0) - count_PE)
+    place_TK = ((counted_TKE + ahead_PE[span_T][:, None]) * assigned_TKE).sum(-1)
+    return experts_TK.masked_fill(place_TK > capacity, -1)
 
 
-def load_balancing_loss(probabilities_TE: Tensor, piece_T: Tensor, fraction_PE: Tensor, row_length: int) -> Tensor:
-    """These tokens' part of ``sum over rows of 1 / E * sum_i f_i m_i``, a scalar in the dtype of the probabilities.
+def load_balancing_loss(probabilities_TE: Tensor, span_T: Tensor, fraction_PE: Tensor, sequence_length: int) -> Tensor:
+    """These tokens' part of ``sum over sequences of 1 / E * sum_i f_i m_i``, in the dtype of the probabilities.
 
-    f_i is the number of choices of expert i per token (they sum to k), m_i its mean router probability (MiniMax-01,
-    section 2.1, after GShard). With f taken per row it does not depend on how rows are dealt to ranks and
-    micro-batches, and transformers' ``load_balancing_loss_func`` is E^2 times this for one row and one layer.
+    f_i is the number of assignments to expert i per token (they sum to k), m_i its mean router probability (MiniMax-01,
+    section 2.1, after GShard). With f taken per sequence it does not depend on how sequences are dealt to ranks and
+    micro-batches, and transformers' ``load_balancing_loss_func`` is E^2 times this for one sequence and one layer.
 
     Args:
         probabilities_TE: the router's.
-        piece_T: the piece each token lies in, int64.
-        fraction_PE: f, over the tokens that each piece is counted with, in the dtype of the probabilities.
-        row_length: tokens of a row.
+        span_T: the span each token lies in, int64.
+        fraction_PE: f, over the tokens that each span is counted with, in the dtype of the probabilities.
+        sequence_length: tokens of a packed sequence.
     """
-    return (probabilities_TE * fraction_PE[piece_T]).sum() / (row_length * probabilities_TE.shape[1])
+    return (probabilities_TE * fraction_PE[span_T]).sum() / (sequence_length * probabilities_TE.shape[1])

@@ -1,16 +1,12 @@
-"""The expert layer with Triton kernels between its matrix products.
+"""The router, and what an expert layer does between its GEMMs, with Triton kernels.
 
-Bytes through memory besides the products' own, in rows of D or F elements, R = T K:
+Bytes through memory besides the GEMMs' own, in vectors of D or F elements, R = T K:
 
-    forward    permute T + R     SwiGLU 2F in, F out     combine R + T
-    backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     combine R + T
+    forward    permute T + R     SwiGLU 2F in, F out     unpermute R + T
+    backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     unpermute R + T
 
-Kept from forward to backward: x, the output of the first product (2F a row), the plan and the weights. A choice's
-weight multiplies its activation, inside SwiGLU, not its output: the weight's gradient is ``act . dact``, both at hand
-there, and the expert's output is needed by no one. The activation is made again in the pass that differentiates it,
-for the gradient of the second product.
-
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, R = T * K rows, P pieces of rows.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P spans
+of tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +16,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.experts import triton_kernels
-from minimax_train.kernels.experts.permutation import ExpertRows
+from minimax_train.kernels.experts import pytorch, triton_kernels
 
-# Elements of a tile of the kernels that only move and scale, on four warps; tokens or choices of one that sorts them.
+# Elements of a tile of the kernels that only move and scale, on four warps; assignments of one that sorts them.
 TILE = 4096
 BLOCK = 256
 MOST_EXPERTS = 64  # whose weights fit in a tile
@@ -48,23 +43,23 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE, k, piece_T, num_pieces):
+    def forward(ctx, logits_TE, k, span_T, num_spans):
         logits_TE = logits_TE.contiguous()
         T, E = logits_TE.shape
         probabilities_TE = torch.empty(T, E, dtype=torch.float32, device=logits_TE.device)
         weights_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
         experts_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
-        counts_PE = torch.zeros(num_pieces, E, dtype=torch.int64, device=logits_TE.device)
+        count_PE = torch.zeros(num_spans, E, dtype=torch.int64, device=logits_TE.device)
         BT, BE = _tile(E, elements=2048)
         if T:
             triton_kernels.route[(triton.cdiv(T, BT),)](
-                logits_TE, piece_T, probabilities_TE, weights_TK, experts_TK, counts_PE, T,
+                logits_TE, span_T, probabilities_TE, weights_TK, experts_TK, count_PE, T,
                 E=E, K=k, BT=BT, BE=BE, BK=_power_of_two(k),
             )  # fmt: skip
         ctx.save_for_backward(probabilities_TE, experts_TK)
-        ctx.mark_non_differentiable(experts_TK, counts_PE)
+        ctx.mark_non_differentiable(experts_TK, count_PE)
         ctx.set_materialize_grads(False)
-        return probabilities_TE, weights_TK, experts_TK, counts_PE
+        return probabilities_TE, weights_TK, experts_TK, count_PE
 
     @staticmethod
     @once_differentiable
@@ -82,12 +77,12 @@ class _Route(torch.autograd.Function):
         return d_logits_TE, None, None, None
 
 
-def route_triton(logits_TE: Tensor, k: int, piece_T: Tensor, num_pieces: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`minimax_train.kernels.experts.route` in one kernel, float32."""
-    return _Route.apply(logits_TE.float(), k, piece_T, num_pieces)
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In one kernel, float32."""
+    return _Route.apply(logits_TE.float(), k, span_T, num_spans)
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+def _float32_gemm(a: Tensor, b: Tensor) -> Tensor:
     """The product of 16-bit matrices as it was summed, without rounding it to theirs."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
@@ -104,7 +99,7 @@ class _RouterLogits(torch.autograd.Function):
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.set_materialize_grads(False)
-        return _float32_product(x_TD, weight_ED.T), x_TD
+        return _float32_gemm(x_TD, weight_ED.T), x_TD
 
     @staticmethod
     @once_differentiable
@@ -115,7 +110,7 @@ class _RouterLogits(torch.autograd.Function):
         d_logits_TE, (T, D), E = d_logits_TE.contiguous(), x_TD.shape, len(weight_ED)
         high_TE = d_logits_TE.to(x_TD.dtype)
         both_TB = torch.cat([high_TE, (d_logits_TE - high_TE).to(x_TD.dtype)], dim=1)
-        d_weight_ED = _float32_product(both_TB.T, x_TD).unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
+        d_weight_ED = _float32_gemm(both_TB.T, x_TD).unflatten(0, (2, -1)).sum(0).to(weight_ED.dtype)
         if d_x_TD is None:
             return both_TB @ torch.cat([weight_ED, weight_ED]), d_weight_ED
         if E > MOST_EXPERTS or T == 0:
@@ -130,196 +125,70 @@ class _RouterLogits(torch.autograd.Function):
         return out_TD, d_weight_ED
 
 
-def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`minimax_train.kernels.experts.router_logits` for bfloat16."""
-    return _RouterLogits.apply(x_TD, weight_ED)
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    if x_TD.dtype == weight_ED.dtype == torch.bfloat16:
+        return _RouterLogits.apply(x_TD, weight_ED)
+    return pytorch.router_logits(x_TD, weight_ED)
 
 
-# --- plan and movement ------------------------------------------------------------------------------------------------
+# --- permutation and SwiGLU, as in pytorch.py -----------------------------------------------------------------------
 
 
-def rank_rows(experts_TK: Tensor, num_experts: int) -> ExpertRows:
-    """:meth:`ExpertRows.sort` by counting instead of sorting: count per block, scan, rank. No wait for the host."""
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By counting instead of sorting: count per block, scan, rank. No wait for the host."""
     R, device = experts_TK.numel(), experts_TK.device
     blocks, BE = max(1, triton.cdiv(R, BLOCK)), _power_of_two(num_experts + 1)
     histogram = torch.empty(blocks, BE, dtype=torch.int32, device=device)
     starts = torch.empty(BE, dtype=torch.int32, device=device)
     offsets_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    row_TK = torch.empty(experts_TK.shape, dtype=torch.int64, device=device)
-    choice_R = torch.empty(R, dtype=torch.int64, device=device)
-    experts_TK = experts_TK.contiguous()
-    sizes = {"E": num_experts, "BE": BE}
-    triton_kernels.count[(blocks,)](experts_TK, histogram, R, BR=BLOCK, **sizes, num_warps=8)
-    triton_kernels.scan[(1,)](histogram, starts, offsets_E, blocks, STEP=64, **sizes, num_warps=8)
-    triton_kernels.rank[(blocks,)](experts_TK, histogram, starts, row_TK, choice_R, R, BR=BLOCK, **sizes, num_warps=8)
-    return ExpertRows(choice_R, row_TK, offsets_E)
+    routed_TK = torch.empty(experts_TK.shape, dtype=torch.int64, device=device)
+    assignment_R = torch.empty(R, dtype=torch.int64, device=device)
+    experts_TK, sizes = experts_TK.contiguous(), {"E": num_experts, "BE": BE, "num_warps": 8}
+    triton_kernels.count[(blocks,)](experts_TK, histogram, R, BR=BLOCK, **sizes)
+    triton_kernels.scan[(1,)](histogram, starts, offsets_E, blocks, STEP=64, **sizes)
+    triton_kernels.rank[(blocks,)](experts_TK, histogram, starts, routed_TK, assignment_R, R, BR=BLOCK, **sizes)
+    return assignment_R, routed_TK, offsets_E
 
 
-def _permute(x_TD: Tensor, rows: ExpertRows) -> Tensor:
+def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
     x_TD = _rows_contiguous(x_TD)
-    (T, D), K = x_TD.shape, rows.row_TK.shape[1]
+    (T, D), K = x_TD.shape, routed_TK.shape[1]
     out_RD = torch.empty(T * K, D, dtype=x_TD.dtype, device=x_TD.device)
     BT, BD = _tile(D)
     triton_kernels.permute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-        x_TD, rows.row_TK, rows.offsets_E, out_RD, T, x_TD.stride(0), D=D, E=len(rows.offsets_E), K=K, BT=BT, BD=BD
+        x_TD, routed_TK, offsets_E, out_RD, T, x_TD.stride(0), D=D, E=len(offsets_E), K=K, BT=BT, BD=BD
     )
     return out_RD
 
 
-def _combine(y_RD: Tensor, rows: ExpertRows, weights_TK: Tensor | None = None) -> Tensor:
-    (T, K), D = rows.row_TK.shape, y_RD.shape[1]
+def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
+    """Sums in float32."""
+    (T, K), D = routed_TK.shape, y_RD.shape[1]
     out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=y_RD.device)
     BT, BD = _tile(D)
-    triton_kernels.combine[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-        y_RD, rows.row_TK, weights_TK, rows.offsets_E, out_TD, T,
-        D=D, E=len(rows.offsets_E), K=K, BT=BT, BD=BD, HAS_WEIGHTS=weights_TK is not None,
-    )  # fmt: skip
+    triton_kernels.unpermute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
+        y_RD, routed_TK, offsets_E, out_TD, T, D=D, E=len(offsets_E), K=K, BT=BT, BD=BD
+    )
     return out_TD
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, rows):
-        ctx.rows = rows
-        return _permute(x_TD, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_RD):
-        return _combine(d_RD.contiguous(), ctx.rows), None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_RD, weights_TK, rows):
-        y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
-        ctx.save_for_backward(y_RD, weights_TK)
-        ctx.rows = rows
-        return _combine(y_RD, rows, weights_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_TD):
-        y_RD, weights_TK = ctx.saved_tensors
-        rows, d_TD = ctx.rows, _rows_contiguous(d_TD)
-        (T, K), D = weights_TK.shape, y_RD.shape[1]
-        d_y_RD = torch.empty(y_RD.shape, dtype=y_RD.dtype, device=y_RD.device)
-        d_weights_TK = torch.empty(T, K, dtype=weights_TK.dtype, device=y_RD.device)
-        BT, BD = _tile(D)
-        triton_kernels.combine_backward[(triton.cdiv(T, BT),)](
-            d_TD, y_RD, rows.row_TK, weights_TK, rows.offsets_E, d_y_RD, d_weights_TK, T, d_TD.stride(0),
-            D=D, E=len(rows.offsets_E), K=K, BT=BT, BD=BD, BK=_power_of_two(K),
-        )  # fmt: skip
-        return d_y_RD, d_weights_TK, None
-
-
-def permute_triton(x_TD: Tensor, rows: ExpertRows) -> Tensor:
-    """``[T, D] -> [R, D]``: each token's row to each of its choices' rows; zero in rows of no expert."""
-    return _Permute.apply(x_TD, rows)
-
-
-def combine_triton(y_RD: Tensor, weights_TK: Tensor, rows: ExpertRows) -> Tensor:
-    """``[R, D] -> [T, D]``: the weighted sum over each token's choices, in float32; a choice of -1 adds nothing."""
-    return _Combine.apply(y_RD, weights_TK, rows)
-
-
-def add_choices_triton(y_RD: Tensor, rows: ExpertRows) -> Tensor:
-    """``[R, D] -> [T, D]``: the sum over each token's choices, in float32; a choice of -1 adds nothing."""
-    return _combine(y_RD, rows)
-
-
-# --- the experts ------------------------------------------------------------------------------------------------------
-
-
-def swiglu_into(
-    gate_up_R2F: Tensor,
-    act_RF: Tensor,
-    offsets_E: Tensor,
-    weights: Tensor | None = None,
-    choice_R: Tensor | None = None,
-) -> None:
-    """``act = silu(gate) * up``, times the weight of the row's choice if there are weights."""
-    R, F = act_RF.shape
+def swiglu(hidden_R2F: Tensor, weights_R: Tensor, offsets_E: Tensor) -> Tensor:
+    R, F = len(hidden_R2F), hidden_R2F.shape[1] // 2
+    act_RF = torch.empty(R, F, dtype=hidden_R2F.dtype, device=hidden_R2F.device)
     BR, BF = _tile(F)
     triton_kernels.swiglu[(triton.cdiv(R, BR), triton.cdiv(F, BF))](
-        gate_up_R2F, weights, choice_R, offsets_E, act_RF,
-        E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
-    )  # fmt: skip
+        hidden_R2F, weights_R, offsets_E, act_RF, E=len(offsets_E), F=F, BR=BR, BF=BF
+    )
+    return act_RF
 
 
-def swiglu_backward_into(
-    gate_up_R2F: Tensor,
-    d_act_RF: Tensor,
-    act_RF: Tensor,
-    d_gate_up_R2F: Tensor,
-    offsets_E: Tensor,
-    weights: Tensor | None = None,
-    choice_R: Tensor | None = None,
-    d_weights: Tensor | None = None,
-) -> None:
-    """Writes the activation, which may take the memory of its gradient, and the gradients of gate, up and weights."""
-    R, F = d_act_RF.shape
+def swiglu_backward(
+    hidden_R2F: Tensor, weights_R: Tensor, d_act_RF: Tensor, act_RF: Tensor, d_hidden_R2F: Tensor, offsets_E: Tensor
+) -> Tensor:
+    (R, F), d_weights_R = d_act_RF.shape, torch.empty_like(weights_R)
     BR, BF = _tile(F, elements=2048)
     triton_kernels.swiglu_backward[(triton.cdiv(R, BR),)](
-        gate_up_R2F, weights, choice_R, offsets_E, d_act_RF, d_gate_up_R2F, act_RF, d_weights,
-        E=len(offsets_E), F=F, BR=BR, BF=BF, HAS_WEIGHTS=weights is not None,
+        hidden_R2F, weights_R, offsets_E, d_act_RF, d_hidden_R2F, act_RF, d_weights_R,
+        E=len(offsets_E), F=F, BR=BR, BF=BF,
     )  # fmt: skip
-
-
-class _GroupedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, products, x_RD, gate_up_E2FD, down_EDF, offsets_E):
-        x_RD, gate_up_E2FD, down_EDF = x_RD.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
-        hidden_R2F, act_RF = products.up(x_RD, gate_up_E2FD, offsets_E)
-        ctx.save_for_backward(x_RD, hidden_R2F, gate_up_E2FD, down_EDF, offsets_E)
-        ctx.products = products
-        return products.down(act_RF, down_EDF, offsets_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_RD):
-        x_RD, hidden_R2F, gate_up_E2FD, down_EDF, offsets_E = ctx.saved_tensors
-        dy_RD, products = dy_RD.contiguous(), ctx.products
-        d_hidden_R2F, act_RF, _ = products.d_hidden(dy_RD, hidden_R2F, down_EDF, offsets_E)
-        d_down_EDF = products.d_down(dy_RD, act_RF, offsets_E)
-        d_gate_up_E2FD = products.d_gate_up(d_hidden_R2F, x_RD, offsets_E)
-        return None, products.dx(d_hidden_R2F, gate_up_E2FD, offsets_E), d_gate_up_E2FD, d_down_EDF, None
-
-
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF):
-        rows = rank_rows(experts_TK, len(gate_up_E2FD))
-        weights_TK, gate_up_E2FD, down_EDF = weights_TK.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
-        hidden_R2F, act_RF = products.up(_permute(x_TD, rows), gate_up_E2FD, rows.offsets_E, weights_TK, rows.choice_R)
-        ctx.save_for_backward(x_TD, weights_TK, gate_up_E2FD, down_EDF, hidden_R2F)
-        ctx.products, ctx.rows = products, rows
-        return _combine(products.down(act_RF, down_EDF, rows.offsets_E), rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_TD):
-        x_TD, weights_TK, gate_up_E2FD, down_EDF, hidden_R2F = ctx.saved_tensors
-        rows, products = ctx.rows, ctx.products
-        offsets_E = rows.offsets_E
-        dy_RD = _permute(dy_TD, rows)
-        d_hidden_R2F, act_RF, d_weights_TK = products.d_hidden(
-            dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK, rows.choice_R
-        )
-        d_down_EDF = products.d_down(dy_RD, act_RF, offsets_E)
-        del dy_RD, act_RF
-        d_gate_up_E2FD = products.d_gate_up(d_hidden_R2F, _permute(x_TD, rows), offsets_E)
-        dx_TD = _combine(products.dx(d_hidden_R2F, gate_up_E2FD, offsets_E), rows)
-        return None, dx_TD, d_weights_TK, None, d_gate_up_E2FD, d_down_EDF
-
-
-def grouped_swiglu_triton(products, x_RD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, offsets_E: Tensor) -> Tensor:
-    """:func:`minimax_train.kernels.experts.grouped_swiglu` by these products."""
-    return _GroupedSwiGLU.apply(products, x_RD, gate_up_E2FD, down_EDF, offsets_E)
-
-
-def expert_mlp_triton(
-    products, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
-) -> Tensor:
-    """:func:`minimax_train.kernels.experts.expert_mlp` as one op; weights stay in their own precision."""
-    return _ExpertMLP.apply(products, x_TD, weights_TK, experts_TK, gate_up_E2FD, down_EDF)
+    return d_weights_R

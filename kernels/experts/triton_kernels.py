@@ -1,9 +1,10 @@
-"""Triton kernels around the experts' matrix products; :mod:`minimax_train.kernels.experts.triton` composes them.
+"""Triton kernels around the experts' GEMMs; :mod:`minimax_train.kernels.experts.triton` composes them.
 
-All indices are token-major choices (``token * K + k``) or rows sorted by expert. Every output element has one writer,
-and counts are sums of integers, so results do not depend on the order in which programs run.
+All indices are of assignments, token-major (``token * K + k``), or of routed tokens, sorted by expert. Every output
+element has one writer, and counts are sums of integers, so results do not depend on the order in which programs run.
 
-Shape legend: T tokens, D hidden, E experts, F expert hidden, K choices per token, R = T * K rows. A block of X is BX.
+Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens. A block
+of X is BX.
 """
 
 import triton
@@ -12,10 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def route(
-    logits, pieces, probabilities, weights, experts, counts, T,
+    logits, spans, probabilities, weights, experts, counts, T,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, the K largest (of equals the first), renormalised; ``counts [P, E]`` grows by each piece's choices."""
+    """Softmax, the K largest (of equals the first), renormalised; ``counts [P, E]`` grows by each span's tokens."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.arange(0, BE)
     slots = tl.arange(0, BK)
@@ -33,7 +34,7 @@ def route(
     expert_TK = tl.zeros([BT, BK], tl.int64)
     for k in tl.static_range(K):
         best_T = tl.max(left_TE, 1)
-        # A row of NaN equals nothing: its choices must still be experts.
+        # Probabilities of NaN equal nothing: the assignments must still be experts.
         expert_T = tl.min(tl.where(left_TE == best_T[:, None], columns[None, :], E - 1), 1)
         hit_TE = columns[None, :] == expert_T[:, None]
         left_TE = tl.where(hit_TE, -1.0, left_TE)
@@ -46,13 +47,13 @@ def route(
     tl.store(experts + at, expert_TK, mask=mask)
 
     chosen_TE = tl.where(inside, chosen_TE, 0)
-    first = tl.load(pieces + tl.program_id(0).to(tl.int64) * BT)
-    last = tl.load(pieces + tl.minimum(tl.program_id(0).to(tl.int64) * BT + BT, T) - 1)
+    first = tl.load(spans + tl.program_id(0).to(tl.int64) * BT)
+    last = tl.load(spans + tl.minimum(tl.program_id(0).to(tl.int64) * BT + BT, T) - 1)
     if first == last:
         tl.atomic_add(counts + first * E + columns, tl.sum(chosen_TE, 0), mask=columns < E, sem="relaxed")
     else:
-        piece_T = tl.load(pieces + tokens, mask=valid, other=0)
-        counters = counts + piece_T[:, None] * E + columns[None, :]
+        span_T = tl.load(spans + tokens, mask=valid, other=0)
+        counters = counts + span_T[:, None] * E + columns[None, :]
         tl.atomic_add(counters, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
 
 
@@ -112,15 +113,15 @@ def add_router_gradient(
 
 
 @triton.jit
-def _expert_of(experts, choices, R, E: tl.constexpr):
-    """The expert of each choice as int32; E where it is of none (-1), and past the last choice nothing at all."""
-    expert = tl.load(experts + choices, mask=choices < R, other=0).to(tl.int32)
-    return tl.where(choices < R, tl.where(expert < 0, E, expert), -1)
+def _expert_of(experts, assignments, R, E: tl.constexpr):
+    """The expert of each assignment, int32; E where it is none (-1), and past the last one -1, which counts nowhere."""
+    expert = tl.load(experts + assignments, mask=assignments < R, other=0).to(tl.int32)
+    return tl.where(assignments < R, tl.where(expert < 0, E, expert), -1)
 
 
 @triton.jit
 def count(experts, histogram, R, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):
-    """``histogram[b, e]``: choices of e in block b of the choices."""
+    """``histogram[b, e]``: assignments to e in block b of the assignments."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BE)
     expert_R = _expert_of(experts, block * BR + tl.arange(0, BR), R, E)
@@ -130,7 +131,7 @@ def count(experts, histogram, R, E: tl.constexpr, BR: tl.constexpr, BE: tl.const
 
 @triton.jit
 def scan(histogram, starts, offsets, blocks, E: tl.constexpr, BE: tl.constexpr, STEP: tl.constexpr):
-    """In place, counts to how many choices of e come before block b; each expert's first row and end row."""
+    """In place, counts to how many assignments to e come before block b; where each expert's tokens start and end."""
     columns = tl.arange(0, BE)
     total_E = tl.zeros([BE], tl.int32)
     for first in range(0, blocks, STEP):
@@ -146,26 +147,26 @@ def scan(histogram, starts, offsets, blocks, E: tl.constexpr, BE: tl.constexpr, 
 
 @triton.jit
 def rank(
-    experts, histogram, starts, row_of, choice_of, R, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr
+    experts, histogram, starts, routed_of, assignment_of, R, E: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr
 ):  # fmt: skip
-    """The row of each choice and the choice of each row: within an expert, in the order of the choices."""
+    """The routed token of each assignment, and the reverse: within an expert, in the order of the assignments."""
     block = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BE)
-    choices = block * BR + tl.arange(0, BR)
-    expert_R = _expert_of(experts, choices, R, E)
+    assignments = block * BR + tl.arange(0, BR)
+    expert_R = _expert_of(experts, assignments, R, E)
     hit_RE = (expert_R[:, None] == columns[None, :]).to(tl.int32)
     first_E = tl.load(histogram + block * BE + columns) + tl.load(starts + columns)
-    row_R = tl.sum(hit_RE * (tl.cumsum(hit_RE, 0) - 1 + first_E[None, :]), 1).to(tl.int64)
-    tl.store(row_of + choices, row_R, mask=choices < R)
-    tl.store(choice_of + row_R, choices, mask=choices < R)
+    routed_R = tl.sum(hit_RE * (tl.cumsum(hit_RE, 0) - 1 + first_E[None, :]), 1).to(tl.int64)
+    tl.store(routed_of + assignments, routed_R, mask=assignments < R)
+    tl.store(assignment_of + routed_R, assignments, mask=assignments < R)
 
 
 @triton.jit
 def permute(
-    x, row_of, offsets, out, T, x_t,
+    x, routed_of, offsets, out, T, x_t,
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[row of choice] = x[token]``, each token read once; zero in rows of no expert."""
+    """``out[routed token] = x[token]``, each token read once; zero where there is no expert."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = tokens < T
@@ -173,112 +174,74 @@ def permute(
     x_TD = tl.load(x + tokens[:, None] * x_t + columns[None, :], mask=mask, other=0.0)
     used = tl.load(offsets + E - 1)
     for k in tl.static_range(K):
-        row_T = tl.load(row_of + tokens * K + k, mask=valid, other=0)
-        at = out + row_T[:, None] * D + columns[None, :]
-        tl.store(at, tl.where((row_T < used)[:, None], x_TD, 0.0), mask=mask)
+        routed_T = tl.load(routed_of + tokens * K + k, mask=valid, other=0)
+        at = out + routed_T[:, None] * D + columns[None, :]
+        tl.store(at, tl.where((routed_T < used)[:, None], x_TD, 0.0), mask=mask)
 
 
 @triton.jit
-def combine(
-    y, row_of, weights, offsets, out, T,
-    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+def unpermute(
+    y, routed_of, offsets, out, T,
+    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over k of weight * y[row of choice]``; rows of no expert are not read."""
+    """``out[t] = sum over k of y[routed token]``; where there is no expert, y is not read."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = tokens < T
     used = tl.load(offsets + E - 1)
     acc_TD = tl.zeros([BT, BD], tl.float32)
     for k in tl.static_range(K):
-        row_T = tl.load(row_of + tokens * K + k, mask=valid, other=0)
-        mask = (valid & (row_T < used))[:, None] & (columns < D)[None, :]
-        y_TD = tl.load(y + row_T[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            y_TD *= tl.load(weights + tokens * K + k, mask=valid, other=0.0).to(tl.float32)[:, None]
-        acc_TD += y_TD
+        routed_T = tl.load(routed_of + tokens * K + k, mask=valid, other=0)
+        mask = (valid & (routed_T < used))[:, None] & (columns < D)[None, :]
+        acc_TD += tl.load(y + routed_T[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     mask = valid[:, None] & (columns < D)[None, :]
     tl.store(out + tokens[:, None] * D + columns[None, :], acc_TD.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def combine_backward(
-    d_out, y, row_of, weights, offsets, d_y, d_weights, T, d_out_t,
-    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``d_y[row] = weight * d_out[token]``, zero in rows of no expert; ``d_weight = y[row] . d_out[token]``."""
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    slots = tl.arange(0, BK)
-    valid = tokens < T
-    used = tl.load(offsets + E - 1)
-    dot_TK = tl.zeros([BT, BK], tl.float32)
-    for first in range(0, D, BD):
-        columns = first + tl.arange(0, BD)
-        mask = valid[:, None] & (columns < D)[None, :]
-        d_TD = tl.load(d_out + tokens[:, None] * d_out_t + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        for k in tl.static_range(K):
-            row_T = tl.load(row_of + tokens * K + k, mask=valid, other=0)
-            is_used = (row_T < used)[:, None]
-            w_T = tl.load(weights + tokens * K + k, mask=valid, other=0.0).to(tl.float32)
-            at = row_T[:, None] * D + columns[None, :]
-            y_TD = tl.load(y + at, mask=mask & is_used, other=0.0).to(tl.float32)
-            dot_TK += tl.where((slots == k)[None, :], tl.sum(y_TD * d_TD, 1)[:, None], 0.0)
-            d_y_TD = tl.where(is_used, d_TD * w_T[:, None], 0.0)
-            tl.store(d_y + at, d_y_TD.to(d_y.dtype.element_ty), mask=mask)
-    at = tokens[:, None] * K + slots[None, :]
-    tl.store(d_weights + at, dot_TK.to(d_weights.dtype.element_ty), mask=valid[:, None] & (slots < K)[None, :])
-
-
-@triton.jit
 def swiglu(
-    gate_up, weights, choice_of, offsets, act,
-    E: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    gate_up, weights, offsets, act, E: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
-    """``act[row] = weight * silu(gate) * up``; rows of no expert are neither read nor written."""
-    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    """``act = weight * silu(gate) * up``; where there is no expert, nothing is read or written."""
+    routed = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     columns = tl.program_id(1) * BF + tl.arange(0, BF)
     used = tl.load(offsets + E - 1)
-    mask = (rows < used)[:, None] & (columns < F)[None, :]
-    at = gate_up + rows[:, None] * (2 * F) + columns[None, :]
+    mask = (routed < used)[:, None] & (columns < F)[None, :]
+    at = gate_up + routed[:, None] * (2 * F) + columns[None, :]
     gate_RF = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     up_RF = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
     act_RF = gate_RF * tl.sigmoid(gate_RF) * up_RF
-    if HAS_WEIGHTS:
-        choices = tl.load(choice_of + rows, mask=rows < used, other=0)
-        act_RF *= tl.load(weights + choices, mask=rows < used, other=0.0).to(tl.float32)[:, None]
-    tl.store(act + rows[:, None] * F + columns[None, :], act_RF.to(act.dtype.element_ty), mask=mask)
+    act_RF *= tl.load(weights + routed, mask=routed < used, other=0.0).to(tl.float32)[:, None]
+    tl.store(act + routed[:, None] * F + columns[None, :], act_RF.to(act.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def swiglu_backward(
-    gate_up, weights, choice_of, offsets, d_act, d_gate_up, act, d_weights,
-    E: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    gate_up, weights, offsets, d_act, d_gate_up, act, d_weights,
+    E: tl.constexpr, F: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``swiglu`` and, again, its output; ``act`` may be ``d_act`` itself."""
-    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    routed = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     used = tl.load(offsets + E - 1)
-    if HAS_WEIGHTS:
-        choices = tl.load(choice_of + rows, mask=rows < used, other=0)
-        w_R1 = tl.load(weights + choices, mask=rows < used, other=0.0).to(tl.float32)[:, None]
+    w_R1 = tl.load(weights + routed, mask=routed < used, other=0.0).to(tl.float32)[:, None]
     dot_R = tl.zeros([BR], tl.float32)
     for first in range(0, F, BF):
         columns = first + tl.arange(0, BF)
-        mask = (rows < used)[:, None] & (columns < F)[None, :]
-        wide = rows[:, None] * (2 * F) + columns[None, :]
-        narrow = rows[:, None] * F + columns[None, :]
+        mask = (routed < used)[:, None] & (columns < F)[None, :]
+        wide = routed[:, None] * (2 * F) + columns[None, :]
+        narrow = routed[:, None] * F + columns[None, :]
         gate_RF = tl.load(gate_up + wide, mask=mask, other=0.0).to(tl.float32)
         up_RF = tl.load(gate_up + wide + F, mask=mask, other=0.0).to(tl.float32)
         d_RF = tl.load(d_act + narrow, mask=mask, other=0.0).to(tl.float32)
         s_RF = tl.sigmoid(gate_RF)
         silu_RF = gate_RF * s_RF
         act_RF = silu_RF * up_RF
-        if HAS_WEIGHTS:
-            dot_R += tl.sum(d_RF * act_RF, 1)
-            d_RF *= w_R1
-            act_RF *= w_R1
+        dot_R += tl.sum(d_RF * act_RF, 1)
+        d_RF *= w_R1
+        act_RF *= w_R1
         d_gate_RF = d_RF * up_RF * (s_RF + silu_RF * (1.0 - s_RF))
         element = d_gate_up.dtype.element_ty
         tl.store(d_gate_up + wide, d_gate_RF.to(element), mask=mask)
         tl.store(d_gate_up + wide + F, (d_RF * silu_RF).to(element), mask=mask)
         tl.store(act + narrow, act_RF.to(act.dtype.element_ty), mask=mask)
-    if HAS_WEIGHTS:
-        tl.store(d_weights + choices, dot_R.to(d_weights.dtype.element_ty), mask=rows < used)
+    tl.store(d_weights + routed, dot_R.to(d_weights.dtype.element_ty), mask=routed < used)

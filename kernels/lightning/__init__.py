@@ -6,6 +6,7 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from minimax_train.documents import Documents
 from minimax_train.kernels.dispatch import AUTO, choose
 from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
 from minimax_train.kernels.lightning.naive import lightning_attention_naive
-from minimax_train.kernels.lightning.parts import Parts, PlainParts
+from minimax_train.kernels.lightning.state_passing import StatePassing, TorchStatePassing
 
 
 def _explicit_states(run: Callable) -> Callable:
@@ -30,14 +31,8 @@ def _explicit_states(run: Callable) -> Callable:
     return with_states
 
 
-def _triton(*args) -> tuple[Tensor, Tensor | None]:
+def _triton() -> ModuleType:
     # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.lightning.triton import lightning_attention_triton
-
-    return lightning_attention_triton(*args)
-
-
-def _triton_parts() -> Parts:
     from minimax_train.kernels.lightning import triton
 
     return triton
@@ -46,12 +41,12 @@ def _triton_parts() -> Parts:
 IMPLEMENTATIONS = {
     "naive": _explicit_states(lightning_attention_naive),
     "chunked": _explicit_states(lightning_attention_chunked),
-    "triton": _triton,
+    "triton": lambda *args: _triton().lightning_attention_triton(*args),
 }
-PARTS: dict[str, Callable[[], Parts]] = {
-    "naive": lambda: PlainParts(lightning_attention_naive),
-    "chunked": lambda: PlainParts(lightning_attention_chunked),
-    "triton": _triton_parts,
+STATE_PASSING: dict[str, Callable[[], StatePassing]] = {
+    "naive": lambda: TorchStatePassing(lightning_attention_naive),
+    "chunked": lambda: TorchStatePassing(lightning_attention_chunked),
+    "triton": lambda: _triton().TritonStatePassing(),
 }
 
 
@@ -70,13 +65,13 @@ def _best(q_THK: Tensor) -> str:
     return "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
 
 
-def lightning_parts(q_THK: Tensor, implementation: str = AUTO) -> Parts:
-    """The pieces of lightning attention for tensors like q, of one of the implementations.
+def lightning_state_passing(q_THK: Tensor, implementation: str = AUTO) -> StatePassing:
+    """The phases of lightning attention for tensors like q, in one of the implementations.
 
     Raises:
         ValueError: for an unknown implementation.
     """
-    return choose("lightning", PARTS, implementation, best=_best(q_THK))()
+    return choose("lightning", STATE_PASSING, implementation, best=_best(q_THK))()
 
 
 def lightning_attention(

@@ -1,11 +1,11 @@
-"""The ``attend`` kernel of :mod:`minimax_train.kernels.lightning.triton_kernels`, scheduled by hand for Hopper.
+"""The kernels of :mod:`minimax_train.kernels.lightning.triton_kernels`, scheduled by hand for Hopper.
 
 Triton waits for every matrix product before it starts the next, which leaves the tensor cores idle for most of this
-chain of four. Here the three that depend only on the entering state run back to back (scores, state times x, state
-update), the decay mask is applied while the last two run, and the copy engine (TMA) fills STAGES buffers ahead.
+chain of four. Here the three that need only the state before the tile run back to back (scores, state times x, state
+update), the decay mask is applied while the last two run, and TMA fills STAGES buffers ahead.
 Written in Gluon, Triton's lower level: needs compute capability 9.0, two-byte elements and 16-byte-aligned strides.
 
-Shape legend: as in ``triton_kernels``.
+Shape legend and docstrings of kernels: as in ``triton_kernels``.
 """
 
 from functools import cache
@@ -27,12 +27,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from minimax_train.kernels.lightning import triton_kernels
 
 # Buffers per kernel: as many as fit in the 227 KB of shared memory at K = V = 128.
-STAGES, STAGES_PARTIALS, STAGES_BACKWARD = 3, 4, 2
+STAGES, STAGES_LOCAL, STAGES_BACKWARD = 3, 4, 2
 
-REACH = gl.constexpr(triton_kernels.REACH.value)
+DECAY_CUTOFF = gl.constexpr(triton_kernels.DECAY_CUTOFF.value)
 BEGINS = gl.constexpr(triton_kernels.BEGINS.value)
 ENDS = gl.constexpr(triton_kernels.ENDS.value)
-SHORTEST = gl.constexpr(triton_kernels.SHORTEST.value)
+MIN_TILES = gl.constexpr(triton_kernels.MIN_TILES.value)
 LENGTH_SHIFT = gl.constexpr(triton_kernels.LENGTH_SHIFT.value)
 
 
@@ -54,19 +54,19 @@ class _Layout(gl.NVMMASharedLayout):
 
 
 @cache
-def _layout(chunk: int, columns: int, dtype: torch.dtype) -> _Layout:
-    default = gl.NVMMASharedLayout.get_default_for([1, chunk, columns], _ELEMENT[dtype])
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> _Layout:
+    default = gl.NVMMASharedLayout.get_default_for([1, rows, columns], _ELEMENT[dtype])
     return _Layout(default.swizzle_byte_width, default.element_bitwidth, default.rank)
 
 
 def descriptors(*blocks: tuple[Tensor, int, int]) -> list[TensorDescriptor]:
-    """How the copy engine sees each ``(x [T, H, K], chunk, columns)``: as ``[H, T, K]``, one head's chunk at a time."""
+    """How TMA sees each ``(x [T, H, K], rows, columns)``: as ``[H, T, K]``, that many tokens of one head at a time."""
     result = []
-    for x_THK, chunk, columns in blocks:
+    for x_THK, rows, columns in blocks:
         T, H, K = x_THK.shape
         stride_t, stride_h, _ = x_THK.stride()
-        layout = _layout(chunk, columns, x_THK.dtype)
-        result.append(TensorDescriptor(x_THK, [H, T, K], [stride_h, stride_t, 1], [1, chunk, columns], layout))
+        layout = _layout(rows, columns, x_THK.dtype)
+        result.append(TensorDescriptor(x_THK, [H, T, K], [stride_h, stride_t, 1], [1, rows, columns], layout))
     return result
 
 
@@ -89,53 +89,57 @@ def _uniform(x):
 
 
 @gluon.jit
-def _cut(num_chunks, fine, num_fine):
-    """The chunk that fine segment ``fine`` begins with."""
-    return (num_chunks.to(gl.int64) * fine // num_fine).to(gl.int32)
+def _first_tile(num_tiles, subsplit, num_subsplits):
+    """The tile that a sub-split begins with."""
+    return (num_tiles.to(gl.int64) * subsplit // num_subsplits).to(gl.int32)
 
 
 @gluon.jit
-def _entering(
-    partial, initial, slope, starts, owners, rows, cu_seqlens, h, cut, edge, num_chunks, num_fine, PER,
-    partial_f, partial_h, partial_k, partial_v, initial_n, initial_h, initial_k, initial_v,
+def _state_at_boundary(
+    local, initial, slope, starts, document_ids, rows, cu_seqlens,
+    h, boundary, edge, num_tiles, num_subsplits, PER_SPLIT,
+    local_f, local_h, local_k, local_v, initial_n, initial_h, initial_k, initial_v,
     rows_k, columns_v, inside, state,
-    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, INITIAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr,
 ):  # fmt: skip
-    """``state`` plus what crosses chunk ``cut``, where fine segment ``edge`` meets the one before it."""
+    """``state`` plus the state at tile ``boundary``, where sub-split ``edge`` meets the one before it."""
     line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    is_open = cut < num_chunks if REVERSE else cut > 0
+    is_open = boundary < num_tiles if REVERSE else boundary > 0
     if is_open:
-        cut_token = gl.load(starts + cut)
-        document = gl.load(owners + cut)
+        boundary_token = gl.load(starts + boundary)
+        document = gl.load(document_ids + boundary)
         document_start = gl.load(cu_seqlens + document)
         document_end = gl.load(cu_seqlens + document + 1)
-        begun = cut_token > document_start
-        fines = gl.arange(0, FINE, layout=line)
+        begun = boundary_token > document_start
+        subsplits = gl.arange(0, SUBSPLITS, layout=line)
         ends_token = gl.load(
-            starts + _cut(num_chunks, fines if REVERSE else fines + 1, num_fine), mask=fines < num_fine, other=0
+            starts + _first_tile(num_tiles, subsplits if REVERSE else subsplits + 1, num_subsplits),
+            mask=subsplits < num_subsplits,
+            other=0,
         )
-        # The fine segments of the same document whose states have not decayed away: consecutive, up to the cut.
+        # The sub-splits of the same document whose local states have not decayed away: consecutive, up to the boundary.
         if REVERSE:
-            near = (ends_token - cut_token).to(gl.float32) * slope <= REACH
-            reaching = (fines >= edge) & (fines < num_fine) & near & begun & (ends_token < document_end)
-            from_fine = edge
-            to_fine = edge + gl.sum(reaching.to(gl.int32), 0)
+            remembered = (ends_token - boundary_token).to(gl.float32) * slope <= DECAY_CUTOFF
+            exists = (subsplits >= edge) & (subsplits < num_subsplits)
+            contributes = exists & remembered & begun & (ends_token < document_end)
+            from_subsplit = edge
+            to_subsplit = edge + gl.sum(contributes.to(gl.int32), 0)
         else:
-            near = (cut_token - ends_token).to(gl.float32) * slope <= REACH
-            reaching = (fines < edge) & (ends_token > document_start) & near
-            to_fine = edge
-            from_fine = edge - gl.sum(reaching.to(gl.int32), 0)
-        for f in range(from_fine, to_fine):
-            end_token = gl.load(starts + _cut(num_chunks, f if REVERSE else f + 1, num_fine))
-            away = end_token - cut_token if REVERSE else cut_token - end_token
-            row = f - PER if REVERSE else f
-            at = partial + row.to(gl.int64) * partial_f + h * partial_h
-            at = at + rows_k[:, None] * partial_k + columns_v[None, :] * partial_v
+            remembered = (boundary_token - ends_token).to(gl.float32) * slope <= DECAY_CUTOFF
+            contributes = (subsplits < edge) & (ends_token > document_start) & remembered
+            to_subsplit = edge
+            from_subsplit = edge - gl.sum(contributes.to(gl.int32), 0)
+        for f in range(from_subsplit, to_subsplit):
+            end_token = gl.load(starts + _first_tile(num_tiles, f if REVERSE else f + 1, num_subsplits))
+            away = end_token - boundary_token if REVERSE else boundary_token - end_token
+            row = f - PER_SPLIT if REVERSE else f
+            at = local + row.to(gl.int64) * local_f + h * local_h
+            at = at + rows_k[:, None] * local_k + columns_v[None, :] * local_v
             state += gl.load(at, mask=inside, other=0.0) * gl.exp(-slope * away.to(gl.float32))
         if HAS_INITIAL:
-            away = (document_end - cut_token if REVERSE else cut_token - document_start).to(gl.float32)
+            away = (document_end - boundary_token if REVERSE else boundary_token - document_start).to(gl.float32)
             n = gl.load(rows + document) if INITIAL_MAPPED else document
-            if begun & (n >= 0) & (away * slope <= REACH):
+            if begun & (n >= 0) & (away * slope <= DECAY_CUTOFF):
                 at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state += gl.load(at, mask=inside, other=0.0).to(gl.float32) * gl.exp(-slope * away)
@@ -143,9 +147,9 @@ def _entering(
 
 
 @gluon.jit
-def _reach(slope):
-    """A distance that no contribution outlives, a little generous so that rounding cannot shorten it."""
-    return gl.minimum(1.001 / gl.maximum(slope, 1e-12) * REACH + 2, 1.0e9).to(gl.int32)
+def _memory_length(slope):
+    """Tokens after which a contribution has decayed away; a little more, so that rounding cannot shorten it."""
+    return gl.minimum(1.001 / gl.maximum(slope, 1e-12) * DECAY_CUTOFF + 2, 1.0e9).to(gl.int32)
 
 
 @gluon.jit
@@ -204,8 +208,8 @@ def _accumulate(
 
 
 @gluon.jit
-def partials(
-    y_desc, z_desc, partial, slopes, starts, owners, cu_seqlens, num_chunks, num_fine, PER,
+def subsplit_states(
+    y_desc, z_desc, local, slopes, starts, document_ids, cu_seqlens, num_tiles, num_subsplits, PER_SPLIT,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -217,69 +221,69 @@ def partials(
     h = gl.program_id(0)
     row = gl.program_id(1)
     slope = gl.load(slopes + h).to(gl.float32)
-    fine = row + PER if REVERSE else row
-    cut = _cut(num_chunks, fine if REVERSE else fine + 1, num_fine)
-    nearest = (fine // PER) * PER if REVERSE else (fine // PER + 1) * PER
-    reach = _reach(slope)
-    cut_token = gl.load(starts + cut)
-    far_token = gl.load(starts + _cut(num_chunks, fine + 1 if REVERSE else fine, num_fine))
-    reader = gl.load(starts + _cut(num_chunks, nearest, num_fine))
-    begin = cut_token
-    end = cut_token
-    if gl.abs(reader - cut_token) < reach:
-        # Most programs of a fast head do not come here: only the others wait for the loads that place the document.
-        document = gl.load(owners + cut)
+    subsplit = row + PER_SPLIT if REVERSE else row
+    boundary = _first_tile(num_tiles, subsplit if REVERSE else subsplit + 1, num_subsplits)
+    nearest = (subsplit // PER_SPLIT) * PER_SPLIT if REVERSE else (subsplit // PER_SPLIT + 1) * PER_SPLIT
+    memory = _memory_length(slope)
+    boundary_token = gl.load(starts + boundary)
+    far_token = gl.load(starts + _first_tile(num_tiles, subsplit + 1 if REVERSE else subsplit, num_subsplits))
+    reader = gl.load(starts + _first_tile(num_tiles, nearest, num_subsplits))
+    begin = boundary_token
+    end = boundary_token
+    if gl.abs(reader - boundary_token) < memory:
+        # Of a short-memory head few programs come here: only they wait for the loads that place the document.
+        document = gl.load(document_ids + boundary)
         document_start = gl.load(cu_seqlens + document)
         document_end = gl.load(cu_seqlens + document + 1)
         if REVERSE:
-            if (document_start < reader) & (cut_token > document_start):
-                end = gl.minimum(gl.minimum(document_end, far_token), reader + reach)
+            if (document_start < reader) & (boundary_token > document_start):
+                end = gl.minimum(gl.minimum(document_end, far_token), reader + memory)
         else:
-            if (document_end > reader) & (cut_token > document_start):
-                begin = gl.maximum(gl.maximum(document_start, far_token), reader - reach)
+            if (document_end > reader) & (boundary_token > document_start):
+                begin = gl.maximum(gl.maximum(document_start, far_token), reader - memory)
     if begin < end:
         rows_k = gl.arange(0, BK, layout=by_row)
         columns_v = gl.arange(0, BV, layout=by_column)
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
         state = gl.zeros([BK, BV], gl.float32, mma)
         state = _accumulate(y_desc, z_desc, h, begin, end, slope, state, mma, REVERSE, STAGES)
-        to = partial + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        to = local + (row.to(gl.int64) * H + h) * K * V + rows_k[:, None] * V + columns_v[None, :]
         gl.store(to, state, mask=inside)
 
 
 @gluon.jit
-def states(
-    y_desc, z_desc, out, places, slopes, edges, N,
+def block_states(
+    y_desc, z_desc, out, block_table, slopes, ranges, num_pairs,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    COLUMNS: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
+    PAIRS: gl.constexpr, REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     groups: gl.constexpr = gl.num_warps() // 4
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BV // groups, 16])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    p = gl.program_id(0)
-    if p < gl.load(places + N):
-        size = gl.load(places + N + 1)
-        columns = gl.arange(0, COLUMNS, layout=line)
-        begun = gl.load(places + columns, mask=columns < N, other=p + 1) <= p
-        column = gl.sum(begun.to(gl.int32), 0) - 1
-        h = column % H
+    block = gl.program_id(0)
+    if block < gl.load(block_table + num_pairs):
+        size = gl.load(block_table + num_pairs + 1)
+        pairs = gl.arange(0, PAIRS, layout=line)
+        begun = gl.load(block_table + pairs, mask=pairs < num_pairs, other=block + 1) <= block
+        pair = gl.sum(begun.to(gl.int32), 0) - 1
+        h = pair % H
         slope = gl.load(slopes + h).to(gl.float32)
-        begin = gl.load(edges + 2 * (column // H))
-        end = gl.load(edges + 2 * (column // H) + 1)
-        # From where the state leaves: a reach that came out otherwise than when the pieces were counted would cost what
-        # has decayed, no more.
-        away = (p - gl.load(places + column)) * size
+        begin = gl.load(ranges + 2 * (pair // H))
+        end = gl.load(ranges + 2 * (pair // H) + 1)
+        # Counted from where the state is wanted: should rounding make the memory length longer here than in
+        # ``plan_blocks``, only tokens that have decayed away are missing.
+        away = (block - gl.load(block_table + pair)) * size
         if REVERSE:
             low = begin + away
-            high = gl.minimum(gl.minimum(low + size, end), begin + _reach(slope))
+            high = gl.minimum(gl.minimum(low + size, end), begin + _memory_length(slope))
         else:
             high = end - away
-            low = gl.maximum(gl.maximum(high - size, begin), end - _reach(slope))
+            low = gl.maximum(gl.maximum(high - size, begin), end - _memory_length(slope))
         state = gl.zeros([BK, BV], gl.float32, mma)
         state = _accumulate(y_desc, z_desc, h, low, high, slope, state, mma, REVERSE, STAGES)
         rows_k = gl.arange(0, BK, layout=gl.SliceLayout(1, mma))
         columns_v = gl.arange(0, BV, layout=gl.SliceLayout(0, mma))
-        to = out + p.to(gl.int64) * K * V + rows_k[:, None] * V + columns_v[None, :]
+        to = out + block.to(gl.int64) * K * V + rows_k[:, None] * V + columns_v[None, :]
         inside = (rows_k < K)[:, None] & (columns_v < V)[None, :]
         gl.store(to, state * gl.exp(-slope * away.to(gl.float32)), mask=inside)
 
@@ -289,7 +293,7 @@ def _produce(
     x_desc, y_desc, z_desc, starts, h, low, high, x_tiles, y_tiles, z_tiles, full, empty,
     REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp keeps the copy engine STAGES chunks ahead of both consumers."""
+    """One warp keeps TMA STAGES tiles ahead of both consumers."""
     size: gl.constexpr = x_desc.block_type.nbytes + y_desc.block_type.nbytes + 2 * z_desc.block_type.nbytes
     HALF: gl.constexpr = z_desc.block_type.shape[2]
     for step in range(0, high - low):
@@ -307,13 +311,13 @@ def _produce(
 @gluon.jit
 def _consume(
     half: gl.constexpr, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-    out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high, edge,
+    out_desc, out, initial, final, local, slope, starts, infos, document_ids, rows, cu_seqlens, h, low, high, edge,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-    partial_f, partial_h, partial_k, partial_v,
-    num_tokens, num_chunks, num_fine, PER,
+    local_f, local_h, local_k, local_v,
+    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, HALF: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: half of the value columns, with its own half of the state."""
     low = _uniform(low)
@@ -339,12 +343,12 @@ def _consume(
     within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
 
     state = gl.zeros([BK, HALF], gl.float32, mma)
-    if HAS_PARTIAL:
-        state = _entering(
-            partial, initial, slope, starts, owners, rows, cu_seqlens, h, high if REVERSE else low, edge,
-            num_chunks, num_fine, PER, partial_f, partial_h, partial_k, partial_v,
+    if HAS_LOCAL:
+        state = _state_at_boundary(
+            local, initial, slope, starts, document_ids, rows, cu_seqlens, h, high if REVERSE else low, edge,
+            num_tiles, num_subsplits, PER_SPLIT, local_f, local_h, local_k, local_v,
             initial_n, initial_h, initial_k, initial_v, rows_k, columns_v, inside, state,
-            REVERSE, HAS_INITIAL, INITIAL_MAPPED, FINE,
+            REVERSE, HAS_INITIAL, INITIAL_MAPPED, SUBSPLITS,
         )  # fmt: skip
 
     for step in range(0, high - low):
@@ -353,7 +357,7 @@ def _consume(
         start = _uniform(gl.load(starts + m))
         info = _uniform(gl.load(infos + m))
         length = info >> LENGTH_SHIFT
-        enters = (info & (ENDS if REVERSE else BEGINS)) != 0
+        is_first = (info & (ENDS if REVERSE else BEGINS)) != 0
 
         valid = slots < length
         before = (slots + 1).to(gl.float32)
@@ -362,15 +366,15 @@ def _consume(
         to_state = gl.where(valid, gl.exp(-slope * (before if REVERSE else after)), 0.0)
         through = gl.exp(-slope * length.to(gl.float32))
         if HAS_INITIAL:
-            if enters:
-                n = gl.load(owners + m)
+            if is_first:
+                n = gl.load(document_ids + m)
                 n = gl.load(rows + n) if INITIAL_MAPPED else n
                 at = initial + n.to(gl.int64) * initial_n + h * initial_h
                 at = at + rows_k[:, None] * initial_k + columns_v[None, :] * initial_v
                 state = gl.load(at, mask=inside & (n >= 0) if INITIAL_MAPPED else inside, other=0.0).to(gl.float32)
         else:
-            from_state = gl.where(enters, 0.0, from_state)
-            through = gl.where(enters, 0.0, through)
+            from_state = gl.where(is_first, 0.0, from_state)
+            through = gl.where(is_first, 0.0, through)
 
         x_s = x_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
         y_s = y_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
@@ -400,7 +404,7 @@ def _consume(
         state = warpgroup_mma_wait(1, deps=[state])
         acc = warpgroup_mma_wait(0, deps=[acc])
 
-        # A chunk that fills its tile leaves by the copy engine, another one row by row, its copy sent out of range.
+        # A tile of C tokens is stored by TMA; a shorter one row by row, and its TMA store is sent out of range.
         out_s._reinterpret(dtype, [C, HALF], tile_v).store(acc.to(dtype))
         fence_async_shared()
         thread_barrier()
@@ -411,7 +415,7 @@ def _consume(
             gl.store(cells, acc.to(dtype), mask=valid[:, None] & (columns_v < V)[None, :])
         if HAS_FINAL:
             if (info & (BEGINS if REVERSE else ENDS)) != 0:
-                n = gl.load(owners + m)
+                n = gl.load(document_ids + m)
                 n = gl.load(rows + n) if FINAL_MAPPED else n
                 at = final + n.to(gl.int64) * final_n + h * final_h
                 at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
@@ -421,22 +425,22 @@ def _consume(
 
 @gluon.jit
 def attend(
-    x_desc, y_desc, z_desc, out_desc, out, initial, final, partial, slopes, starts, infos, owners, rows, cu_seqlens,
+    x_desc, y_desc, z_desc, out_desc, out, initial, final, local, slopes, starts, infos, document_ids, rows, cu_seqlens,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-    partial_f, partial_h, partial_k, partial_v,
-    num_tokens, num_chunks, num_fine, PER,
+    local_f, local_h, local_k, local_v,
+    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
     HALF: gl.constexpr = BV // 2
     h = gl.program_id(0)
-    segment = gl.program_id(1)
+    split = gl.program_id(1)
     slope = gl.load(slopes + h).to(gl.float32)
-    low = _cut(num_chunks, segment * PER, num_fine)
-    high = _cut(num_chunks, segment * PER + PER, num_fine)
-    edge = segment * PER + PER if REVERSE else segment * PER
+    low = _first_tile(num_tiles, split * PER_SPLIT, num_subsplits)
+    high = _first_tile(num_tiles, split * PER_SPLIT + PER_SPLIT, num_subsplits)
+    edge = split * PER_SPLIT + PER_SPLIT if REVERSE else split * PER_SPLIT
 
     x_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], x_desc.layout)
     y_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], y_desc.layout)
@@ -460,18 +464,20 @@ def attend(
         [
             (_consume, (
                 left, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-                out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high,
-                edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINAL_MAPPED, FINE,
+                out_desc, out, initial, final, local, slope, starts, infos, document_ids, rows, cu_seqlens, h, low,
+                high, edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v,
+                final_n, final_h, final_k, final_v, local_f, local_h, local_k, local_v,
+                num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_LOCAL, INITIAL_MAPPED, FINAL_MAPPED, SUBSPLITS,
                 STAGES,
             )),
             (_consume, (
                 right, x_tiles, y_tiles, z_tiles, weighted_tiles, state_tiles, out_tiles, full, empty,
-                out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, cu_seqlens, h, low, high,
-                edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINAL_MAPPED, FINE,
+                out_desc, out, initial, final, local, slope, starts, infos, document_ids, rows, cu_seqlens, h, low,
+                high, edge, out_t, out_h, initial_n, initial_h, initial_k, initial_v,
+                final_n, final_h, final_k, final_v, local_f, local_h, local_k, local_v,
+                num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+                K, V, C, BK, HALF, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_LOCAL, INITIAL_MAPPED, FINAL_MAPPED, SUBSPLITS,
                 STAGES,
             )),
             (_produce, (
@@ -507,14 +513,14 @@ def _produce_backward(
 @gluon.jit
 def _consume_backward(
     side: gl.constexpr, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, out_s,
-    full, empty, ready, free, out_desc, out, initial, final, partial, slope, starts, infos, owners, rows, runs,
+    full, empty, ready, free, out_desc, out, initial, final, local, slope, starts, infos, document_ids, rows, runs,
     cu_seqlens, h, low, high, edge, out_t, out_h,
     initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-    partial_f, partial_h, partial_k, partial_v,
-    num_tokens, num_chunks, num_fine, PER,
+    local_f, local_h, local_k, local_v,
+    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp group: dv (side 0) or dk (side 1), and half of the state that both read."""
     low = _uniform(low)
@@ -544,14 +550,15 @@ def _consume_backward(
     within_CC = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0).to(gl.float32)), 0.0)
 
     state = gl.zeros([BK, HALF], gl.float32, mma_state)
-    if HAS_PARTIAL:
-        state = _entering(
-            partial, initial, slope, starts, owners, rows, cu_seqlens, h, high, edge, num_chunks, num_fine, PER,
-            partial_f, partial_h, partial_k, partial_v, initial_n, initial_h, initial_k, initial_v,
-            rows_k, columns_v, inside, state, True, HAS_INITIAL, INITIAL_MAPPED, FINE,
+    if HAS_LOCAL:
+        state = _state_at_boundary(
+            local, initial, slope, starts, document_ids, rows, cu_seqlens, h, high, edge,
+            num_tiles, num_subsplits, PER_SPLIT, local_f, local_h, local_k, local_v,
+            initial_n, initial_h, initial_k, initial_v, rows_k, columns_v, inside, state,
+            True, HAS_INITIAL, INITIAL_MAPPED, SUBSPLITS,
         )  # fmt: skip
 
-    # In runs from one given state to the next: with the load of a state inside, the loop takes 1.5 times as long.
+    # In runs from one given state to the next: with the load of a state inside it, the loop takes 1.5 times as long.
     count = high - low
     begin = 0
     while begin < count:
@@ -560,7 +567,7 @@ def _consume_backward(
         if HAS_INITIAL:
             top = high - 1 - begin
             end = gl.minimum(count, begin + gl.load(runs + top))
-            n = gl.load(owners + top)
+            n = gl.load(document_ids + top)
             n = gl.load(rows + n) if INITIAL_MAPPED else n
             took = (((gl.load(infos + top) & ENDS) != 0) & (n >= 0)).to(gl.int32)
             if took != 0:
@@ -584,7 +591,7 @@ def _consume_backward(
             k_s = k_tiles.index(stage)._reinterpret(dtype, [C, BK], tile_k)
             v_s = v_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
             do_s = do_tiles.index(stage)._reinterpret(dtype, [C, BV], tile_v)
-            # Both sides have read the state of the chunk before.
+            # Both sides have read the state of the previous tile.
             mbarrier.wait(free, (step & 1) ^ 1)
             my_state_s.store(state.to(dtype))
             state = state * through
@@ -629,7 +636,7 @@ def _consume_backward(
                 gl.store(cells, acc.to(dtype), mask=(slots < length)[:, None] & (columns < WIDTH)[None, :])
             if HAS_FINAL:
                 if (info & BEGINS) != 0:
-                    at = final + gl.load(owners + m).to(gl.int64) * final_n + h * final_h
+                    at = final + gl.load(document_ids + m).to(gl.int64) * final_n + h * final_h
                     at = at + rows_k[:, None] * final_k + columns_v[None, :] * final_v
                     gl.store(at, state, mask=inside)
         begin = end
@@ -638,23 +645,23 @@ def _consume_backward(
 
 @gluon.jit
 def attend_dk_dv(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, partial,
-    slopes, starts, infos, owners, rows, runs, cu_seqlens,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, dk, dv, initial, final, local,
+    slopes, starts, infos, document_ids, rows, runs, cu_seqlens,
     dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-    partial_f, partial_h, partial_k, partial_v,
-    num_tokens, num_chunks, num_fine, PER,
+    local_f, local_h, local_k, local_v,
+    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_PARTIAL: gl.constexpr,
-    INITIAL_MAPPED: gl.constexpr, FINE: gl.constexpr, STAGES: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
+    INITIAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Both reverse passes of the backward in one: they share q, k, v, do and the running gradient of the state."""
     dtype: gl.constexpr = q_desc.dtype
     h = gl.program_id(0)
-    segment = gl.program_id(1)
+    split = gl.program_id(1)
     slope = gl.load(slopes + h).to(gl.float32)
-    low = _cut(num_chunks, segment * PER, num_fine)
-    high = _cut(num_chunks, segment * PER + PER, num_fine)
-    edge = segment * PER + PER
+    low = _first_tile(num_tiles, split * PER_SPLIT, num_subsplits)
+    high = _first_tile(num_tiles, split * PER_SPLIT + PER_SPLIT, num_subsplits)
+    edge = split * PER_SPLIT + PER_SPLIT
 
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], q_desc.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, C, BK], k_desc.layout)
@@ -681,19 +688,19 @@ def attend_dk_dv(
         [
             (_consume_backward, (
                 for_dv, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dv_s,
-                full, empty, ready, free, dv_desc, dv, initial, final, partial, slope, starts, infos, owners, rows,
+                full, empty, ready, free, dv_desc, dv, initial, final, local, slope, starts, infos, document_ids, rows,
                 runs, cu_seqlens, h, low, high, edge, dv_t, dv_h,
                 initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINE, STAGES,
+                local_f, local_h, local_k, local_v, num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_LOCAL, INITIAL_MAPPED, SUBSPLITS, STAGES,
             )),
             (_consume_backward, (
                 for_dk, q_tiles, k_tiles, v_tiles, do_tiles, weighted_tiles, state_s, dk_s,
-                full, empty, ready, free, dk_desc, dk, initial, final, partial, slope, starts, infos, owners, rows,
+                full, empty, ready, free, dk_desc, dk, initial, final, local, slope, starts, infos, document_ids, rows,
                 runs, cu_seqlens, h, low, high, edge, dk_t, dk_h,
                 initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
-                partial_f, partial_h, partial_k, partial_v, num_tokens, num_chunks, num_fine, PER,
-                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_PARTIAL, INITIAL_MAPPED, FINE, STAGES,
+                local_f, local_h, local_k, local_v, num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+                K, V, C, BK, BV, HAS_INITIAL, HAS_FINAL, HAS_LOCAL, INITIAL_MAPPED, SUBSPLITS, STAGES,
             )),
             (_produce_backward, (
                 q_desc, k_desc, v_desc, do_desc, starts, h, low, high, q_tiles, k_tiles, v_tiles, do_tiles,

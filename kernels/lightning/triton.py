@@ -7,14 +7,16 @@ With ``A(x, y, z)_i = sum over j <= i of decay^(i - j) (x_i . y_j) z_j`` and A' 
 where A's running state is S (transposed for dq) and that of A' is the gradient of S (transposed for dk). On Hopper
 dk and dv come from one pass over what they share. ``docs/kernels.md`` counts the bytes and has the measurements.
 
-One program holds one head's state, so the token axis is cut in as many segments as fill the device. What crosses a
-cut is summed beforehand, in more parts, in parallel: reading at most y and z of all but one segment once more,
-and for a fast head only the few tokens before each cut that have not decayed away.
+A program walks tiles one after the other with one head's state, so the tiles are cut in *splits*, as many as fill the
+device. The states at split boundaries are computed beforehand, in parallel, by state passing: a first kernel computes
+the local states of *sub-splits*, a few to a split, and each program adds up those that contribute to its boundary. That
+reads at most y and z of all but one split once more, and for a head with a short memory only the few tokens before each
+boundary that have not decayed away.
 
-``states``, ``forward``, ``backward_q`` and ``backward_kv`` are the same kernels without autograd, for ranks that share
-documents (:mod:`minimax_train.kernels.lightning.parts`).
+:class:`TritonStatePassing` runs the same kernels without autograd, for context parallelism.
 
-Shape legend: T tokens, H heads, K key dim, V value dim, N documents, M documents with a state, F fine segments.
+Shape legend: T tokens, H heads, K key dim, V value dim, N documents, M states (of some of the documents), B tiles,
+F sub-splits, R token ranges, P blocks of tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from minimax_train.documents import Documents, to_device
 from minimax_train.kernels.lightning import triton_kernels
+from minimax_train.kernels.lightning.state_passing import StatePassing
+from minimax_train.kernels.lightning.tiles import Tiles, tile_ends
 
 
 def _power_of_two(size: int) -> int:
@@ -39,24 +43,24 @@ def _ceil_div(size: int, step: int) -> int:
     return -(-size // step)
 
 
-class Tiles(NamedTuple):
-    """How one call is cut: a chunk of C tokens by a slice of the value dim per step, on ``warps`` warps."""
+class TileShape(NamedTuple):
+    """What one step of a program works on: C tokens by a slice of the value dim; on how many warps and stages."""
 
-    chunk: int
-    slice: int
+    tokens: int
+    values: int
     warps: int
     stages: int
 
 
-def choose_tiles(dtype: torch.dtype, K: int, V: int) -> Tiles:
+def choose_tile(dtype: torch.dtype, K: int, V: int) -> TileShape:
     """The configuration measured best on H200; float32 tiles are small because they take twice the shared memory."""
     if dtype.itemsize == 4:
-        return Tiles(32, 32, 4, 2)
-    return Tiles(64, 128, 8, 3)
+        return TileShape(32, 32, 4, 2)
+    return TileShape(64, 128, 8, 3)
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -65,18 +69,18 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def choose_segments(num_chunks: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Segments of ``attend`` and fine segments of ``partials`` per segment, for ``columns`` independent programs."""
+def choose_splits(num_tiles: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Splits, and sub-splits per split, where each split takes that many programs."""
     if device.type != "cuda":
         return 1, 1
-    segments = max(1, min(_processors(device) // columns, num_chunks // 4))
-    if segments == 1:
+    splits = max(1, min(_num_sms(device) // programs, num_tiles // 4))
+    if splits == 1:
         return 1, 1
-    return segments, max(1, min(16 // segments, num_chunks // segments // 16))
+    return splits, max(1, min(16 // splits, num_tiles // splits // 16))
 
 
-# In about how many pieces ``states`` sums tokens, of all heads together: two for each processor of an H100.
-PIECES = 264
+# In about how many blocks ``local_states`` sums tokens, of all heads together: two for each SM of an H100.
+BLOCKS = 264
 
 
 def choose_hopper(x_THK: Tensor) -> bool:
@@ -85,83 +89,111 @@ def choose_hopper(x_THK: Tensor) -> bool:
 
 
 class _Table(NamedTuple):
-    """Chunks of the documents as the kernels read them, int32; ``starts`` has T and ``owners`` the last as sentinel."""
+    """Tiles as the kernels read them, int32; ``starts`` has T and ``document_ids`` the last document as sentinel."""
 
     starts: Tensor
     infos: Tensor
-    owners: Tensor
+    document_ids: Tensor
     count: int
 
 
 def _table(documents: Documents, size: int) -> _Table:
-    chunks = documents.chunks(size)
-    ends_M = chunks.starts_M + chunks.lengths_M
+    tiles = Tiles.of(documents, size)
+    ends_B = tiles.starts_B + tiles.lengths_B
     cu_seqlens = documents.cu_seqlens
-    begins_M = chunks.starts_M == cu_seqlens[chunks.documents_M]
-    ends_document_M = ends_M == cu_seqlens[chunks.documents_M + 1]
-    infos_M = begins_M * triton_kernels.BEGINS.value + ends_document_M * triton_kernels.ENDS.value
-    infos_M += chunks.lengths_M << triton_kernels.LENGTH_SHIFT.value
-    starts = torch.cat([chunks.starts_M, ends_M[-1:]])
-    owners = torch.cat([chunks.documents_M, chunks.documents_M[-1:]])
-    return _Table(starts.int(), infos_M.int(), owners.int(), len(infos_M))
+    begins_document_B = tiles.starts_B == cu_seqlens[tiles.documents_B]
+    ends_document_B = ends_B == cu_seqlens[tiles.documents_B + 1]
+    infos_B = begins_document_B * triton_kernels.BEGINS.value + ends_document_B * triton_kernels.ENDS.value
+    infos_B += tiles.lengths_B << triton_kernels.LENGTH_SHIFT.value
+    starts = torch.cat([tiles.starts_B, ends_B[-1:]])
+    document_ids = torch.cat([tiles.documents_B, tiles.documents_B[-1:]])
+    return _Table(starts.int(), infos_B.int(), document_ids.int(), len(infos_B))
 
 
-def _state_rows(documents: Documents, wanted: tuple[int, ...]) -> Tensor:
-    """Row of each document's final state among those wanted, int32 ``[N]``; -1 for the others."""
+def _state_rows(documents: Documents, state_of: tuple[int, ...]) -> Tensor:
+    """Row of each document's state among those of ``state_of``, int32 ``[N]``; -1 for the other documents."""
     rows_N = torch.full((len(documents),), -1, dtype=torch.int32)
-    rows_N[list(wanted)] = torch.arange(len(wanted), dtype=torch.int32)
+    rows_N[list(state_of)] = torch.arange(len(state_of), dtype=torch.int32)
     return to_device(rows_N, documents.device)
 
 
-def _chunk_ends(documents: Documents, size: int) -> Tensor:
-    """The chunk after the last of each document, on the host, ``[N]``."""
-    return ((documents.cu_seqlens_cpu.diff() + size - 1) // size).cumsum(0)
-
-
-def _runs(documents: Documents, size: int, wanted: tuple[int, ...] | None) -> Tensor:
-    """From each chunk, how many a backward walk makes before it meets the next end of a document wanted; int32."""
-    ends_N = _chunk_ends(documents, size) - 1
-    stops = ends_N if wanted is None else ends_N[sorted(wanted)]
+def _runs(documents: Documents, size: int, state_of: tuple[int, ...] | None) -> Tensor:
+    """From each tile, how many tiles a backward walk makes before the next end of a document with a state; int32."""
+    last_N = tile_ends(documents, size) - 1
+    stops = last_N if state_of is None else last_N[sorted(state_of)]
     stops = torch.cat([stops.new_tensor([-1]), stops])
-    chunks_M = torch.arange(int(ends_N[-1]) + 1)
-    runs_M = chunks_M - stops[torch.searchsorted(stops, chunks_M) - 1]
-    return to_device(runs_M.int(), documents.device)
+    tiles_B = torch.arange(int(last_N[-1]) + 1)
+    runs_B = tiles_B - stops[torch.searchsorted(stops, tiles_B) - 1]
+    return to_device(runs_B.int(), documents.device)
 
 
-class _Run(NamedTuple):
-    """What all kernels of one call share."""
+def _ranges(documents: Documents, state_of: tuple[int | None, ...], size: int, splits: int, reverse: bool) -> Tensor:
+    """Token ranges whose local states :class:`TritonStatePassing` computes, int32 ``[R, 2]``: first, and end.
+
+    Of each document of ``state_of`` all tokens; then of each boundary between splits those tokens of the split before
+    it (reverse: after it) that belong to the document that crosses the boundary, if one does.
+    """
+    bounds = documents.bounds
+    ranges = [(0, 0) if n is None else (bounds[n], bounds[n + 1]) for n in state_of]
+    ends = tile_ends(documents, size).tolist()
+    begins = [0, *ends]
+    boundaries = [ends[-1] * split // splits for split in range(1, splits)]
+    crossing = [bisect_right(ends, tile) for tile in boundaries]
+    tokens = [bounds[n] + (tile - begins[n]) * size for n, tile in zip(crossing, boundaries, strict=True)]
+    neighbours = [0, *tokens, bounds[-1]]
+    for n, token, before, after in zip(crossing, tokens, neighbours, neighbours[2:], strict=False):
+        if reverse:
+            ranges.append((token, min(after, bounds[n + 1]) if bounds[n] < token else token))
+        else:
+            ranges.append((max(before, bounds[n]), token))
+    return to_device(torch.tensor(ranges, dtype=torch.int32), documents.device)
+
+
+class _Call(NamedTuple):
+    """What all kernels of one call share. States of documents are of ``state_of``, in that order, where *mapped*."""
 
     slopes_H: Tensor
     documents: Documents
-    tiles: Tiles
-    segments: int
-    per: int
+    tile: TileShape
+    splits: int
+    per_split: int
     table: _Table
     hopper: bool
-    wanted: tuple[int, ...] | None
+    state_of: tuple[int, ...] | None
     state_rows: Tensor
 
     @classmethod
     def plan(
-        cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents, wanted: tuple[int, ...] | None
-    ) -> _Run:
+        cls, x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents, state_of: tuple[int, ...] | None
+    ) -> _Call:
         H, K = x_THK.shape[1:]
-        tiles = choose_tiles(x_THK.dtype, K, V)
-        table = documents.derive(("lightning table", tiles.chunk), lambda d: _table(d, tiles.chunk))
-        columns = H * _ceil_div(max(K, V), tiles.slice)
-        segments, per = choose_segments(table.count, columns, x_THK.device)
-        # No segment may be empty: nothing would write the state it hands on.
-        segments = min(segments, table.count)
-        per = min(per, table.count // segments)
+        tile = choose_tile(x_THK.dtype, K, V)
+        table = documents.derive(("lightning table", tile.tokens), lambda d: _table(d, tile.tokens))
+        splits, per_split = choose_splits(table.count, H * _ceil_div(max(K, V), tile.values), x_THK.device)
+        # No split may be empty: nothing would write its local state.
+        splits = min(splits, table.count)
+        per_split = min(per_split, table.count // splits)
         hopper = max(K, V) <= 128 and choose_hopper(x_THK)
-        state_rows = table.owners  # any pointer: not followed unless states are mapped
-        if wanted is not None:
-            state_rows = documents.derive(("lightning state rows", wanted), lambda d: _state_rows(d, wanted))
-        return cls(slopes_H, documents, tiles, segments, per, table, hopper, wanted, state_rows)
+        state_rows = table.document_ids  # any pointer: not followed unless states are mapped
+        if state_of is not None:
+            state_rows = documents.derive(("lightning state rows", state_of), lambda d: _state_rows(d, state_of))
+        return cls(slopes_H, documents, tile, splits, per_split, table, hopper, state_of, state_rows)
 
-    def _shared(self, K: int, V: int, dtype: torch.dtype) -> dict:
-        C, width, warps, stages = self.tiles
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        """Tiles, sub-splits, and sub-splits per split."""
+        return self.table.count, self.splits * self.per_split, self.per_split
+
+    @property
+    def _tables(self) -> tuple[Tensor, ...]:
+        table = self.table
+        return (self.slopes_H, table.starts, table.infos, table.document_ids, self.state_rows)
+
+    def _portable(self, K: int, V: int, dtype: torch.dtype) -> dict:
+        C, width, warps, stages = self.tile
         return {
+            "K": K,
+            "V": V,
             "C": C,
             "BK": max(16, _power_of_two(K)),
             "BV": min(width, max(16, _power_of_two(V))),
@@ -170,13 +202,8 @@ class _Run(NamedTuple):
             "num_stages": stages,
         }
 
-    @property
-    def _where(self) -> tuple[Tensor, ...]:
-        table = self.table
-        return (self.slopes_H, table.starts, table.infos, table.owners, self.state_rows, self.documents.cu_seqlens)
-
-    def _copy_engine_takes(self, *tensors: Tensor) -> bool:
-        """Whether the Hopper kernels can read these: the copy engine wants everything on 16 bytes."""
+    def _tma_takes(self, *tensors: Tensor) -> bool:
+        """Whether the Hopper kernels can read these: TMA wants everything aligned to 16 bytes."""
         return self.hopper and all(
             x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
             for x in tensors
@@ -187,33 +214,63 @@ class _Run(NamedTuple):
         from minimax_train.kernels.lightning import hopper_kernels
 
         BK, BV = (max(64, _power_of_two(size)) for size in (K, V))
-        return hopper_kernels, {"K": K, "V": V, "C": self.tiles.chunk, "BK": BK, "BV": BV}
+        return hopper_kernels, {"K": K, "V": V, "C": self.tile.tokens, "BK": BK, "BV": BV}
 
-    def partials(self, y_THK: Tensor, z_THV: Tensor, *, reverse: bool) -> Tensor | None:
-        """What fine segments add to states that cross cuts, float32 ``[F', H, K, V]``; None where nothing is cut."""
-        if self.segments == 1:
+    def _states(self, *states: Tensor | None, initial_mapped: bool) -> tuple[list[int], dict]:
+        """Strides of the initial, final and local states, and the flags that say which there are."""
+        strides = [stride for x in states for stride in (x.stride() if x is not None else [0] * 4)]
+        initial, final, local = (x is not None for x in states)
+        flags = {"HAS_INITIAL": initial, "HAS_FINAL": final, "HAS_LOCAL": local, "INITIAL_MAPPED": initial_mapped}
+        return strides, flags | {"SUBSPLITS": _power_of_two(self.splits * self.per_split)}
+
+    def subsplit_states(self, y_THK: Tensor, z_THV: Tensor, *, reverse: bool) -> Tensor | None:
+        """Local states of the sub-splits of all splits but one, float32 ``[F', H, K, V]``; None of a single split."""
+        if self.splits == 1:
             return None
-        _, H, K = y_THK.shape
-        V = z_THV.shape[-1]
-        fine = self.segments * self.per
-        partial_FHKV = torch.empty(fine - self.per, H, K, V, dtype=torch.float32, device=y_THK.device)
-        where = (self.slopes_H, self.table.starts, self.table.owners, self.documents.cu_seqlens)
-        if self._copy_engine_takes(y_THK, z_THV):
+        (_, H, K), V = y_THK.shape, z_THV.shape[-1]
+        num_states = (self.splits - 1) * self.per_split
+        local_FHKV = torch.empty(num_states, H, K, V, dtype=torch.float32, device=y_THK.device)
+        table = self.table
+        where = (local_FHKV, self.slopes_H, table.starts, table.document_ids, self.documents.cu_seqlens)
+        if self._tma_takes(y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
-            C, BK, BV = shape["C"], shape["BK"], shape["BV"]
-            hopper.partials[H, fine - self.per](
-                *hopper.descriptors((y_THK, C, BK), (z_THV, C, BV)), partial_FHKV,
-                *where, self.table.count, fine, self.per,
-                H=H, REVERSE=reverse, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape,
+            hopper.subsplit_states[H, num_states](
+                *hopper.descriptors((y_THK, shape["C"], shape["BK"]), (z_THV, shape["C"], shape["BV"])),
+                *where, *self._counts, H=H, REVERSE=reverse, STAGES=hopper.STAGES_LOCAL, num_warps=8, **shape,
             )  # fmt: skip
-            return partial_FHKV
-        shared = self._shared(K, V, y_THK.dtype)
-        triton_kernels.partials[_ceil_div(V, shared["BV"]), H, fine - self.per](
-            y_THK, z_THV, partial_FHKV, *where,
-            *y_THK.stride()[:2], *z_THV.stride()[:2], self.table.count, fine, self.per,
-            H=H, K=K, V=V, REVERSE=reverse, **shared,
-        )  # fmt: skip
-        return partial_FHKV
+            return local_FHKV
+        shape = self._portable(K, V, y_THK.dtype)
+        triton_kernels.subsplit_states[_ceil_div(V, shape["BV"]), H, num_states](
+            y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], *self._counts, H=H, REVERSE=reverse, **shape
+        )
+        return local_FHKV
+
+    def local_states(self, y_THK: Tensor, z_THV: Tensor, ranges_R2: Tensor, *, reverse: bool) -> Tensor:
+        """Local states of token ranges, float32 ``[R, H, K, V]``; zero of an empty range."""
+        (_, H, K), V, num_pairs = y_THK.shape, z_THV.shape[-1], len(ranges_R2) * y_THK.shape[1]
+        block_table = torch.empty(num_pairs + 2, dtype=torch.int32, device=y_THK.device)
+        flags = {"H": H, "PAIRS": _power_of_two(num_pairs)}
+        triton_kernels.plan_blocks[(1,)](
+            block_table, self.slopes_H, ranges_R2, num_pairs, C=self.tile.tokens, BLOCKS=BLOCKS, **flags
+        )
+        blocks_PKV = torch.empty(BLOCKS + num_pairs, K, V, dtype=torch.float32, device=y_THK.device)
+        where = (blocks_PKV, block_table, self.slopes_H, ranges_R2, num_pairs)
+        if self._tma_takes(y_THK, z_THV):
+            hopper, shape = self._hopper(K, V)
+            hopper.block_states[(len(blocks_PKV),)](
+                *hopper.descriptors((y_THK, shape["C"], shape["BK"]), (z_THV, shape["C"], shape["BV"])),
+                *where, REVERSE=reverse, STAGES=hopper.STAGES_LOCAL, num_warps=8, **shape, **flags,
+            )  # fmt: skip
+        else:
+            shape = self._portable(K, V, y_THK.dtype)
+            triton_kernels.block_states[_ceil_div(V, shape["BV"]), len(blocks_PKV)](
+                y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], REVERSE=reverse, **shape, **flags
+            )
+        out_RHKV = torch.empty(len(ranges_R2), H, K, V, dtype=torch.float32, device=y_THK.device)
+        triton_kernels.sum_blocks[_ceil_div(K * V, 1024), num_pairs](
+            blocks_PKV, out_RHKV, block_table, KV=K * V, B=1024
+        )
+        return out_RHKV
 
     def attend(
         self,
@@ -221,51 +278,40 @@ class _Run(NamedTuple):
         y_THK: Tensor,
         z_THV: Tensor,
         initial_NHKV: Tensor | None,
-        partial_FHKV: Tensor | None,
+        local_FHKV: Tensor | None,
         *,
         reverse: bool,
         final_NHKV: Tensor | None = None,
         initial_mapped: bool = False,
         final_mapped: bool = False,
     ) -> Tensor:
-        """``A(x, y, z)``, or A' in reverse, ``[T, H, V]``; fills ``final_NHKV`` if given.
-
-        Mapped states are those of some documents only, by ``state_rows``.
-        """
-        T, H, K = x_THK.shape
-        V = z_THV.shape[-1]
+        """``A(x, y, z)``, or A' in reverse, ``[T, H, V]``; fills ``final_NHKV`` if given."""
+        (T, H, K), V = x_THK.shape, z_THV.shape[-1]
         out_THV = torch.empty(T, H, V, dtype=z_THV.dtype, device=z_THV.device)
-        shared = self._shared(K, V, x_THK.dtype)
-        states = (initial_NHKV, final_NHKV, partial_FHKV)
-        fine = self.segments * self.per
-        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
-        flags = {
-            "REVERSE": reverse,
-            "HAS_INITIAL": initial_NHKV is not None,
-            "HAS_FINAL": final_NHKV is not None,
-            "HAS_PARTIAL": partial_FHKV is not None,
-            "INITIAL_MAPPED": initial_mapped,
-            "FINAL_MAPPED": final_mapped,
-            "FINE": _power_of_two(fine),
-        }
-        if self._copy_engine_takes(x_THK, y_THK, z_THV):
+        states = (initial_NHKV, final_NHKV, local_FHKV)
+        strides, flags = self._states(*states, initial_mapped=initial_mapped)
+        flags |= {"REVERSE": reverse, "FINAL_MAPPED": final_mapped}
+        where = (*self._tables, self.documents.cu_seqlens)
+        if self._tma_takes(x_THK, y_THK, z_THV):
             hopper, shape = self._hopper(K, V)
             C, BK, BV = shape["C"], shape["BK"], shape["BV"]
-            # The kernel takes no None: a state that is not there is any pointer that it will not follow.
-            initial, final, partial = (self.slopes_H if state is None else state for state in states)
-            hopper.attend[H, self.segments](
+            hopper.attend[H, self.splits](
                 *hopper.descriptors((x_THK, C, BK), (y_THK, C, BK), (z_THV, C, BV // 2), (out_THV, C, BV // 2)),
-                out_THV, initial, final, partial, *self._where, *out_THV.stride()[:2], *state_strides,
-                T, self.table.count, fine, self.per, STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
+                out_THV, *self._pointers(*states), *where, *out_THV.stride()[:2], *strides, T, *self._counts,
+                STAGES=hopper.STAGES, num_warps=4, **shape, **flags,
             )  # fmt: skip
             return out_THV
-        triton_kernels.attend[_ceil_div(V, shared["BV"]), H, self.segments](
-            x_THK, y_THK, z_THV, out_THV, *states, *self._where,
-            *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *state_strides,
-            self.table.count, fine, self.per,
-            H=H, K=K, V=V, **shared, **flags,
+        shape = self._portable(K, V, x_THK.dtype)
+        triton_kernels.attend[_ceil_div(V, shape["BV"]), H, self.splits](
+            x_THK, y_THK, z_THV, out_THV, *states, *where,
+            *x_THK.stride()[:2], *y_THK.stride()[:2], *z_THV.stride()[:2], *out_THV.stride()[:2], *strides,
+            *self._counts, H=H, **shape, **flags,
         )  # fmt: skip
         return out_THV
+
+    def _pointers(self, *states: Tensor | None) -> tuple[Tensor, ...]:
+        """The Hopper kernels take no None: a state that is not there is any pointer, which they do not follow."""
+        return tuple(self.slopes_H if x is None else x for x in states)
 
     def dk_dv(
         self,
@@ -274,203 +320,100 @@ class _Run(NamedTuple):
         v_THV: Tensor,
         do_THV: Tensor,
         d_final_NHKV: Tensor | None,
-        d_partial_FHKV: Tensor | None,
+        d_local_FHKV: Tensor | None,
         d_initial_NHKV: Tensor | None,
         *,
         mapped: bool,
     ) -> tuple[Tensor, Tensor]:
         """``A'(v, do, q)`` and ``A'(k, q, do)``, in one pass where the kernel for it runs; fills ``d_initial_NHKV``."""
-        if not self._copy_engine_takes(q_THK, k_THK, v_THV, do_THV):
-            states = (_transposed(d_final_NHKV), _transposed(d_partial_FHKV))
-            dk = self.attend(v_THV, do_THV, q_THK, *states, reverse=True, initial_mapped=mapped)
-            states = (d_final_NHKV, d_partial_FHKV)
-            dv = self.attend(
-                k_THK, q_THK, do_THV, *states, reverse=True, final_NHKV=d_initial_NHKV, initial_mapped=mapped
-            )
+        if not self._tma_takes(q_THK, k_THK, v_THV, do_THV):
+            how = {"reverse": True, "initial_mapped": mapped}
+            dk = self.attend(v_THV, do_THV, q_THK, _transposed(d_final_NHKV), _transposed(d_local_FHKV), **how)
+            dv = self.attend(k_THK, q_THK, do_THV, d_final_NHKV, d_local_FHKV, final_NHKV=d_initial_NHKV, **how)
             return dk, dv
-        T, H, K = q_THK.shape
-        V = v_THV.shape[-1]
+        (T, H, K), V = q_THK.shape, v_THV.shape[-1]
         dk_THK = torch.empty(T, H, K, dtype=k_THK.dtype, device=k_THK.device)
         dv_THV = torch.empty(T, H, V, dtype=v_THV.dtype, device=v_THV.device)
         hopper, shape = self._hopper(K, V)
         C, BK, BV = shape["C"], shape["BK"], shape["BV"]
-        states = (d_final_NHKV, d_initial_NHKV, d_partial_FHKV)
-        state_strides = [stride for state in states for stride in (state.stride() if state is not None else [0] * 4)]
-        fine = self.segments * self.per
-        keys = [(x, C, BK) for x in (q_THK, k_THK)]
-        values = [(x, C, BV) for x in (v_THV, do_THV)]
-        initial, final, partial = (self.slopes_H if state is None else state for state in states)
-        key = ("lightning runs", C, self.wanted)
-        runs = self.documents.derive(key, lambda documents: _runs(documents, C, self.wanted))
-        *where, cu_seqlens = self._where
-        hopper.attend_dk_dv[H, self.segments](
-            *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)),
-            dk_THK, dv_THV, initial, final, partial, *where, runs, cu_seqlens,
-            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *state_strides, T, self.table.count, fine, self.per,
-            HAS_INITIAL=d_final_NHKV is not None, HAS_FINAL=d_initial_NHKV is not None,
-            HAS_PARTIAL=d_partial_FHKV is not None, INITIAL_MAPPED=mapped, FINE=_power_of_two(fine),
-            STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape,
+        keys, values = [(x, C, BK) for x in (q_THK, k_THK)], [(x, C, BV) for x in (v_THV, do_THV)]
+        states = (d_final_NHKV, d_initial_NHKV, d_local_FHKV)
+        strides, flags = self._states(*states, initial_mapped=mapped)
+        runs = self.documents.derive(("lightning runs", C, self.state_of), lambda d: _runs(d, C, self.state_of))
+        hopper.attend_dk_dv[H, self.splits](
+            *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)), dk_THK, dv_THV,
+            *self._pointers(*states), *self._tables, runs, self.documents.cu_seqlens,
+            *dk_THK.stride()[:2], *dv_THV.stride()[:2], *strides, T, *self._counts,
+            STAGES=hopper.STAGES_BACKWARD, num_warps=4, **shape, **flags,
         )  # fmt: skip
         return dk_THK, dv_THV
 
-    def states(self, y_THK: Tensor, z_THV: Tensor, edges_M2: Tensor, *, reverse: bool) -> Tensor:
-        """What token ranges add to the state that leaves them, float32 ``[M, H, K, V]``; zero of an empty range."""
-        _, H, K = y_THK.shape
-        V, columns, C = z_THV.shape[-1], len(edges_M2) * H, self.tiles.chunk
-        places = torch.empty(columns + 2, dtype=torch.int32, device=y_THK.device)
-        padded = _power_of_two(columns)
-        triton_kernels.share_pieces[(1,)](
-            places, self.slopes_H, edges_M2, columns, H=H, C=C, COLUMNS=padded, PIECES=PIECES
-        )
-        pieces_PKV = torch.empty(PIECES + columns, K, V, dtype=torch.float32, device=y_THK.device)
-        where = (pieces_PKV, places, self.slopes_H, edges_M2, columns)
-        flags = {"H": H, "COLUMNS": padded, "REVERSE": reverse}
-        if self._copy_engine_takes(y_THK, z_THV):
-            hopper, shape = self._hopper(K, V)
-            blocks = ((y_THK, C, shape["BK"]), (z_THV, C, shape["BV"]))
-            hopper.states[(len(pieces_PKV),)](
-                *hopper.descriptors(*blocks), *where, STAGES=hopper.STAGES_PARTIALS, num_warps=8, **shape, **flags
-            )
-        else:
-            shared = self._shared(K, V, y_THK.dtype)
-            triton_kernels.states[_ceil_div(V, shared["BV"]), len(pieces_PKV)](
-                y_THK, z_THV, *where, *y_THK.stride()[:2], *z_THV.stride()[:2], K=K, V=V, **shared, **flags
-            )
-        out_MHKV = torch.empty(len(edges_M2), H, K, V, dtype=torch.float32, device=y_THK.device)
-        triton_kernels.add_pieces[_ceil_div(K * V, 1024), columns](pieces_PKV, out_MHKV, places, KV=K * V, B=1024)
-        return out_MHKV
 
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _transposed(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.transpose(-1, -2)
+    return None if x is None else x.mT
 
 
 class _TritonLightning(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THK, k_THK, v_THV, slopes_H, documents, initial_NHKV, final_state_of):
-        q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
-        _, H, K = q_THK.shape
-        V = v_THV.shape[-1]
+        q_THK, k_THK, v_THV = _rows_contiguous(q_THK, k_THK, v_THV)
+        (_, H, K), V = q_THK.shape, v_THV.shape[-1]
         # Final states of all documents need no map.
-        wanted = None if final_state_of in (None, tuple(range(len(documents)))) else final_state_of
-        run = _Run.plan(q_THK, V, slopes_H, documents, wanted)
+        mapped = final_state_of not in (None, tuple(range(len(documents))))
+        call = _Call.plan(q_THK, V, slopes_H, documents, final_state_of if mapped else None)
         final_NHKV = None
         if final_state_of is not None:
             final_NHKV = torch.empty(len(final_state_of), H, K, V, dtype=torch.float32, device=q_THK.device)
-        partial_FHKV = run.partials(k_THK, v_THV, reverse=False)
-        states = (initial_NHKV, partial_FHKV)
-        out_THV = run.attend(
-            q_THK, k_THK, v_THV, *states, reverse=False, final_NHKV=final_NHKV, final_mapped=wanted is not None
-        )
+        states = (initial_NHKV, call.subsplit_states(k_THK, v_THV, reverse=False))
+        out_THV = call.attend(q_THK, k_THK, v_THV, *states, reverse=False, final_NHKV=final_NHKV, final_mapped=mapped)
         ctx.save_for_backward(q_THK, k_THK, v_THV, *states)
-        ctx.run, ctx.mapped = run, wanted is not None
+        ctx.call, ctx.mapped = call, mapped
         ctx.set_materialize_grads(False)
         return out_THV, final_NHKV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do_THV, d_final_NHKV):
-        q_THK, k_THK, v_THV, initial_NHKV, partial_FHKV = ctx.saved_tensors
-        run: _Run = ctx.run
-        do_THV = torch.zeros_like(v_THV) if do_THV is None else _rows_contiguous(do_THV)
+        q_THK, k_THK, v_THV, initial_NHKV, local_FHKV = ctx.saved_tensors
+        call: _Call = ctx.call
+        (do_THV,) = _rows_contiguous(torch.zeros_like(v_THV) if do_THV is None else do_THV)
         d_initial_NHKV = None
         if ctx.needs_input_grad[5]:
             d_initial_NHKV = torch.empty(initial_NHKV.shape, dtype=torch.float32, device=q_THK.device)
-        dq = run.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(partial_FHKV), reverse=False)
-        d_partial_FHKV = run.partials(q_THK, do_THV, reverse=True)
-        inputs = (q_THK, k_THK, v_THV, do_THV)
-        dk, dv = run.dk_dv(*inputs, d_final_NHKV, d_partial_FHKV, d_initial_NHKV, mapped=ctx.mapped)
+        dq = call.attend(do_THV, v_THV, k_THK, _transposed(initial_NHKV), _transposed(local_FHKV), reverse=False)
+        states = (d_final_NHKV, call.subsplit_states(q_THK, do_THV, reverse=True), d_initial_NHKV)
+        dk, dv = call.dk_dv(q_THK, k_THK, v_THV, do_THV, *states, mapped=ctx.mapped)
         if d_initial_NHKV is not None:
             d_initial_NHKV = d_initial_NHKV.to(initial_NHKV.dtype)
         return dq, dk, dv, None, None, d_initial_NHKV, None
 
 
-def _edges(documents: Documents, of: tuple[int | None, ...], size: int, segments: int, *, reverse: bool) -> Tensor:
-    """Token ranges that ``states`` sums, int32 ``[M + S - 1, 2]``: first token, and the first after.
+class TritonStatePassing(StatePassing):
+    """The kernels without autograd; ``local_states`` computes those of whole splits too, so there are no sub-splits."""
 
-    Some documents, and for each cut between segments what the segment before it (reverse: after it) has of the document
-    that crosses it; nothing where none does.
-    """
-    bounds = documents.bounds
-    ranges = [(0, 0) if n is None else (bounds[n], bounds[n + 1]) for n in of]
-    ends = _chunk_ends(documents, size).tolist()
-    begins = [0, *ends]
-    cuts = [ends[-1] * segment // segments for segment in range(1, segments)]
-    owners = [bisect_right(ends, cut) for cut in cuts]
-    tokens = [bounds[n] + (cut - begins[n]) * size for n, cut in zip(owners, cuts, strict=True)]
-    neighbours = [0, *tokens, bounds[-1]]
-    for n, token, before, after in zip(owners, tokens, neighbours, neighbours[2:], strict=False):
-        crosses = bounds[n] < token
-        if reverse:
-            ranges.append((token, min(after, bounds[n + 1]) if crosses else token))
-        else:
-            ranges.append((max(before, bounds[n]), token))
-    return to_device(torch.tensor(ranges, dtype=torch.int32), documents.device)
+    def local_states(self, y_THK, z_THV, slopes_H, documents, state_of, *, reverse):
+        y_THK, z_THV = _rows_contiguous(y_THK, z_THV)
+        call = _Call.plan(y_THK, z_THV.shape[-1], slopes_H, documents, None)
+        key = (state_of, call.tile.tokens, call.splits, reverse)
+        ranges_R2 = documents.derive(("lightning ranges", *key), lambda d: _ranges(d, *key))
+        states_RHKV = call.local_states(y_THK, z_THV, ranges_R2, reverse=reverse)
+        return states_RHKV[: len(state_of)], states_RHKV[len(state_of) :] if call.splits > 1 else None
 
+    def forward(self, q_THK, k_THK, v_THV, slopes_H, documents, initial_MHKV, state_of, split_states):
+        q_THK, k_THK, v_THV = _rows_contiguous(q_THK, k_THK, v_THV)
+        call = _Call.plan(q_THK, v_THV.shape[-1], slopes_H, documents, state_of)._replace(per_split=1)
+        return call.attend(q_THK, k_THK, v_THV, initial_MHKV, split_states, reverse=False, initial_mapped=True)
 
-def _plan_part(x_THK: Tensor, V: int, slopes_H: Tensor, documents: Documents, of: tuple[int, ...] | None) -> _Run:
-    """``states`` has summed what crosses cuts, of whole segments."""
-    return _Run.plan(x_THK, V, slopes_H, documents, of)._replace(per=1)
-
-
-def states(
-    y_THK: Tensor, z_THV: Tensor, slopes_H: Tensor, documents: Documents, of: tuple[int | None, ...], *, reverse: bool
-) -> tuple[Tensor, Tensor | None]:
-    run = _plan_part(y_THK, z_THV.shape[-1], slopes_H, documents, None)
-    cut = (run.tiles.chunk, run.segments)
-    key = ("lightning edges", of, *cut, reverse)
-    edges_M2 = documents.derive(key, lambda d: _edges(d, of, *cut, reverse=reverse))
-    sums_MHKV = run.states(_rows_contiguous(y_THK), _rows_contiguous(z_THV), edges_M2, reverse=reverse)
-    return sums_MHKV[: len(of)], sums_MHKV[len(of) :] if run.segments > 1 else None
-
-
-def forward(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    slopes_H: Tensor,
-    documents: Documents,
-    entering_MHKV: Tensor,
-    of: tuple[int, ...],
-    crossing: Tensor | None,
-) -> Tensor:
-    q_THK, k_THK, v_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV))
-    run = _plan_part(q_THK, v_THV.shape[-1], slopes_H, documents, of)
-    return run.attend(q_THK, k_THK, v_THV, entering_MHKV, crossing, reverse=False, initial_mapped=True)
-
-
-def backward_q(
-    grad_THV: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    slopes_H: Tensor,
-    documents: Documents,
-    entering_MHKV: Tensor,
-    of: tuple[int, ...],
-    crossing: Tensor | None,
-) -> Tensor:
-    entering_MHVK, crossing = _transposed(entering_MHKV), _transposed(crossing)
-    return forward(grad_THV, v_THV, k_THK, slopes_H, documents, entering_MHVK, of, crossing)
-
-
-def backward_kv(
-    grad_THV: Tensor,
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    slopes_H: Tensor,
-    documents: Documents,
-    grad_leaving_MHKV: Tensor,
-    of: tuple[int, ...],
-    crossing: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    q_THK, k_THK, v_THV, grad_THV = (_rows_contiguous(x) for x in (q_THK, k_THK, v_THV, grad_THV))
-    run = _plan_part(q_THK, v_THV.shape[-1], slopes_H, documents, of)
-    return run.dk_dv(q_THK, k_THK, v_THV, grad_THV, grad_leaving_MHKV, crossing, None, mapped=True)
+    def backward_kv(
+        self, grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, grad_final_MHKV, state_of, grad_split_states
+    ):
+        inputs = _rows_contiguous(q_THK, k_THK, v_THV, grad_THV)
+        call = _Call.plan(inputs[0], v_THV.shape[-1], slopes_H, documents, state_of)._replace(per_split=1)
+        return call.dk_dv(*inputs, grad_final_MHKV, grad_split_states, None, mapped=True)
 
 
 def lightning_attention_triton(

@@ -7,94 +7,53 @@ Shape legend: T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
-from minimax_train.kernels.norm.naive import (
-    add_rms_norm_naive,
-    gated_rms_norm_naive,
-    gated_scale_naive,
-    rms_norm_naive,
-)
-from minimax_train.kernels.norm.plain import (
-    add_rms_norm_plain,
-    gated_rms_norm_plain,
-    gated_scale_plain,
-    rms_norm_plain,
-)
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.norm import naive, pytorch
 
 __all__ = ["IMPLEMENTATIONS", "add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm", "sum_of_squares"]
 
 
-# CPU installs have no triton: imported only when asked for.
-def _rms_norm_triton(*args) -> Tensor:
-    from minimax_train.kernels.norm.triton import rms_norm_triton
+@OnDemand
+def _triton():
+    from minimax_train.kernels.norm import triton
 
-    return rms_norm_triton(*args)
-
-
-def _add_rms_norm_triton(*args) -> Tensor:
-    from minimax_train.kernels.norm.triton import add_rms_norm_triton
-
-    return add_rms_norm_triton(*args)
+    return triton
 
 
-def _gated_rms_norm_triton(*args) -> Tensor:
-    from minimax_train.kernels.norm.triton import gated_rms_norm_triton
-
-    return gated_rms_norm_triton(*args)
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
-def _gated_scale_triton(*args) -> Tensor:
-    from minimax_train.kernels.norm.triton import gated_scale_triton
-
-    return gated_scale_triton(*args)
-
-
-class _Norms(NamedTuple):
-    norm: Callable
-    add: Callable
-    gated: Callable
-    gated_scale: Callable
-
-
-IMPLEMENTATIONS = {
-    "triton": _Norms(_rms_norm_triton, _add_rms_norm_triton, _gated_rms_norm_triton, _gated_scale_triton),
-    "plain": _Norms(rms_norm_plain, add_rms_norm_plain, gated_rms_norm_plain, gated_scale_plain),
-    "naive": _Norms(rms_norm_naive, add_rms_norm_naive, gated_rms_norm_naive, gated_scale_naive),
-}
-
-
-def _choose(x: Tensor, requested: str) -> _Norms:
-    return choose("norm", IMPLEMENTATIONS, requested, "triton" if triton_takes(x) else "plain")
+def _choose(x_TD: Tensor, requested: str) -> Any:
+    return choose("norm", IMPLEMENTATIONS, requested, triton_or_torch(x_TD))
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, implementation: str = AUTO) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` of each row.
 
     Args:
-        implementation: ``auto``, ``triton`` (not float64), ``plain`` or ``naive``.
+        implementation: ``auto``, ``triton`` (not float64), ``torch`` or ``naive``.
     """
-    return _choose(x_TD, implementation).norm(x_TD, weight_D, eps)
+    return _choose(x_TD, implementation).rms_norm(x_TD, weight_D, eps)
 
 
 def add_rms_norm(
     h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, *, alpha: float, eps: float, implementation: str = AUTO
 ) -> Tensor:
     """``rms_norm(alpha * h + f)``: the residual of one half of a block and the norm of the next (arXiv 2203.00555)."""
-    return _choose(h_TD, implementation).add(h_TD, f_TD, weight_D, alpha, eps)
+    return _choose(h_TD, implementation).add_rms_norm(h_TD, f_TD, weight_D, alpha, eps)
 
 
 def gated_rms_norm(
     x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, *, eps: float, implementation: str = AUTO
 ) -> Tensor:
     """``rms_norm(x) * sigmoid(gate)``: the end of lightning attention before its projection."""
-    return _choose(x_TD, implementation).gated(x_TD, gate_TD, weight_D, eps)
+    return _choose(x_TD, implementation).gated_rms_norm(x_TD, gate_TD, weight_D, eps)
 
 
 def gated_scale(

@@ -11,22 +11,22 @@ def _normalised(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return x_D / (mean_square + eps) ** 0.5 * weight_D
 
 
-def rms_norm_naive(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``."""
     return torch.stack([_normalised(x_D, weight_D, eps) for x_D in x_TD])
 
 
-def add_rms_norm_naive(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
+def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
     """The norm of ``alpha * h + f``."""
-    return rms_norm_naive(torch.stack([alpha * h + f for h, f in zip(h_TD, f_TD, strict=True)]), weight_D, eps)
+    return rms_norm(torch.stack([alpha * h + f for h, f in zip(h_TD, f_TD, strict=True)]), weight_D, eps)
 
 
-def gated_rms_norm_naive(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm of x, times ``1 / (1 + exp(-gate))``."""
-    return rms_norm_naive(x_TD, weight_D, eps) / (1 + (-gate_TD).exp())
+    return rms_norm(x_TD, weight_D, eps) / (1 + (-gate_TD).exp())
 
 
-def gated_scale_naive(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+def gated_scale(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
     """``x * scale * weight``, times ``1 / (1 + exp(-gate))``."""
     return torch.stack([x_D * scale * weight_D for x_D, scale in zip(x_TD, scale_T, strict=True)]) / (
         1 + (-gate_TD).exp()

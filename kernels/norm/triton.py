@@ -83,21 +83,21 @@ def _check(x_TD: Tensor) -> None:
         )
 
 
-def rms_norm_triton(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x_TD)
-    return _Norm.apply(x_TD, None, weight_D, None, 1.0, eps, triton_kernels.PLAIN.value)
+    return _Norm.apply(x_TD, None, weight_D, None, 1.0, eps, triton_kernels.ALONE.value)
 
 
-def add_rms_norm_triton(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
+def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
     _check(h_TD)
     return _Norm.apply(h_TD, f_TD, weight_D, None, alpha, eps, triton_kernels.RESIDUAL.value)
 
 
-def gated_rms_norm_triton(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x_TD)
     return _Norm.apply(x_TD, gate_TD, weight_D, None, 1.0, eps, triton_kernels.GATE.value)
 
 
-def gated_scale_triton(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
+def gated_scale(x_TD: Tensor, gate_TD: Tensor, weight_D: Tensor, scale_T: Tensor) -> Tensor:
     _check(x_TD)
     return _Norm.apply(x_TD, gate_TD, weight_D, scale_T.float(), 1.0, 0.0, triton_kernels.GATE.value)

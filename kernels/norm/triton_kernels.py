@@ -9,7 +9,7 @@ Shape legend: T tokens, D width, P programs of the backward pass. A block of X i
 import triton
 import triton.language as tl
 
-PLAIN = tl.constexpr(0)
+ALONE = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
 GATE = tl.constexpr(2)
 

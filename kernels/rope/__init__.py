@@ -8,21 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
-from minimax_train.kernels.rope.naive import rotate_heads_naive
-from minimax_train.kernels.rope.plain import rotate_heads_plain
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.rope import naive, pytorch
 
 __all__ = ["IMPLEMENTATIONS", "rotary_table", "rotate_heads"]
 
 
-def _triton(*args) -> Tensor:
-    # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.rope.triton import rotate_heads_triton
+@OnDemand
+def _triton():
+    from minimax_train.kernels.rope import triton
 
-    return rotate_heads_triton(*args)
+    return triton
 
 
-IMPLEMENTATIONS = {"triton": _triton, "plain": rotate_heads_plain, "naive": rotate_heads_naive}
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
 def rotary_table(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -42,10 +41,10 @@ def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, head_dim: int,
         x_TW: heads side by side, as a projection returns them; **may be overwritten** (``triton`` works in place),
             so nobody else may need it. Best not a view: autograd copies when a view is changed in place.
         cos_TR, sin_TR: ``[T, R / 2]``, as :func:`rotary_table` gives them.
-        implementation: ``auto``, ``triton`` (in place, rotates in float32; not float64), ``plain`` or ``naive``.
+        implementation: ``auto``, ``triton`` (in place, rotates in float32; not float64), ``torch`` or ``naive``.
 
     Returns:
         ``[T, W]`` in the dtype of x.
     """
-    best = "triton" if triton_takes(x_TW) else "plain"
-    return choose("rope", IMPLEMENTATIONS, implementation, best)(x_TW, cos_TR, sin_TR, head_dim)
+    module = choose("rope", IMPLEMENTATIONS, implementation, triton_or_torch(x_TW))
+    return module.rotate_heads(x_TW, cos_TR, sin_TR, head_dim)

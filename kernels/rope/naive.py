@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def rotate_heads_naive(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
+def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
     half = cos_TR.shape[-1]
     rows = []
     for x_W, cos_R, sin_R in zip(x_TW, cos_TR.to(x_TW.dtype), sin_TR.to(x_TW.dtype), strict=True):

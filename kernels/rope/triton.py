@@ -1,7 +1,7 @@
 """Rotary position embedding in place, in one kernel.
 
-Forward, only the rotated dimensions pass through memory: ``R / K`` of a tensor read and as much written, where the
-plain version reads and writes everything several times. Backward, the inverse rotation goes to new memory (all of a
+Forward, only the rotated dimensions pass through memory: ``R / K`` of a tensor read and as much written, where
+PyTorch ops read and write everything several times. Backward, the inverse rotation goes to new memory (all of a
 tensor read and written): a gradient that comes in may belong to someone else as well.
 
 Shape legend: T tokens, H heads, K head dim, R rotary dim, W = H * K.
@@ -49,7 +49,7 @@ class _Rotate(torch.autograd.Function):
         return out_TW, None, None, None
 
 
-def rotate_heads_triton(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
+def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
     """x itself, rotated in place; autograd is told.
 
     Raises:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, choose, triton_takes
-from minimax_train.kernels.silu.naive import silu_qkv_naive
-from minimax_train.kernels.silu.plain import silu_qkv_plain
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.silu import naive, pytorch
 
 __all__ = ["IMPLEMENTATIONS", "silu_qkv"]
 
 
-def _triton(*args) -> tuple[Tensor, Tensor, Tensor]:
-    # CPU installs have no triton: imported only when asked for.
-    from minimax_train.kernels.silu.triton import silu_qkv_triton
+@OnDemand
+def _triton():
+    from minimax_train.kernels.silu import triton
 
-    return silu_qkv_triton(*args)
+    return triton
 
 
-IMPLEMENTATIONS = {"triton": _triton, "plain": silu_qkv_plain, "naive": silu_qkv_naive}
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
 def silu_qkv(x_TW: Tensor, *, head_dim: int, implementation: str = AUTO) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,11 +29,10 @@ def silu_qkv(x_TW: Tensor, *, head_dim: int, implementation: str = AUTO) -> tupl
     Args:
         x_TW: the projection, in each head first q, then k, then v.
         head_dim: K.
-        implementation: ``auto``, ``triton`` (computes in float32; not float64), ``plain`` or ``naive``.
+        implementation: ``auto``, ``triton`` (computes in float32; not float64), ``torch`` or ``naive``.
 
     Returns:
         q, k and v, each ``[T, H, K]`` in the dtype of x: views of one tensor ``[T, H, 3, K]``, so not to be changed in
         place (autograd refuses).
     """
-    best = "triton" if triton_takes(x_TW) else "plain"
-    return choose("silu", IMPLEMENTATIONS, implementation, best)(x_TW, head_dim)
+    return choose("silu", IMPLEMENTATIONS, implementation, triton_or_torch(x_TW)).silu_qkv(x_TW, head_dim)

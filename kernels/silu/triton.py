@@ -49,7 +49,7 @@ class _SiluQKV(torch.autograd.Function):
         return d_TW, None
 
 
-def silu_qkv_triton(x_TW: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def silu_qkv(x_TW: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v ``[T, H, K]``; their gradients may have any strides.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Softmax attention over packed segments, block by block in plain PyTorch: any device, any dtype.
+"""Softmax attention over packed documents, block by block in PyTorch operations: any device, any dtype.
 
-Works through each segment in blocks of queries, so that memory grows with the block times the segment's keys instead
-of the square of the row. The backward pass starts from a given log-sum-exp, as FlashAttention's does
+Works through each document in blocks of queries, so that memory grows with the block times the document's keys instead
+of the square of all tokens. The backward pass starts from a given log-sum-exp, as FlashAttention's does
 (arXiv 2205.14135, algorithm 4).
 
 Shape legend: Q queries, S keys, H query heads, G key-value heads, R query heads per key-value head, K key dim,
@@ -22,7 +22,7 @@ BLOCK = 512
 
 
 def _blocks(queries: Documents, keys: Documents, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Query block and the keys that some of it sees, for every block of every segment."""
+    """Query block and the keys that some of it sees, for every block of every document."""
     for (start, end), (first_key, last_key) in zip(pairwise(queries.bounds), pairwise(keys.bounds), strict=True):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)

@@ -1,4 +1,4 @@
-"""Softmax attention without autograd, by any implementation: what both the differentiable op and a ring are made of.
+"""Softmax attention without autograd, by any implementation: the differentiable op and the ring both call it.
 
 Shape legend: Q queries, S keys, H query heads, G key-value heads, K key dim, V value dim.
 """
@@ -68,15 +68,15 @@ def attention_forward(
     scale: float,
     implementation: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """Queries of segment n attend to the keys of segment n: to all of them, or causally.
+    """Queries of document n attend to the keys of document n: to all of them, or causally.
 
-    Causal means aligned at the end: the last query of a segment sees all its keys, the one before it all but the last,
-    and so on. A segment may hold more keys than queries, never fewer.
+    Causal means aligned at the end: the last query of a document sees all its keys, the one before it all but the last,
+    and so on. There may be more keys of a document than queries; where causal, never fewer.
 
     Args:
         q_QHK, k_SGK, v_SGV: any floating dtype; query head h reads key-value head ``h // (H // G)``. Keys and values
             may be strided views, contiguous in their last dim.
-        queries, keys: where segments lie on the query axis and on the key axis.
+        queries, keys: where documents, or the parts of them that are here, lie on the query axis and on the key axis.
         scale: factor of the scores.
         implementation: ``auto``, ``flash4`` and ``flash`` (CUDA, 16-bit), ``blocked`` or ``naive``.
 
@@ -110,8 +110,8 @@ def attention_backward(
     """The gradients that these keys contribute, when each query's softmax may run over more keys than these.
 
     With ``P = exp(scale q k - lse)``, the weights in the whole softmax, and ``delta = sum(out * grad_out)``, the
-    gradient of a score is ``P (grad_out v - delta)`` (arXiv 2205.14135, appendix B.4): only ``out`` and ``lse`` speak
-    of the keys that are not here. Contributions of disjoint sets of keys add up.
+    gradient of a score is ``P (grad_out v - delta)`` (arXiv 2205.14135, appendix B.4): the keys that are not here
+    enter through ``out`` and ``lse`` only. Contributions of disjoint sets of keys add up.
 
     Args:
         grad_out_QHV: gradient of the output, in the dtype of q.

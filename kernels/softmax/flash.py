@@ -1,4 +1,4 @@
-"""Softmax attention over packed segments through PyTorch's own FlashAttention-2: CUDA, float16 or bfloat16.
+"""Softmax attention over packed documents through PyTorch's own FlashAttention-2: CUDA, float16 or bfloat16.
 
 These are the operators beneath ``torch.nn.attention.varlen``, called directly because its public function makes its
 own backward pass: a ring needs one that starts from a merged log-sum-exp. The operators are the same in PyTorch 2.11

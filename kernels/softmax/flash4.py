@@ -1,4 +1,4 @@
-"""Softmax attention over packed segments through FlashAttention-4: CUDA, float16 or bfloat16, extra ``cuda``.
+"""Softmax attention over packed documents through FlashAttention-4: CUDA, float16 or bfloat16, extra ``cuda``.
 
 Its package compiles one kernel per shape of head in a few seconds at the first call. The functions beneath its public
 one are called because they take a given output and log-sum-exp, which a ring needs.

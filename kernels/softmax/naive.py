@@ -1,4 +1,4 @@
-"""Softmax attention over packed segments with the whole score matrix in memory, in float64: the reference.
+"""Softmax attention over packed documents with the whole score matrix in memory, in float64: the reference.
 
 Shape legend: Q queries, S keys, H query heads, G key-value heads, K key dim, V value dim.
 """
@@ -12,16 +12,16 @@ from minimax_train.documents import Documents
 
 
 def _hidden(queries: Documents, keys: Documents, causal: bool) -> Tensor:
-    """Which keys a query does not see, ``[Q, S]``: those of other segments and, if causal, later ones."""
+    """Which keys a query does not see, ``[Q, S]``: those of other documents and, if causal, later ones."""
 
     def account(documents: Documents) -> tuple[Tensor, Tensor]:
-        """Segment of each token, and its distance to the segment's end."""
+        """Document of each token, and its distance to the document's end."""
         lengths = documents.cu_seqlens.diff().long()
-        segment = torch.arange(len(documents), device=documents.device).repeat_interleave(lengths)
-        return segment, documents.cu_seqlens[1:][segment] - torch.arange(len(segment), device=documents.device)
+        document = torch.arange(len(documents), device=documents.device).repeat_interleave(lengths)
+        return document, documents.cu_seqlens[1:][document] - torch.arange(len(document), device=documents.device)
 
-    (segment_Q, left_Q), (segment_S, left_S) = account(queries), account(keys)
-    hidden_QS = segment_Q[:, None] != segment_S
+    (document_Q, left_Q), (document_S, left_S) = account(queries), account(keys)
+    hidden_QS = document_Q[:, None] != document_S
     return hidden_QS | (left_S < left_Q[:, None]) if causal else hidden_QS
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from minimax_train.errors import require, require_choice, require_positive
 from minimax_train.model.attention import ATTENTIONS, AttentionKind
 
-SCOPES = ("row", "global", "rank")
+SCOPES = ("sequence", "global", "rank")
+RENAMED_SCOPES = {"row": "sequence"}
 
 
 def deep_norm_alpha(num_layers: int) -> float:
@@ -32,15 +33,15 @@ class ModelConfig:
         num_experts, experts_per_token, expert_hidden_size: the SwiGLU experts of every block.
         capacity_factor: an expert takes at most ``capacity_factor * experts_per_token * tokens / num_experts``
             assignments of ``tokens``, the rest are dropped; none are if null.
-        capacity_scope: which tokens share that capacity: ``row``: those of each packed sequence, which no grid and no
-            batch size changes; ``global``: all ranks' tokens of a micro-batch, counted together before they are sent
-            (MiniMax-01's global router); ``rank``: each rank's own, which drops most, kept to compare with. Each expert
-            must be left at least one assignment of them. ``row`` without a capacity.
+        capacity_scope: which tokens share that capacity: ``sequence``: those of each packed sequence, which no grid
+            and no batch size changes; ``global``: all ranks' tokens of a micro-batch, counted together before they
+            are sent (MiniMax-01's global router); ``rank``: each rank's own, which drops most, kept to compare with.
+            Each expert must be left at least one assignment of them. ``sequence`` without a capacity.
         aux_loss_coefficient: factor of the load-balancing loss
             :func:`minimax_train.kernels.experts.load_balancing_loss`, summed over layers, averaged over packed
             sequences; with 0 it is not computed, and not among the metrics.
-        aux_loss_scope: the tokens over which it counts assignments, as for ``capacity_scope``; ``row`` without that
-            loss.
+        aux_loss_scope: the tokens over which it counts assignments, as for ``capacity_scope``; ``sequence`` without
+            that loss.
         norm_eps: epsilon of every RMSNorm but the one inside lightning attention.
         residual_scale: factor alpha of the residual stream around attention and experts; null for DeepNorm's
             ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
@@ -59,9 +60,9 @@ class ModelConfig:
     experts_per_token: int
     expert_hidden_size: int
     capacity_factor: float | None = None
-    capacity_scope: str = "row"
+    capacity_scope: str = "sequence"
     aux_loss_coefficient: float = 0.01
-    aux_loss_scope: str = "row"
+    aux_loss_scope: str = "sequence"
     norm_eps: float = 1e-5
     residual_scale: float | None = None
 
@@ -84,8 +85,9 @@ class ModelConfig:
         check("experts_per_token", fits, f"must be at most model.num_experts={self.num_experts}")
         fits = self.capacity_factor is None or self.capacity_factor > 0
         check("capacity_factor", fits, "must be greater than 0, or null for no limit")
-        require_choice("model.capacity_scope", self.capacity_scope, SCOPES)
-        require_choice("model.aux_loss_scope", self.aux_loss_scope, SCOPES)
+        for name in ("capacity_scope", "aux_loss_scope"):
+            check(name, getattr(self, name) not in RENAMED_SCOPES, "renamed: use 'sequence'")
+            require_choice(f"model.{name}", getattr(self, name), SCOPES)
         check("aux_loss_coefficient", self.aux_loss_coefficient >= 0, "must be 0 or greater")
         without = f"must be {SCOPES[0]} with model"
         fits = self.capacity_factor is not None or self.capacity_scope == SCOPES[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from minimax_train.errors import require, require_choice
+from minimax_train.errors import require
 from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, silu, softmax
-from minimax_train.kernels.dispatch import NEEDS_CUDA
+from minimax_train.kernels.dispatch import NEEDS_CUDA, refusal
 
 
 @dataclass
@@ -16,7 +16,7 @@ class KernelConfig:
 
     Attributes:
         lightning, softmax: the two attentions.
-        experts: the experts' matrix products and what lies between them.
+        experts: the experts' GEMMs and what lies between them.
         router: the router's projection, softmax, choice and counts.
         norm: every RMSNorm, with the residual before it or the gate after it.
         rope: rotary embedding.
@@ -35,7 +35,8 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         for op, implementations in self._implementations().items():
-            require_choice(f"kernels.{op}", getattr(self, op), ("auto", *implementations))
+            problem = refusal(getattr(self, op), implementations)
+            require(not problem, f"kernels.{op}", getattr(self, op), problem)
 
     def check_device(self, device_type: str) -> None:
         """Refuse an implementation that the device cannot run.

@@ -82,14 +82,14 @@ class TokenSpans:
         return cls(ranks, span_T, sequence_P, place_P, num_places, num_sequences, sequence_length)
 
     def pools(self, scope: str) -> TokenPools:
-        """Made at the first use of a scope (``row``, ``global`` or ``rank``) and shared by all layers."""
+        """Made at the first use of a scope (``sequence``, ``global`` or ``rank``) and shared by all layers."""
         if scope not in self._pools:
             self._pools[scope] = self._make_pools(scope)
         return self._pools[scope]
 
     def _make_pools(self, scope: str) -> TokenPools:
         sequences, places = self.num_sequences, self.num_places
-        if scope == "row":
+        if scope == "sequence":
             return TokenPools(self.sequence_P, self.place_P, sequences, places, self.sequence_length)
         only_P = torch.zeros_like(self.sequence_P)
         if scope == "rank":

@@ -1,21 +1,29 @@
-"""Lightning attention on a row that several ranks share: LASP+, and the serial ring it replaces.
+"""Lightning attention on a packed sequence that context-parallel ranks share: LASP+, and the serial ring it replaces.
 
-A chunk maps the state that enters it to the state that leaves it by ``leaving = own + carry * entering``: ``own`` is
-what its tokens after the last document start contribute, ``carry`` is ``exp(-slope * length)`` where one document
-covers the chunk and 0 where a document starts inside. So each rank sums the ``own`` states of its chunks, the ranks
-exchange them, and each runs its chunks from the states that enter them (MiniMax-01, arXiv 2501.08313, section 2.2.4;
-LASP-2, arXiv 2502.07563). The gradient of the exchange is the same exchange in the opposite direction; it runs beside
-the gradient of q, which does not wait for it.
+The *local state* of a chunk is what its tokens after the last document start add up to. The state after the chunk is
 
-An own state takes only the tokens that have not decayed away at the chunk's end. And a head through whose carry nothing
-passes sends its state to the next chunk and no further. The states of the other heads, the *far* ones, are exchanged in
-one of three ways:
+    final = local + decay * initial        decay: exp(-slope * chunk size) if one document covers the chunk, else 0
 
-* ``lasp_plus``: one all-gather of the own states; every rank sums what it needs, in global chunk order.
-* ``ring``: the states travel from chunk to chunk (LASP, arXiv 2404.02882): the serial baseline, for which all heads are
-  far.
-* ``scan``: the ring with the state cut in pieces that follow each other, so that all links work at once (the idea of
-  ZeCO, arXiv 2507.01004); its time grows with ranks plus pieces and not with ranks times the whole state.
+and it is the initial state of the next chunk, if a document crosses the edge between them. With local states L0, ..:
+
+    document   AAAAAAAAAAAAAAAABBBBBBBBBBBBBBBBBBBBBBBBCCCC
+    chunk      |--- 0 ----|--- 1 ----|--- 2 ----|--- 3 ----|
+    initial    0          L0         L1         L2 + decay * L1
+
+So each rank sums the local states of its chunks, the ranks exchange them, and each rank runs attention over its chunks
+from their initial states (MiniMax-01, arXiv 2501.08313, section 2.2.4; LASP-2, arXiv 2502.07563): the state passing of
+Mamba-2, over ranks. Backward is the mirror image: the local part of the gradient of a chunk's initial state comes from
+its tokens before the first document end; the same exchange from the last chunk to the first turns it into the gradients
+of final states, while the gradient of q, which does not need them, is computed.
+
+A head has a short memory if nothing outlives a whole chunk: it takes its initial state from the chunk before it and
+none further. States of the other heads, with a long memory, are exchanged in one of three ways:
+
+* ``lasp_plus``: one all-gather of the local states; every rank sums what its chunks need.
+* ``ring``: final states are passed from chunk to chunk (LASP, arXiv 2404.02882). This is the serial baseline, and takes
+  all heads.
+* ``scan``: the ring with the heads in pieces that follow each other, so that all links work at once (the idea of ZeCO,
+  arXiv 2507.01004); its time grows with ranks plus pieces and not with ranks times the whole state.
 
 ``docs/context-parallelism.md`` counts the bytes of this and of other orders.
 
@@ -34,19 +42,14 @@ from torch.autograd.function import once_differentiable
 
 from minimax_train.documents import to_device
 from minimax_train.kernels.dispatch import AUTO
-from minimax_train.kernels.lightning import lightning_attention, lightning_parts
-from minimax_train.kernels.lightning.parts import REACH, Parts
+from minimax_train.kernels.lightning import lightning_attention, lightning_state_passing
+from minimax_train.kernels.lightning.state_passing import DECAY_CUTOFF, StatePassing
 from minimax_train.parallel.communicator import Communicator, Pending
 from minimax_train.parallel.context.layout import Chunk, SequenceShard
+from minimax_train.parallel.cost import H200, Machine
 
 METHODS = ("lasp_plus", "scan", "ring")
 SCAN_PIECES = 8
-
-# Seconds to start a transfer, and bytes per second into one GPU. Within a node: a line through all-gathers of 16 and
-# 256 MB between two H200 over NVLink. Between nodes: a 400 Gb/s network card per GPU, not measured.
-LATENCY_S = 40e-6
-NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 263e9, 50e9
-RANKS_PER_NODE = 8
 
 
 def lightning_attention_cp(
@@ -66,7 +69,7 @@ def lightning_attention_cp(
         q_THK, k_THK, v_THV, slopes_H: as for :func:`minimax_train.kernels.lightning.lightning_attention`, this rank's
             tokens in the order of the shard.
         shard: which tokens those are.
-        communicator: the ranks that share the row.
+        communicator: the ranks that share the sequence.
         method: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` for the cheapest by :func:`choose_method`.
         implementation: of the attention within chunks.
 
@@ -81,70 +84,57 @@ def lightning_attention_cp(
     if not any(chunk.continues_before for chunk in shard.chunks):  # the same answer on every rank
         documents = shard.documents
         return lightning_attention(q_THK, k_THK, v_THV, slopes_H, documents, implementation=implementation)[0]
-    exchange = _Exchange(slopes_H, shard, communicator, method)
-    return _SharedLightning.apply(q_THK, k_THK, v_THV, slopes_H, exchange, lightning_parts(q_THK, implementation))
+    phases = lightning_state_passing(q_THK, implementation)
+    return _ContextParallelLightning.apply(q_THK, k_THK, v_THV, slopes_H, shard, communicator, method, phases)
 
 
-def choose_method(state_bytes: int, num_chunks: int, num_ranks: int) -> str:
+def choose_method(state_bytes: int, num_chunks: int, num_ranks: int, machine: Machine = H200) -> str:
     """``lasp_plus`` or ``scan``, whichever the cost model gives less time for.
 
     The all-gather takes one start and moves every other rank's states into each rank; the scan takes a start per hop
     and per piece, and moves one state per chunk through each rank:
 
-        lasp_plus:  latency + (ranks - 1) / ranks * chunks * state / rate
-        scan:       (chunks - 1 + pieces - 1) * (latency + state / pieces / rate)
+        lasp_plus:  an all-gather of chunks / ranks * state
+        scan:       (chunks - 1 + pieces - 1) send-receives of state / pieces
 
     Args:
-        state_bytes: one chunk's state of the far heads on this rank.
+        state_bytes: one chunk's state of the long-memory heads on this rank.
         num_chunks, num_ranks: of the layout.
+        machine: the cost model.
     """
-    rate = NODE_BYTES_PER_S if num_ranks <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
-    gather = LATENCY_S + (num_ranks - 1) / num_ranks * num_chunks * state_bytes / rate
-    scan = (num_chunks + SCAN_PIECES - 2) * (LATENCY_S + state_bytes / SCAN_PIECES / rate)
+    link = machine.link(num_ranks)
+    gather = link.all_gather_s(num_chunks / num_ranks * state_bytes, num_ranks)
+    scan = (num_chunks + SCAN_PIECES - 2) * link.send_receive_s(state_bytes / SCAN_PIECES)
     return "lasp_plus" if gather <= scan else "scan"
 
 
-class _SharedLightning(torch.autograd.Function):
+class _ContextParallelLightning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, exchange: _Exchange, parts: Parts):
-        documents = exchange.shard.documents
-        first, _ = _edge_segments(exchange.shard)
-        giving = _giving_segments(exchange.shard, backwards=False)
-        own_MHKV, crossing = parts.states(k_THK, v_THV, slopes_H, documents, giving, reverse=False)
-        entering_MHKV = exchange.start(own_MHKV, backwards=False)()
-        out_THV = parts.forward(q_THK, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, crossing)
-        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, entering_MHKV, crossing)
-        ctx.exchange, ctx.parts = exchange, parts
+    def forward(ctx, q_THK, k_THK, v_THV, slopes_H, shard, communicator, method, phases: StatePassing):
+        where, (first, last) = (slopes_H, shard.documents), _edge_segments(shard)
+        passed = _passed(last, shard, backwards=False)
+        local_MHKV, split_states = phases.local_states(k_THK, v_THV, *where, passed, reverse=False)
+        initial_MHKV = _start_exchange(local_MHKV, slopes_H, shard, communicator, method, backwards=False)()
+        out_THV = phases.forward(q_THK, k_THK, v_THV, *where, initial_MHKV, first, split_states)
+        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, initial_MHKV, split_states)
+        ctx.shard, ctx.communicator, ctx.method, ctx.phases = shard, communicator, method, phases
         return out_THV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THV):
-        q_THK, k_THK, v_THV, slopes_H, entering_MHKV, crossing = ctx.saved_tensors
-        exchange, parts = ctx.exchange, ctx.parts
-        documents = exchange.shard.documents
-        first, last = _edge_segments(exchange.shard)
-        giving = _giving_segments(exchange.shard, backwards=True)
-        own_MHKV, grad_crossing = parts.states(q_THK, grad_THV, slopes_H, documents, giving, reverse=True)
-        finish = exchange.start(own_MHKV, backwards=True)
-        grad_q = parts.backward_q(grad_THV, k_THK, v_THV, slopes_H, documents, entering_MHKV, first, crossing)
-        grad_k, grad_v = parts.backward_kv(
-            grad_THV, q_THK, k_THK, v_THV, slopes_H, documents, finish(), last, grad_crossing
+        q_THK, k_THK, v_THV, slopes_H, initial_MHKV, split_states = ctx.saved_tensors
+        shard, phases = ctx.shard, ctx.phases
+        where, (first, last) = (slopes_H, shard.documents), _edge_segments(shard)
+        passed = _passed(first, shard, backwards=True)
+        local_MHKV, grad_split_states = phases.local_states(q_THK, grad_THV, *where, passed, reverse=True)
+        finish = _start_exchange(local_MHKV, slopes_H, shard, ctx.communicator, ctx.method, backwards=True)
+        grad_q = phases.backward_q(grad_THV, k_THK, v_THV, *where, initial_MHKV, first, split_states)
+        grad_final_MHKV = finish()
+        grad_k, grad_v = phases.backward_kv(
+            grad_THV, q_THK, k_THK, v_THV, *where, grad_final_MHKV, last, grad_split_states
         )
-        return grad_q, grad_k, grad_v, None, None, None
-
-
-def _giving_segments(shard: SequenceShard, *, backwards: bool) -> tuple[int | None, ...]:
-    """The last (backwards: first) segment of each of this rank's chunks; None where nobody will take its state."""
-    first, last = _edge_segments(shard)
-    gives_M = (_links(chunk, backwards=backwards)[1] for chunk in shard.mine)
-    return tuple(n if gives else None for n, gives in zip(first if backwards else last, gives_M, strict=True))
-
-
-def _links(chunk: Chunk, *, backwards: bool) -> tuple[bool, bool]:
-    """Whether a chunk takes a state from the one before it and gives one to the one after it; backwards the reverse."""
-    links = chunk.continues_before, chunk.continues_after
-    return links[::-1] if backwards else links
+        return grad_q, grad_k, grad_v, None, None, None, None, None
 
 
 def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,109 +143,115 @@ def _edge_segments(shard: SequenceShard) -> tuple[tuple[int, ...], tuple[int, ..
     return (0, *ends[:-1]), tuple(end - 1 for end in ends)
 
 
-class _Exchange:
-    """From what chunks leave on their own to what enters them, or backwards to the gradient of what they leave."""
+def _passed(segments: tuple[int, ...], shard: SequenceShard, *, backwards: bool) -> tuple[int | None, ...]:
+    """The segments, one of each of this rank's chunks, whose state another chunk takes; None for the others."""
+    targets = (_neighbours(chunk, shard, backwards=backwards)[1] for chunk in shard.mine)
+    return tuple(n if target else None for n, target in zip(segments, targets, strict=True))
 
-    def __init__(self, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, method: str) -> None:
-        self.slopes_H, self.shard, self.communicator, self.method = slopes_H, shard, communicator, method
 
-    def start(self, x_MHKV: Tensor, *, backwards: bool) -> Callable[[], Tensor]:
-        """For each of this rank's chunks, the decayed sum of ``x`` over the chunks before it in its document.
+def _neighbours(chunk: Chunk, shard: SequenceShard, *, backwards: bool) -> tuple[Chunk | None, Chunk | None]:
+    """The chunk from which this one takes a state and the one to which it passes its own, where a document crosses."""
+    before = shard.chunks[chunk.index - 1] if chunk.continues_before else None
+    after = shard.chunks[chunk.index + 1] if chunk.continues_after else None
+    return (after, before) if backwards else (before, after)
 
-        Backwards: over the chunks after it. Either way the sum obeys a recurrence from each chunk to the next,
-        ``sum = x + carry * sum of the one before``, which the chain follows and the all-gather unrolls.
 
-        Returns:
-            What waits for the sum and returns it, ``[M, H, K, V]``.
-        """
-        where = (self.shard, self.communicator)
-        if self.method == "ring":
-            return lambda: _chained_sum(x_MHKV, self.slopes_H, *where, 1, backwards=backwards)
-        near = count_near_heads(self.slopes_H, self.shard.chunk_size, x_MHKV.dtype)
-        x_near, x_far, far_slopes = x_MHKV[:, :near], x_MHKV[:, near:], self.slopes_H[near:]
-        parts = []
-        if x_near.shape[1]:
-            parts.append(_start_neighbours(x_near, *where, backwards=backwards))
-        if x_far.shape[1]:
-            method = self.method
-            if method == AUTO:
-                method = choose_method(x_far[0].nbytes, len(self.shard.chunks), self.communicator.size)
-            if method == "lasp_plus":
-                parts.append(_start_gathered_sum(x_far, far_slopes, *where, backwards=backwards))
-            else:
-                parts.append(lambda: _chained_sum(x_far, far_slopes, *where, SCAN_PIECES, backwards=backwards))
-        return lambda: torch.cat([finish() for finish in parts], 1) if len(parts) > 1 else parts[0]()
+def _start_exchange(
+    local_MHKV: Tensor,
+    slopes_H: Tensor,
+    shard: SequenceShard,
+    communicator: Communicator,
+    method: str,
+    *,
+    backwards: bool,
+) -> Callable[[], Tensor]:
+    """Start to turn the local states of this rank's chunks into their initial states.
+
+    The initial state of a chunk is the decayed sum of the local states of the chunks before it in its document.
+    Backwards: after it, which turns the local parts of the gradients of initial states into those of final states.
+
+    Returns:
+        What waits for the exchange and returns the initial states, ``[M, H, K, V]``.
+    """
+    where, H = (shard, communicator), len(slopes_H)
+    short = 0 if method == "ring" else count_short_memory_heads(slopes_H, shard.chunk_size, local_MHKV.dtype)
+    long_MHKV, slopes_H = local_MHKV[:, short:], slopes_H[short:]
+    if method == AUTO and short < H:
+        method = choose_method(long_MHKV[0].nbytes, len(shard.chunks), communicator.size)
+    started = []
+    if short:
+        started.append(_start_from_neighbours(local_MHKV[:, :short], *where, backwards=backwards))
+    if short < H and method == "lasp_plus":
+        started.append(_start_all_gather(long_MHKV, slopes_H, *where, backwards=backwards))
+    elif short < H:
+        pieces = 1 if method == "ring" else SCAN_PIECES
+        started.append(lambda: _pass_along(long_MHKV, slopes_H, *where, pieces, backwards=backwards))
+    return lambda: torch.cat([finish() for finish in started], 1) if len(started) > 1 else started[0]()
 
 
 @lru_cache(maxsize=1024)
-def count_near_heads(slopes_H: Tensor, chunk_size: int, dtype: torch.dtype) -> int:
-    """How many heads, from the first on, forget whatever enters a chunk before its end, for states of a dtype.
+def count_short_memory_heads(slopes_H: Tensor, chunk_size: int, dtype: torch.dtype) -> int:
+    """How many heads, from the first on, have a short memory, for states of a dtype.
 
     Waits for the device once per tensor of slopes: they must not change.
     """
-    outlives = (slopes_H.cpu() * chunk_size <= REACH[dtype]).tolist()
+    outlives = (slopes_H.cpu() * chunk_size <= DECAY_CUTOFF[dtype]).tolist()
     return outlives.index(True) if True in outlives else len(outlives)
 
 
-def _start_neighbours(
-    x_MHKV: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
+def _start_from_neighbours(
+    local_MHKV: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
 ) -> Callable[[], Tensor]:
-    """Each of this rank's chunks takes what the chunk before it leaves (backwards: after it)."""
-    step = 1 if backwards else -1
-    taken_MHKV = torch.empty_like(x_MHKV, memory_format=torch.contiguous_format)
+    """The initial state of each of this rank's chunks is the local state of the one before it (backwards: after it)."""
+    initial_MHKV = torch.empty_like(local_MHKV, memory_format=torch.contiguous_format)
     sends, receives = {}, {}
-    for m, chunk in enumerate(shard.mine):
-        takes, gives = _links(chunk, backwards=backwards)
-        if takes:
-            giver = shard.chunks[chunk.index + step]
-            if giver.rank == shard.rank:
-                taken_MHKV[m] = x_MHKV[shard.mine.index(giver)]
-            else:
-                receives[giver.rank] = taken_MHKV[m]
+    for chunk in shard.mine:
+        source, target = _neighbours(chunk, shard, backwards=backwards)
+        if source is None:
+            initial_MHKV[chunk.place] = 0
+        elif source.rank == shard.rank:
+            initial_MHKV[chunk.place] = local_MHKV[source.place]
         else:
-            taken_MHKV[m] = 0
-        if gives and (taker := shard.chunks[chunk.index - step].rank) != shard.rank:
-            sends[taker] = x_MHKV[m]
+            receives[source.rank] = initial_MHKV[chunk.place]
+        if target is not None and target.rank != shard.rank:
+            sends[target.rank] = local_MHKV[chunk.place]
     pending = communicator.exchange(sends, receives)
-    return lambda: (pending.wait(), taken_MHKV)[1]
+    return lambda: (pending.wait(), initial_MHKV)[1]
 
 
-def _start_gathered_sum(
-    x_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
+def _start_all_gather(
+    local_MHKV: Tensor, slopes_H: Tensor, shard: SequenceShard, communicator: Communicator, *, backwards: bool
 ) -> Callable[[], Tensor]:
-    pending = communicator.all_gather(x_MHKV)
-    reach_MJ = _reach(shard, x_MHKV.device, backwards=backwards)
-    tokens_MJ = reach_MJ.clamp(min=0).to(x_MHKV.dtype) * shard.chunk_size
-    weight_HMJ = torch.exp(-slopes_H.to(x_MHKV.dtype)[:, None, None] * tokens_MJ) * (reach_MJ >= 0)
+    """Gather the local states of all chunks; one matrix product sums what this rank's chunks need."""
+    pending, device = communicator.all_gather(local_MHKV), local_MHKV.device
+    key = ("distances", device, backwards)
+    distance_MJ = shard.derive(key, lambda shard: _distances(shard, device, backwards=backwards))
+    tokens_MJ = distance_MJ.clamp(min=0).to(local_MHKV.dtype) * shard.chunk_size
+    weight_HMJ = torch.exp(-slopes_H.to(local_MHKV.dtype)[:, None, None] * tokens_MJ) * (distance_MJ >= 0)
 
     def finish() -> Tensor:
-        states_HJS = pending.wait().flatten(0, 1).flatten(2).transpose(0, 1)
-        return (weight_HMJ @ states_HJS).transpose(0, 1).reshape(x_MHKV.shape)
+        local_HJS = pending.wait().flatten(0, 1).flatten(2).transpose(0, 1)
+        return (weight_HMJ @ local_HJS).transpose(0, 1).reshape(local_MHKV.shape)
 
     return finish
 
 
-@lru_cache(maxsize=8)
-def _reach(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Tensor:
+def _distances(shard: SequenceShard, device: torch.device, *, backwards: bool) -> Tensor:
     """Chunks between each of this rank's chunks and each chunk before it (backwards: after it) in its document.
 
     Returns:
         int64 ``[M, J]``, -1 where no document is shared; J in the order of an all-gather: by rank, then as they lie.
     """
-    gathered = {c.index: j for j, c in enumerate(sorted(shard.chunks, key=lambda c: (c.rank, c.index)))}
-    reach_MJ = torch.full((len(shard.mine), len(gathered)), -1)
-    step = 1 if backwards else -1
-    for m, chunk in enumerate(shard.mine):
-        linked, between = _links(chunk, backwards=backwards)[0], 0
-        while linked:
-            other = shard.chunks[chunk.index + step * (between + 1)]
-            reach_MJ[m, gathered[other.index]] = between
-            linked, between = other.is_inside_one_document, between + 1
-    return to_device(reach_MJ, device)
+    distance_MJ, order = [], sorted(shard.chunks, key=lambda c: (c.rank, c.index))
+    for chunk in shard.mine:
+        first, end = chunk.document_start // shard.chunk_size, -(-chunk.document_end // shard.chunk_size)
+        sources = range(chunk.index + 1, end) if backwards else range(first, chunk.index)
+        distance_MJ.append([abs(c.index - chunk.index) - 1 if c.index in sources else -1 for c in order])
+    return to_device(torch.tensor(distance_MJ), device)
 
 
-def _chained_sum(
-    x_MHKV: Tensor,
+def _pass_along(
+    local_MHKV: Tensor,
     slopes_H: Tensor,
     shard: SequenceShard,
     communicator: Communicator,
@@ -263,29 +259,26 @@ def _chained_sum(
     *,
     backwards: bool,
 ) -> Tensor:
-    chunks = shard.chunks[::-1] if backwards else shard.chunks
-    carry_H11 = torch.exp(-slopes_H.to(x_MHKV.dtype) * shard.chunk_size)[:, None, None]
+    """Each chunk waits for its initial state and passes its final state on to the next, some heads at a time."""
+    decay_H11 = torch.exp(-slopes_H.to(local_MHKV.dtype) * shard.chunk_size)[:, None, None]
     heads = [slice(int(h[0]), int(h[-1]) + 1) for h in torch.arange(len(slopes_H)).tensor_split(pieces) if len(h)]
-    sum_MHKV = torch.zeros_like(x_MHKV)
+    initial_MHKV = torch.zeros_like(local_MHKV)
     sent: list[Pending] = []
-    for place, chunk in enumerate(chunks):
-        if chunk.rank != shard.rank:
-            continue
-        m = shard.mine.index(chunk)
-        takes, gives = _links(chunk, backwards=backwards)
+    for chunk in shard.mine[::-1] if backwards else shard.mine:
+        m = chunk.place
+        source, target = _neighbours(chunk, shard, backwards=backwards)
         for piece in heads:
-            if takes and (giver := chunks[place - 1].rank) != shard.rank:
-                communicator.exchange({}, {giver: sum_MHKV[m, piece]}).wait()
-            if not gives:
+            if source is not None and source.rank != shard.rank:
+                communicator.exchange({}, {source.rank: initial_MHKV[m, piece]}).wait()
+            if target is None:
                 continue
-            leaving_hKV = x_MHKV[m, piece]
-            if takes and len(chunk.edges) == 2:
-                leaving_hKV = leaving_hKV + carry_H11[piece] * sum_MHKV[m, piece]
-            taker = chunks[place + 1]
-            if taker.rank == shard.rank:
-                sum_MHKV[shard.mine.index(taker), piece] = leaving_hKV
+            final_hKV = local_MHKV[m, piece]
+            if chunk.is_inside_one_document:
+                final_hKV = final_hKV + decay_H11[piece] * initial_MHKV[m, piece]
+            if target.rank == shard.rank:
+                initial_MHKV[target.place, piece] = final_hKV
             else:
-                sent.append(communicator.exchange({taker.rank: leaving_hKV}, {}))
+                sent.append(communicator.exchange({target.rank: final_hKV}, {}))
     for pending in sent:
         pending.wait()
-    return sum_MHKV
+    return initial_MHKV

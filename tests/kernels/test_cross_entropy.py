@@ -1,4 +1,4 @@
-"""The fused loss, every implementation, against plain cross-entropy in float64; its memory."""
+"""The fused loss, every implementation, against the naive one in float64; its memory."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from minimax_train.documents import IGNORE_INDEX
 from minimax_train.kernels import cross_entropy
-from minimax_train.kernels.cross_entropy import VocabularyShard, choose_chunks, linear_cross_entropy
+from minimax_train.kernels.cross_entropy import VocabularyShard, choose_block, linear_cross_entropy
+from minimax_train.kernels.cross_entropy.naive import linear_cross_entropy_naive
 from support.compare import relative_error
 
 HAS_GPU = torch.cuda.is_available()
@@ -25,11 +26,11 @@ def _check(implementation, dtype, T, D, V, scale=1.0):
     results = []
     for kind in (dtype, torch.float64):
         leaves = [value.to(dtype).to(kind).requires_grad_() for value in (x, weight)]
-        if kind == dtype:
+        if results:
+            loss = linear_cross_entropy_naive(*leaves, labels)
+        else:
             loss = linear_cross_entropy(*leaves, labels, implementation=implementation)
             assert loss.dtype == torch.promote_types(dtype, torch.float32)
-        if kind != dtype or len(results):
-            loss = F.cross_entropy(leaves[0] @ leaves[1].T, labels, reduction="sum", ignore_index=IGNORE_INDEX)
         results.append([loss, *torch.autograd.grad(loss * scale, leaves)])
     for i, (ours, right) in enumerate(zip(*results, strict=True)):
         assert relative_error(ours, right) < TOLERANCES[dtype][min(i, 1)]
@@ -45,64 +46,88 @@ def budget(monkeypatch, poisoned_empty):
     return set_budget
 
 
+@pytest.mark.parametrize("T, D, V", [(1, 1, 1), (7, 3, 5), (29, 13, 101)])
+def test_naive_equals_pytorch(T, D, V):
+    g = torch.Generator().manual_seed(V)
+    x, weight = (3 * torch.randn(n, D, dtype=torch.float64, generator=g) for n in (T, V))
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    labels = torch.randint(V, (T,), generator=g)
+    labels[1::3] = IGNORE_INDEX
+    right = F.cross_entropy(x @ weight.T, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    ours = linear_cross_entropy_naive(x, weight, labels)
+    for result, expected in zip(
+        (ours, *torch.autograd.grad(ours, leaves)), (right, *torch.autograd.grad(right, leaves)), strict=True
+    ):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("tokens", [3, 100])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
-def test_plain_equals_cross_entropy(tokens, scale, budget):
+def test_torch_equals_naive(tokens, scale, budget):
     budget(tokens * 17 * (8 + 24))
-    _check("plain", torch.float64, 11, 6, 17, scale)
+    _check("torch", torch.float64, 11, 6, 17, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T, V", [(1, 1), (11, 17), (7, 700)])
 @pytest.mark.parametrize("tokens", [3, 100])
-def test_triton_equals_cross_entropy(T, V, tokens, dtype, budget, monkeypatch):
+def test_triton_equals_naive(T, V, tokens, dtype, budget, monkeypatch):
     implementation = pytest.importorskip("minimax_train.kernels.cross_entropy.triton", exc_type=ImportError)
     monkeypatch.setattr(implementation, "TILE", (2, 64))
     budget(tokens * V * dtype.itemsize)
-    if V > 1:
-        _check("triton", dtype, T, 6, V, 0.37)
+    _check("triton", dtype, T, 6, V, 0.37)
 
 
-@pytest.mark.parametrize("implementation", ["plain", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_sum_in_float32_beside_the_logits(implementation, budget):
     pytest.importorskip("triton")
     T, D, V = 40, 8, 30
-    per_token = V * (2 + 12 * (implementation == "plain"))
+    per_token = V * (2 + 12 * (implementation == "torch"))
     budget(2 * 4 * V * D)
-    chunk, wide_sum = choose_chunks(T, D, V, itemsize=2, temporaries=3 * (implementation == "plain"))
-    assert wide_sum and chunk == 4 * V * D // per_token < T
+    block, wide_sum = choose_block(T, D, V, itemsize=2, temporaries=3 * (implementation == "torch"))
+    assert wide_sum and block == 4 * V * D // per_token < T
     _check(implementation, torch.bfloat16, T, D, V)
 
 
 @pytest.mark.parametrize("D, wide", [(1024, True), (2048, False), (3072, False), (6144, False)])
 def test_a_million_tokens_stay_under_two_gib(D, wide):
-    chunk, wide_sum = choose_chunks(2**20, D, VOCABULARY, itemsize=2, temporaries=0)
+    block, wide_sum = choose_block(2**20, D, VOCABULARY, itemsize=2, temporaries=0)
     assert wide_sum == wide
-    assert chunk * VOCABULARY * 2 + wide_sum * VOCABULARY * D * 4 <= cross_entropy.BUDGET < 2 * 2**30
-    assert chunk >= 512
+    assert block * VOCABULARY * 2 + wide_sum * VOCABULARY * D * 4 <= cross_entropy.BUDGET < 2 * 2**30
+    assert block >= 512
 
 
-@pytest.mark.parametrize(("implementation", "dtype"), [("plain", torch.float64), ("triton", torch.float32)])
+@pytest.mark.parametrize(("implementation", "dtype"), [("torch", torch.float64), ("triton", torch.float32)])
 @pytest.mark.parametrize("tokens", [3, 100])
-def test_parts_of_the_vocabulary_add_up(implementation, dtype, tokens, budget):
+@pytest.mark.parametrize("sizes", [(17, 17, 17), (13, 37, 1)])
+def test_parts_of_the_vocabulary_add_up(implementation, dtype, tokens, sizes, budget):
     pytest.importorskip("triton")
-    T, D, V, ranks = 11, 6, 51, 3
+    T, D, V, ranks = 11, 6, 51, len(sizes)
     torch.manual_seed(tokens)
     x, weight = torch.randn(T, D, device=DEVICE, dtype=dtype), torch.randn(V, D, device=DEVICE, dtype=dtype)
     labels = torch.tensor([0, 16, 17, 33, 34, 50, IGNORE_INDEX, 20, 40, 1, IGNORE_INDEX], device=DEVICE)
     leaves = [x.double().requires_grad_(), weight.double().requires_grad_()]
-    logits = leaves[0] @ leaves[1].T
-    right = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    right = linear_cross_entropy_naive(*leaves, labels)
     right_dx, right_dw = torch.autograd.grad(right, leaves)
-    budget(tokens * V // ranks * dtype.itemsize * (4 if implementation == "plain" else 1))
-    losses, dx, dw = [], [], []
+    budget(tokens * V // ranks * dtype.itemsize * (4 if implementation == "torch" else 1))
+
+    def run(rank, merge):
+        start = sum(sizes[:rank])
+        parts = [x.clone().requires_grad_(), weight[start : start + sizes[rank]].clone().requires_grad_()]
+        shard = VocabularyShard(start, ranks, merge)
+        loss = linear_cross_entropy(*parts, labels, shard=shard, implementation=implementation)
+        return loss, *torch.autograd.grad(loss, parts)
+
+    # Ranks take turns here: first they say their log-sums, then they are told what these come to.
+    said = [[] for _ in sizes]
+    for rank, mine in enumerate(said):
+        run(rank, lambda log_sum, mine=mine: mine.append(log_sum.clone()) or log_sum)
+    merged = torch.stack([torch.cat(mine) for mine in said]).logsumexp(0)
+    results = []
     for rank in range(ranks):
-        given = iter(logits.detach().logsumexp(-1).to(dtype).split(1))
-        shard = VocabularyShard(rank * 17, ranks, lambda mine, given=given: torch.cat([next(given) for _ in mine]))
-        parts = [x.clone().requires_grad_(), weight[rank * 17 :][:17].clone().requires_grad_()]
-        losses.append(linear_cross_entropy(*parts, labels, shard=shard, implementation=implementation))
-        for kept, gradient in zip((dx, dw), torch.autograd.grad(losses[-1], parts), strict=True):
-            kept.append(gradient.double())
+        told = iter(merged)
+        results.append(run(rank, lambda log_sum, told=told: torch.stack([next(told) for _ in log_sum])))
+    losses, dx, dw = zip(*results, strict=True)
     assert relative_error(sum(losses), right) < TOLERANCES[dtype][0]
     assert relative_error(sum(dx), right_dx) < TOLERANCES[dtype][1]
     assert relative_error(torch.cat(dw), right_dw) < TOLERANCES[dtype][1]
@@ -117,10 +142,10 @@ def test_loss_without_gradient():
 def test_factor_of_the_gradient_is_not_rounded():
     x, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.randn(4, 8).bfloat16()
     factor = torch.tensor(1 + 0.98 * 2**-8)  # 1 in bfloat16
-    plain, scaled = (
+    unscaled, scaled = (
         torch.autograd.grad(linear_cross_entropy(x, weight, torch.arange(5) % 4) * f, x)[0] for f in (1.0, factor)
     )
-    assert torch.equal(scaled, (plain.float() * factor).bfloat16()) and not torch.equal(scaled, plain)
+    assert torch.equal(scaled, (unscaled.float() * factor).bfloat16()) and not torch.equal(scaled, unscaled)
 
 
 def test_a_second_backward_pass_is_refused():

@@ -7,15 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimax_train.kernels.experts import (
-    count_choices,
-    drop_over_capacity,
-    expert_mlp,
-    expert_mlp_naive,
-    load_balancing_loss,
-    top_k_routing,
-)
+from minimax_train.kernels.experts import drop_over_capacity, expert_mlp, expert_mlp_naive, load_balancing_loss, route
 from support.compare import relative_error
+from support.routing import drop_over_capacity_naive, load_balancing_loss_naive, route_naive, tokens_per_expert_naive
 
 
 def _layer(T, E, K, D, F, seed=0):
@@ -31,8 +25,8 @@ def _layer(T, E, K, D, F, seed=0):
 @given(st.data())
 def test_equals_one_token_at_a_time(data):
     T, E, K = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
-    choices = data.draw(st.lists(st.integers(-1, E - 1), min_size=T * K, max_size=T * K))
-    experts = torch.tensor(choices).view(T, K)
+    assigned = data.draw(st.lists(st.integers(-1, E - 1), min_size=T * K, max_size=T * K))
+    experts = torch.tensor(assigned).view(T, K)
     x, gate_up, down, weights = _layer(T, E, K, 5, 3, seed=T)
     out = expert_mlp(x, weights, experts, gate_up, down)
     expected = expert_mlp_naive(x, weights, experts, gate_up, down)
@@ -45,59 +39,66 @@ def test_equals_one_token_at_a_time(data):
             torch.testing.assert_close(gradient, reference)
 
 
-def test_routing_equals_softmax_over_the_chosen_logits():
-    logits = torch.randn(33, 7, dtype=torch.float64)
-    probabilities, weights, experts = top_k_routing(logits, 3)
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(33, dtype=torch.float64))
-    torch.testing.assert_close(weights, logits.topk(3).values.softmax(-1))
-    assert torch.equal(experts, logits.topk(3).indices)
+@pytest.mark.parametrize("T, E, K, pieces", [(1, 1, 1, 1), (33, 7, 3, 2), (50, 5, 5, 4)])
+def test_routing_equals_one_token_at_a_time(T, E, K, pieces):
+    torch.manual_seed(T)
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    piece = torch.arange(T) * pieces // T
+    *ours, tokens_per_expert = route(logits, K, piece, pieces, implementation="torch")
+    right = route_naive(logits, K)
+    assert torch.equal(ours[2], right[2])
+    assert tokens_per_expert.tolist() == tokens_per_expert_naive(right[2], E, piece, pieces)
+    gradients = [torch.randn_like(x) for x in ours[:2]]
+    both = [torch.autograd.grad(x[:2], logits, gradients)[0] for x in (ours, right)]
+    for a, b in ((ours[0], right[0]), (ours[1], right[1]), both):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_capacity_keeps_the_first_choices_of_each_row(data):
-    rows, length, E, K = (data.draw(st.integers(1, n)) for n in (3, 9, 4, 2))
-    capacity = data.draw(st.integers(0, 6))
-    choices = data.draw(st.lists(st.integers(0, E - 1), min_size=rows * length * K, max_size=rows * length * K))
-    expected = []
-    for row in _batched(choices, length * K):
-        taken = [0] * E
-        for expert in row:
-            expected.append(expert if taken[expert] < capacity else -1)
-            taken[expert] += 1
-    # Each row in one piece, or cut in pieces of which only some are here.
-    cuts = data.draw(st.lists(st.integers(1, rows * length - 1), max_size=3)) if rows * length > 1 else []
-    edges = sorted({0, rows * length, *range(0, rows * length, length), *cuts})
-    pieces = list(itertools.pairwise(edges))
+def test_capacity_keeps_the_first_assignments_of_each_sequence(data):
+    sequences, length, E, K = (data.draw(st.integers(1, n)) for n in (3, 9, 4, 2))
+    capacity, tokens = data.draw(st.integers(0, 6)), sequences * length
+    assigned = data.draw(st.lists(st.integers(0, E - 1), min_size=tokens * K, max_size=tokens * K))
+    experts, sequence = torch.tensor(assigned).view(tokens, K), torch.arange(tokens) // length
+    expected = drop_over_capacity_naive(experts, sequence, capacity)
+    # Each sequence in one piece, or cut in pieces of which only some are here.
+    cuts = data.draw(st.lists(st.integers(1, tokens - 1), max_size=3)) if tokens > 1 else []
+    pieces = list(itertools.pairwise(sorted({0, tokens, *range(0, tokens, length), *cuts})))
     here = [piece for piece in pieces if data.draw(st.booleans())] or pieces
-    per_token = _batched(choices, K)
-    counts = [[_flat(per_token[a:b]).count(e) for e in range(E)] for a, b in here]
-    taken = [[_flat(per_token[a // length * length : a]).count(e) for e in range(E)] for a, _ in here]
-    experts = torch.tensor(_flat(per_token[a:b] for a, b in here))
+    mine = torch.tensor([t for a, b in here for t in range(a, b)])
     piece = torch.tensor([p for p, (a, b) in enumerate(here) for _ in range(a, b)])
-    load = count_choices(experts, E, piece, len(here))
-    assert load.tolist() == counts
-    kept = drop_over_capacity(experts, piece, load, torch.tensor(taken), capacity)
-    assert kept.flatten().tolist() == _flat(expected[a * K : b * K] for a, b in here)
+    before = [experts[a // length * length : a] for a, _ in here]
+    taken = torch.tensor([[int((x == e).sum()) for e in range(E)] for x in before])
+    tokens_per_expert = torch.tensor(tokens_per_expert_naive(experts[mine], E, piece, len(here)))
+    kept = drop_over_capacity(experts[mine], piece, tokens_per_expert, taken, capacity)
+    assert torch.equal(kept, expected[mine])
 
 
-def _flat(lists):
-    return list(itertools.chain.from_iterable(lists))
-
-
-def _batched(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def test_load_balancing_loss_is_transformers_over_experts_squared():
+@pytest.mark.parametrize("sequences, length, E, K", [(1, 1, 1, 1), (2, 31, 6, 2), (3, 17, 5, 3)])
+def test_load_balancing_loss(sequences, length, E, K):
     from transformers.models.minimax.modeling_minimax import load_balancing_loss_func
 
-    logits = torch.randn(2 * 31, 6, dtype=torch.float64)
-    probabilities, _, experts = top_k_routing(logits, 2)
-    row = torch.arange(62) // 31
-    ours = load_balancing_loss(probabilities, row, count_choices(experts, 6, row, 2) / 31, 31)
-    theirs = sum(load_balancing_loss_func((part,), 6, 2) for part in logits.chunk(2))
-    assert relative_error(ours, theirs / 6**2) < 1e-6  # theirs counts in float32
+    torch.manual_seed(length)
+    logits = torch.randn(sequences * length, E, dtype=torch.float64, requires_grad=True)
+    sequence = torch.arange(sequences * length) // length
+    probabilities, _, experts, tokens_per_expert = route(logits, K, sequence, sequences)
+    ours = load_balancing_loss(probabilities, sequence, tokens_per_expert.double() / length, length)
+    right = load_balancing_loss_naive(probabilities, experts, sequence)
+    torch.testing.assert_close(ours, right, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, right)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+    theirs = sum(load_balancing_loss_func((part,), E, K) for part in logits.split(length))
+    assert relative_error(ours, theirs / E**2) < 1e-6  # E^2 of ours for one sequence; theirs counts in float32
+
+
+def test_former_names_of_implementations_are_refused():
+    x, gate_up, down, weights = _layer(3, 2, 1, 4, 4)
+    none = torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"kernels.experts='loop': renamed: use 'torch'"):
+        expert_mlp(x, weights, none, gate_up, down, implementation="loop")
+    with pytest.raises(ValueError, match=r"kernels.router='plain': renamed: use 'torch'"):
+        route(x, 1, none[:, 0], 1, implementation="plain")
 
 
 @pytest.mark.gpu
@@ -106,7 +107,7 @@ def test_load_balancing_loss_is_transformers_over_experts_squared():
 def test_grouped_gemm_on_gpu(dropped):
     x, gate_up, down, weights = _layer(301, 6, 2, 64, 96)
     experts = torch.randint(-1 if dropped else 0, 5, (301, 2))  # the last expert gets no token
-    expected = expert_mlp(x, weights, experts, gate_up, down, implementation="loop")
+    expected = expert_mlp(x, weights, experts, gate_up, down, implementation="torch")
     half = [t.detach().bfloat16().cuda().requires_grad_() for t in (x, gate_up, down, weights)]
     out = expert_mlp(half[0], half[3], experts.cuda(), half[1], half[2], implementation="grouped")
     assert relative_error(out.cpu(), expected) < 2e-2

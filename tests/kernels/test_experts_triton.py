@@ -1,17 +1,14 @@
-"""The Triton parts of the expert layer against plain float64, and row by row where the result is exact."""
+"""The Triton parts of the expert layer against PyTorch in float64, and bit by bit where the result is exact."""
 
 import pytest
 import torch
 
 from minimax_train.kernels.experts import (
-    ExpertRows,
-    combine,
+    Permutation,
     expert_mlp,
     expert_mlp_naive,
-    grouped_swiglu,
     has_quack,
-    permute,
-    plan_rows,
+    pytorch,
     route,
     router_logits,
 )
@@ -51,7 +48,7 @@ def test_route(T, E, K, pieces):
     piece = torch.arange(T, device=DEVICE) * pieces // T
     results = []
     d_probabilities, d_weights = _randn(T, E), _randn(T, K)
-    for implementation, dtype in (("triton", torch.float32), ("plain", torch.float64)):
+    for implementation, dtype in (("triton", torch.float32), ("torch", torch.float64)):
         leaf = logits.to(dtype).requires_grad_()
         out = route(leaf, K, piece, pieces, implementation=implementation)
         both = _gradients(out[:2], [leaf], [d_probabilities.to(dtype), d_weights.to(dtype)])
@@ -90,34 +87,34 @@ def test_logits_of_nan_still_choose_experts():
 @pytest.mark.parametrize(
     "T, E, K, least", [(1, 1, 1, 0), (63, 5, 2, -1), (200, 7, 3, 0), (70, 32, 2, -1), (5, 4, 2, None)]
 )
-def test_rows_are_those_of_a_stable_sort(T, E, K, least):
+def test_routed_tokens_are_those_of_a_stable_sort(T, E, K, least):
     torch.manual_seed(T)
-    choices = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
-    ours = plan_rows(choices.to(DEVICE), E, implementation="triton")
-    right = ExpertRows.sort(choices.to(DEVICE), E)
-    for name in ("choice_R", "row_TK", "offsets_E", "used_R1"):
-        assert torch.equal(getattr(ours, name), getattr(right, name)), name
+    experts = torch.randint(least, E, (T, K)) if least is not None else torch.full((T, K), -1)
+    ours, right = (ops.sort_by_expert(experts.to(DEVICE), E) for ops in (experts_triton, pytorch))
+    for a, b in zip(ours, right, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("T, K, D", [(1, 1, 5), (37, 2, 40), (19, 3, 300)])
-def test_permute_and_combine(T, K, D, dtype):
+def test_permute_and_unpermute(T, K, D, dtype):
     torch.manual_seed(T)
-    choices = torch.randint(-1, 4, (T, K), device=DEVICE)
-    rows = plan_rows(choices, 4, implementation="triton")
-    x, weights, d_out = _randn(T, D), torch.rand(T, K, device=DEVICE).double(), _randn(T, D)
-    leaves = [x.to(dtype).requires_grad_(), weights.float().requires_grad_()]
-    permuted = permute(leaves[0], rows, implementation="triton")
-    assert torch.equal(permuted.double(), rows.permute(x))
+    experts = torch.randint(-1, 4, (T, K), device=DEVICE)
+    ours, right = (Permutation.by_expert(experts, 4, ops) for ops in (experts_triton, pytorch))
+    x, y, weights = _randn(T, D), _randn(T * K, D), torch.rand(T, K, device=DEVICE)
+    assert torch.equal(ours.permute(x.to(dtype)).double(), right.permute(x))
+    assert torch.equal(ours.permute_weights(weights), weights.flatten()[right.assignment_R])
     # What no expert wrote may hold anything.
-    y = permuted.where(rows.used_R1, float("nan"))
-    out = combine(y, leaves[1], rows, implementation="triton")
-    right_leaves = [x.requires_grad_(), leaves[1].detach().double().requires_grad_()]
-    right = (rows.unpermute(rows.permute(right_leaves[0])) * right_leaves[1][..., None]).sum(1)
-    assert relative_error(out, right) < TOLERANCES[dtype]
-    gradients = _gradients(out, leaves, d_out.to(dtype))
-    for gradient, reference in zip(gradients, _gradients(right, right_leaves, d_out), strict=True):
-        assert relative_error(gradient, reference) < TOLERANCES[dtype]
+    y[int(right.offsets_E[-1]) :] = float("nan")
+    d_weights = torch.rand(T * K, device=DEVICE).where(~y[:, 0].isnan(), float("nan"))
+    sums, of_weights = ours.unpermute(y.to(dtype), d_weights)
+    assert relative_error(sums, right.unpermute(y)[0]) < TOLERANCES[dtype]
+    assert torch.equal(of_weights, d_weights[right.routed_TK].where(experts >= 0, 0))
+    # One token at a time.
+    for t in range(T):
+        kept = [int(right.routed_TK[t, k]) for k in range(K) if experts[t, k] >= 0]
+        assert torch.equal(right.unpermute(y)[0][t], sum((y[r] for r in kept), torch.zeros_like(x[t])))
+        assert all(torch.equal(right.permute(x)[r], x[t]) for r in kept)
 
 
 def _layer(T, E, K, D, F):
@@ -154,7 +151,16 @@ def test_expert_mlp_equals_one_token_at_a_time(T, E, K, D, F, least, dtype):
     _check_mlp(T, E, K, D, F, least, dtype, expert_mlp_naive)
 
 
-# Few rows per expert, but for the second: the products by quack have other clusters then.
+@pytest.mark.parametrize("implementation", ["torch", *ON_GPU])
+def test_tokens_of_no_expert(implementation):
+    values = [value.bfloat16() for value in _layer(9, 3, 2, 16, 24)]
+    leaves = [value.requires_grad_() for value in (values[0], values[1].float(), *values[2:])]
+    out = expert_mlp(*leaves[:2], torch.full((9, 2), -1, device=DEVICE), *leaves[2:], implementation=implementation)
+    for x in (out, *_gradients(out, leaves, torch.ones_like(out))):
+        assert not x.any()
+
+
+# Few tokens per expert, but for the second: the GEMMs by quack have other clusters then.
 REAL_SIZES = [
     (4097, 32, 2, 1024, 2816),
     (3001, 3, 2, 2048, 264),
@@ -169,36 +175,17 @@ REAL_SIZES = [
 @pytest.mark.parametrize("least", [-1, 0])
 @pytest.mark.parametrize("T, E, K, D, F", REAL_SIZES)
 def test_expert_mlp_at_real_sizes(T, E, K, D, F, least, implementation):
-    def loop(*args):
-        return expert_mlp(*args, implementation="loop")
+    def by_torch(*args):
+        return expert_mlp(*args, implementation="torch")
 
-    _check_mlp(T, E, K, D, F, least, torch.bfloat16, loop, implementation)
+    _check_mlp(T, E, K, D, F, least, torch.bfloat16, by_torch, implementation)
 
 
 @gpu
 @pytest.mark.parametrize("implementation", ON_GPU)
-def test_numbers_of_rows_may_differ_from_call_to_call(implementation):
+def test_numbers_of_tokens_may_differ_from_call_to_call(implementation):
     for T in (300, 41, 1025):
         _check_mlp(T, 4, 2, 128, 192, -1, torch.bfloat16, expert_mlp_naive, implementation)
-
-
-@pytest.mark.parametrize(
-    "dtype, implementation",
-    [(torch.float32, "triton"), (torch.bfloat16, "triton"), pytest.param(torch.bfloat16, "quack", marks=QUACK)],
-)
-def test_grouped_swiglu_leaves_rows_of_no_expert_alone(dtype, implementation):
-    R, used, D, F = 29, 20, 16, 24
-    offsets = torch.tensor([7, 7, used], dtype=torch.int32, device=DEVICE)
-    x, gate_up, down, d_out = _randn(R, D), _randn(3, 2 * F, D) / 4, _randn(3, D, F) / 4, _randn(R, D)
-    x[used:] = d_out[used:] = float("nan")
-    results = []
-    for name, kind in ((implementation, dtype), ("loop", torch.float64)):
-        leaves = [value.to(kind).requires_grad_() for value in (x, gate_up, down)]
-        out = grouped_swiglu(*leaves, offsets, implementation=name)[:used]
-        dx, *d_weights = _gradients(out, leaves, d_out[:used].to(kind))
-        results.append([out, dx[:used], *d_weights])
-    for ours, right in zip(*results, strict=True):
-        assert relative_error(ours, right) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("T, D, E", [(1, 8, 3), (70, 40, 5), pytest.param(4097, 6144, 32, marks=gpu)])
@@ -206,7 +193,7 @@ def test_router_logits_from_bfloat16_are_those_of_float32(T, D, E):
     torch.manual_seed(T)
     x, weight, d_logits, d_x = _randn(T, D), _randn(E, D) / D, torch.randn(T, E, device=DEVICE), _randn(T, D)
     results = []
-    for implementation, kind in (("triton", torch.bfloat16), ("plain", torch.float64)):
+    for implementation, kind in (("triton", torch.bfloat16), ("torch", torch.float64)):
         leaves = [x.to(kind).requires_grad_(), weight.bfloat16().to(kind).requires_grad_()]
         logits, through = router_logits(*leaves, implementation=implementation)
         both = _gradients([logits, through], leaves, [d_logits.to(logits.dtype), d_x.to(kind)])

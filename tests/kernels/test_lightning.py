@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from minimax_train.documents import Documents
-from minimax_train.kernels.lightning import lightning_attention, lightning_parts, lightning_slopes
+from minimax_train.kernels.lightning import lightning_attention, lightning_slopes, lightning_state_passing
 
 SLOPES = [0.917, 1e-5, 0.05]
-# One document and several; 63 and 130 tokens; single tokens; documents that end on, before and after chunk edges.
+# One document and several; 63 and 130 tokens; single tokens; documents that end on, before and after tile edges.
 LENGTHS = [[63], [130], [40, 1, 1, 32, 16, 30, 10], [1, 1, 1], [64, 64], [5, 100, 25]]
 on_cpu = not torch.cuda.is_available()
 
@@ -80,12 +80,12 @@ def assert_close(results, references, tolerance):
 
 @pytest.fixture
 def small_tiles(monkeypatch, poisoned_empty):
-    """Chunks of 16 by slices of 32, and as many segments as asked for."""
+    """Tiles of 16 tokens by 32 values, and as many splits and sub-splits as asked for."""
     implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
-    monkeypatch.setattr(implementation, "choose_tiles", lambda *_: implementation.Tiles(16, 32, 4, 2))
+    monkeypatch.setattr(implementation, "choose_tile", lambda *_: implementation.TileShape(16, 32, 4, 2))
 
-    def cut(segments, per):
-        monkeypatch.setattr(implementation, "choose_segments", lambda *_: (segments, per))
+    def cut(splits, per_split):
+        monkeypatch.setattr(implementation, "choose_splits", lambda *_: (splits, per_split))
 
     return cut
 
@@ -105,10 +105,10 @@ def test_chunked_equals_recurrence(lengths, with_state, dtype, tolerance):
 
 
 @interpreted
-@pytest.mark.parametrize("segments", [(1, 1), (3, 2)], ids=["one-segment", "three-segments"])
+@pytest.mark.parametrize("splits", [(1, 1), (3, 2)], ids=["one-split", "three-splits"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_triton_equals_recurrence(small_tiles, lengths, segments):
-    small_tiles(*segments)
+def test_triton_equals_recurrence(small_tiles, lengths, splits):
+    small_tiles(*splits)
     case = Case.make(lengths, 16, 24, with_state=True)
     assert_close(case.run("triton", torch.float32), case.run("naive", torch.float64), 1e-5)
 
@@ -122,10 +122,10 @@ def test_triton_without_initial_state(small_tiles, lengths):
 
 
 @interpreted
-@pytest.mark.parametrize("segments", [(1, 1), (3, 2)], ids=["one-segment", "three-segments"])
+@pytest.mark.parametrize("splits", [(1, 1), (3, 2)], ids=["one-split", "three-splits"])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_triton_final_states_of_some(small_tiles, segments, with_state):
-    small_tiles(*segments)
+def test_triton_final_states_of_some(small_tiles, splits, with_state):
+    small_tiles(*splits)
     case = Case.make([40, 1, 1, 32, 16, 30, 10], 16, 24, with_state=with_state, some=True)
     results = case.run("triton", torch.float32)
     assert len(results["final"]) == 4
@@ -142,7 +142,7 @@ def test_triton_head_dims(small_tiles, K, V):
 
 @interpreted
 def test_triton_forgets_only_what_has_decayed_away(small_tiles):
-    """Fast heads drop states from far segments: the result must not show it."""
+    """Short-memory heads drop the states of distant splits: the result must not show it."""
     small_tiles(4, 3)
     case = Case.make([400], 16, 16, with_state=True, slopes=[0.917, 0.2, 0.05, 1e-5])
     assert_close(case.run("triton", torch.float32), case.run("naive", torch.float64), 1e-5)
@@ -155,13 +155,13 @@ def test_triton_heads_far_apart(small_tiles):
     case = Case.make([50, 30], 16, 16, with_state=True, round_to=torch.float16)
     far = torch.empty_strided(case.qkv_THQ.shape, (48, 1_200_000_000, 1), dtype=torch.float16)  # memory hardly used
     far.copy_(case.qkv_THQ)
-    near, far = case.qkv_THQ.half().split(16, -1), far.split(16, -1)
+    close, far = case.qkv_THQ.half().split(16, -1), far.split(16, -1)
     how = {"initial_state_NHKV": case.initial_NHKV.float(), "final_state_of": [1, 0], "implementation": "triton"}
     results = []
-    for q, k, v in (near, far):
+    for q, k, v in (close, far):
         out, final = lightning_attention(q, k, v, case.slopes_H.float(), case.documents, **how)
-        own, _ = lightning_parts(q, "triton").states(k, v, case.slopes_H.float(), case.documents, (1,), reverse=True)
-        results.append((out, final, own))
+        phases, where = lightning_state_passing(q, "triton"), (case.slopes_H.float(), case.documents, (1,))
+        results.append((out, final, phases.local_states(k, v, *where, reverse=True)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -177,8 +177,8 @@ IMPLEMENTATIONS = ["naive", "chunked", pytest.param("triton", marks=interpreted)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_states_chain(request, implementation):
-    """Handing the final state of one half on as the initial state of the other is the same as not cutting."""
+def test_two_calls_equal_one(request, implementation):
+    """With the final state of the first half as initial state of the second, two calls equal one."""
     if implementation == "triton":
         request.getfixturevalue("small_tiles")(2, 1)
     case = Case.make([90], 16, 16, with_state=True)
@@ -215,7 +215,7 @@ def test_final_state_is_optional(request, implementation):
 def test_wrong_arguments_are_named():
     case = Case.make([12], 16, 16, with_state=False)
     q, k, v = case.qkv_THQ.split([16, 16, 16], dim=-1)
-    with pytest.raises(ValueError, match=r"accepted: auto, naive, chunked, triton"):
+    with pytest.raises(ValueError, match=r"auto, naive, chunked, triton"):
         lightning_attention(q, k, v, case.slopes_H, case.documents, implementation="fast")
     with pytest.raises(ValueError, match="shapes disagree"):
         lightning_attention(q, k[:-1], v, case.slopes_H, case.documents)
@@ -255,10 +255,10 @@ def test_gpu_equals_float64(monkeypatch, poisoned_empty, lengths, K, V, kernel):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("segments", [(1, 1), (5, 3), (16, 1)], ids=str)
-def test_gpu_segments(monkeypatch, poisoned_empty, segments):
+@pytest.mark.parametrize("splits", [(1, 1), (5, 3), (16, 1)], ids=str)
+def test_gpu_splits(monkeypatch, poisoned_empty, splits):
     implementation = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
-    monkeypatch.setattr(implementation, "choose_segments", lambda *_: segments)
+    monkeypatch.setattr(implementation, "choose_splits", lambda *_: splits)
     case = Case.make(
         [3000, 1, 5000, 191], 128, 128, with_state=True, slopes=GPU_SLOPES, device="cuda", round_to=torch.bfloat16
     )

@@ -19,20 +19,21 @@ from minimax_train.kernels.lightning import hopper_kernels as hopper
 
 C, BK, BV = 64, int(sys.argv[1]), int(sys.argv[2])
 MAPPED = bool(int(sys.argv[3]))
-STATES = {"HAS_INITIAL": True, "HAS_FINAL": True, "HAS_PARTIAL": True, "INITIAL_MAPPED": MAPPED, "FINE": 16}
+STATES = {"HAS_INITIAL": True, "HAS_FINAL": True, "HAS_LOCAL": True, "INITIAL_MAPPED": MAPPED, "SUBSPLITS": 16}
 TILES = {"K": BK, "V": BV, "C": C, "BK": BK, "BV": BV}
 KERNELS = {
-    "partials": (8, TILES | {"H": 8, "REVERSE": True, "STAGES": hopper.STAGES_PARTIALS}, {"y": BK, "z": BV}),
-    "states": (8, TILES | {"H": 8, "COLUMNS": 16, "REVERSE": MAPPED, "STAGES": hopper.STAGES_PARTIALS},
-               {"y": BK, "z": BV}),
+    "subsplit_states": (8, TILES | {"H": 8, "REVERSE": True, "STAGES": hopper.STAGES_LOCAL}, {"y": BK, "z": BV}),
+    "block_states": (8, TILES | {"H": 8, "PAIRS": 16, "REVERSE": MAPPED, "STAGES": hopper.STAGES_LOCAL},
+                     {"y": BK, "z": BV}),
     "attend": (4, TILES | STATES | {"REVERSE": True, "FINAL_MAPPED": MAPPED, "STAGES": hopper.STAGES},
                {"x": BK, "y": BK, "z": BV // 2, "out": BV // 2}),
     "attend_dk_dv": (4, TILES | STATES | {"STAGES": hopper.STAGES_BACKWARD},
                      {"q": BK, "k": BK, "v": BV, "do": BV, "dk": BK, "dv": BV}),
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
-POINTERS |= dict.fromkeys(("initial", "final", "partial", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "owners", "rows", "runs", "cu_seqlens", "edges", "places"), "*i32")
+POINTERS |= dict.fromkeys(("initial", "final", "local", "slopes"), "*fp32")
+POINTERS |= dict.fromkeys(("starts", "infos", "document_ids", "rows", "runs", "cu_seqlens"), "*i32")
+POINTERS |= dict.fromkeys(("ranges", "block_table"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)
@@ -47,7 +48,7 @@ for name, (warps, constants, widths) in KERNELS.items():
             signature[argument] = f"tensordesc<bf16{block},{layout!r}>"
         else:
             signature[argument] = POINTERS.get(argument, "i32")
-    if name == "states":
+    if name == "block_states":
         signature["out"] = "*fp32"
     source = GluonASTSource(kernel, signature, values)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -68,5 +69,5 @@ def test_hopper_kernels_compile(tmp_path, K, V, mapped):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = {name: int(size) for name, size in map(str.split, done.stdout.splitlines())}
-    assert set(shared) == {"partials", "states", "attend", "attend_dk_dv"}
+    assert set(shared) == {"subsplit_states", "block_states", "attend", "attend_dk_dv"}
     assert max(shared.values()) <= SHARED_MEMORY

@@ -51,8 +51,8 @@ def _check(kind, implementation, dtype, T, D, reference="naive"):
 
 @pytest.mark.parametrize("T, D", [(1, 3), (7, 63), (13, 130)])
 @pytest.mark.parametrize("kind", OPS)
-def test_plain_equals_the_formula(kind, T, D):
-    _check(kind, "plain", torch.float64, T, D)
+def test_torch_equals_the_formula(kind, T, D):
+    _check(kind, "torch", torch.float64, T, D)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,16 +60,19 @@ def test_plain_equals_the_formula(kind, T, D):
 @pytest.mark.parametrize("kind", OPS)
 def test_triton_equals_the_formula(kind, T, D, dtype, poisoned_empty):
     pytest.importorskip("triton")
-    _check(kind, "triton", dtype, T, D, "naive" if D < 1000 else "plain")
+    _check(kind, "triton", dtype, T, D, "naive" if D < 1000 else "torch")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("T, D", [(8191, 1024), (4097, 6144), (3000, 8192), (700, 16384)])
 @pytest.mark.parametrize("kind", OPS)
 def test_triton_at_real_sizes(kind, T, D, poisoned_empty):
-    _check(kind, "triton", torch.bfloat16, T, D, "plain")
+    _check(kind, "triton", torch.bfloat16, T, D, "torch")
 
 
-def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match=r"kernels.norm='fast'.*plain"):
-        rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation="fast")
+@pytest.mark.parametrize(
+    "name, message", [("fast", "must be one of auto, triton, torch, naive"), ("plain", "renamed: use 'torch'")]
+)
+def test_unknown_implementation_is_named(name, message):
+    with pytest.raises(ValueError, match=f"^kernels.norm='{name}': {message}$"):
+        rms_norm(torch.ones(2, 3), torch.ones(3), EPS, implementation=name)

@@ -41,7 +41,7 @@ def _check(implementation, dtype, T, H, K, R, reference="naive"):
 
 @pytest.mark.parametrize("H, K, R", [(2, 10, 6), (3, 8, 8), (2, 6, 0), (1, 8, 2)])
 @pytest.mark.parametrize(
-    "implementation, dtype", [("plain", torch.float64), ("triton", torch.float32), ("triton", torch.bfloat16)]
+    "implementation, dtype", [("torch", torch.float64), ("triton", torch.float32), ("triton", torch.bfloat16)]
 )
 def test_equals_complex_multiplication(implementation, dtype, H, K, R, poisoned_empty):
     if implementation == "triton":
@@ -52,7 +52,7 @@ def test_equals_complex_multiplication(implementation, dtype, H, K, R, poisoned_
 @pytest.mark.gpu
 @pytest.mark.parametrize("T, H", [(8193, 64), (4097, 8), (3, 48)])
 def test_triton_at_real_sizes(T, H, poisoned_empty):
-    _check("triton", torch.bfloat16, T, H, 128, 64, "plain")
+    _check("triton", torch.bfloat16, T, H, 128, 64, "torch")
 
 
 def test_triton_rotates_in_place():
@@ -66,7 +66,7 @@ def test_triton_in_a_view_keeps_its_neighbours_and_their_gradients():
     pytest.importorskip("triton")
     cos, sin = rotary_table(torch.arange(5, device=DEVICE), 4, 100.0)
     results = []
-    for implementation in ("triton", "plain"):
+    for implementation in ("triton", "torch"):
         leaf = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
         both = leaf * 1
         q, k = both[:, :16], both[:, 16:]

@@ -49,8 +49,8 @@ def test_triton_equals_the_formula(T, H, K, dtype, poisoned_empty):
 
 
 @pytest.mark.parametrize("T, H, K", [(1, 1, 1), (13, 3, 10)])
-def test_plain_equals_the_formula(T, H, K):
-    _check("plain", torch.float64, T, H, K)
+def test_torch_equals_the_formula(T, H, K):
+    _check("torch", torch.float64, T, H, K)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -68,7 +68,7 @@ def test_triton_takes_any_mix_of_gradients(layouts, poisoned_empty):
     _check("triton", torch.float32, 7, 3, 10, layouts)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "plain"])
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # to infinity, of which the reciprocal is right
 def test_far_from_zero(implementation, dtype):
@@ -90,13 +90,13 @@ def test_triton_takes_no_tokens_and_rows_that_are_not_packed():
     leaf = torch.randn(5, 2 * 12, device=DEVICE, requires_grad=True)
     for x in (leaf[:0], leaf[:, :12], leaf[:, ::2]):
         results = []
-        for implementation in ("triton", "plain"):
+        for implementation in ("triton", "torch"):
             q, k, v = silu_qkv(x, head_dim=2, implementation=implementation)
             results.append(torch.autograd.grad((q * k + v).sum(), leaf)[0])
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "plain"])
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_results_share_memory_and_refuse_to_be_changed(implementation):
     if implementation == "triton":
         pytest.importorskip("triton")
@@ -118,7 +118,7 @@ def test_triton_before_attention_and_recomputed():
         return lightning_attention(*qkv, slopes.to(leaf.dtype), documents, implementation="chunked")[0]
 
     runs = {
-        "plain": (torch.float64, lambda leaf: attention(leaf, "plain")),
+        "torch": (torch.float64, lambda leaf: attention(leaf, "torch")),
         "kept": (torch.float32, lambda leaf: attention(leaf, "triton")),
         "recomputed": (torch.float32, lambda leaf: checkpoint(attention, leaf, "triton", use_reentrant=False)),
     }
@@ -126,7 +126,7 @@ def test_triton_before_attention_and_recomputed():
     for name, (dtype, run) in runs.items():
         leaf = x.to(dtype).requires_grad_()
         results[name] = torch.autograd.grad(run(leaf).square().sum(), leaf)[0]
-    assert relative_error(results["kept"], results["plain"]) < 2e-6
+    assert relative_error(results["kept"], results["torch"]) < 2e-6
     assert torch.equal(results["recomputed"], results["kept"])
 
 
@@ -134,7 +134,7 @@ def test_triton_before_attention_and_recomputed():
 @pytest.mark.parametrize("T, H, K", [(8193, 64, 128), (4097, 8, 128), (1001, 5, 96), (3, 48, 128)])
 @pytest.mark.parametrize("layouts", [("contiguous",) * 3, ("in one projection", "heads first", "absent")])
 def test_triton_at_real_sizes(T, H, K, layouts, poisoned_empty):
-    _check("triton", torch.bfloat16, T, H, K, layouts, "plain")
+    _check("triton", torch.bfloat16, T, H, K, layouts, "torch")
 
 
 @pytest.mark.gpu
@@ -149,14 +149,14 @@ def test_triton_beyond_32_bits(poisoned_empty):
     border = 2**31 // x.shape[1]
     for some in (slice(0, 99), slice(border - 50, border + 50), slice(T - 99, T)):
         leaf = x[some].detach().double().requires_grad_()
-        right = silu_qkv(leaf, head_dim=K, implementation="plain")
+        right = silu_qkv(leaf, head_dim=K, implementation="torch")
         (d_right,) = torch.autograd.grad(right, leaf, [d[some].double() for d in d_outs])
         for ours, expected in zip((*(out[some] for out in outs), d_x[some]), (*right, d_right), strict=True):
             assert relative_error(ours, expected) < TOLERANCES[torch.bfloat16]
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match=r"kernels.silu='fast'.*plain"):
+    with pytest.raises(ValueError, match=r"kernels.silu='fast'.*torch"):
         silu_qkv(torch.ones(2, 6), head_dim=2, implementation="fast")
 
 

@@ -1,4 +1,4 @@
-"""The pieces of a ring: attention of packed queries to packed keys, merged over parts, and its backward pass.
+"""What a ring computes with: attention of queries to parts of their keys, merged, and its backward pass.
 
 The reference is autograd through a softmax over an explicit list of visible pairs, written here and nowhere else.
 """
@@ -24,7 +24,7 @@ SCALE = 0.3
 ON_CPU = ["naive", "blocked"]
 ON_GPU = ["flash", "flash4", "blocked"]
 
-# Query and key lengths of each segment.
+# Query and key lengths of each document.
 CAUSAL = [([1], [1]), ([7], [7]), ([3, 1, 5], [9, 1, 6]), ([1, 1], [4, 70]), ([40, 33], [90, 33])]
 DENSE = [([1], [1]), ([6], [2]), ([2, 9, 1], [8, 1, 5]), ([40], [77])]
 CASES = [(*case, True) for case in CAUSAL] + [(*case, False) for case in DENSE]
@@ -41,7 +41,7 @@ def _inputs(query_lengths, key_lengths, heads, seed=0):
 
 
 def _reference(q, k, v, query_lengths, key_lengths, causal, scale=SCALE):
-    """Output and log-sum-exp, one segment and one head at a time."""
+    """Output and log-sum-exp, one document and one head at a time."""
     outs, lses = [], []
     group = q.shape[1] // k.shape[1]
     parts = zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
@@ -79,15 +79,15 @@ def test_equals_autograd(implementation, query_lengths, key_lengths, causal, hea
         torch.testing.assert_close(gradient, right, rtol=1e-11, atol=1e-11)
 
 
-def _in_parts(q, k, v, grad, cuts, tail, device, dtype, implementation, scale=SCALE):
-    """One document's last ``tail`` queries: causal among themselves, dense on earlier keys cut in parts, merged."""
+def _in_parts(q, k, v, grad, cuts, num_queries, device, dtype, implementation, scale=SCALE):
+    """One document's last queries: causal among themselves, dense on earlier keys cut in parts, merged."""
     q, k, v, grad = (x.detach().to(device, dtype) for x in (q, k, v, grad))
-    edges = [0, *cuts, len(k) - tail]
+    edges = [0, *cuts, len(k) - num_queries]
     how = {"scale": scale, "implementation": implementation}
-    queries = Documents.from_lengths([tail], device)
+    queries = Documents.from_lengths([num_queries], device)
     # As in the ring: keys and values arrive side by side and are read as strided views.
     packed, dims = torch.cat([k, v], -1), [k.shape[-1], v.shape[-1]]
-    parts = [(*packed[-tail:].split(dims, -1), queries, True)]
+    parts = [(*packed[-num_queries:].split(dims, -1), queries, True)]
     for first, last in pairwise(edges):
         parts.append((*packed[first:last].split(dims, -1), Documents.from_lengths([last - first], device), False))
 
@@ -106,19 +106,19 @@ def _in_parts(q, k, v, grad, cuts, tail, device, dtype, implementation, scale=SC
     return final, lse, grad_q, torch.cat([*grads_k[1:], grads_k[0]]), torch.cat([*grads_v[1:], grads_v[0]])
 
 
-def _whole(q, k, v, grad, tail, scale=SCALE):
+def _whole(q, k, v, grad, num_queries, scale=SCALE):
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = _reference(*inputs, [tail], [len(k)], True, scale)
+    out, lse = _reference(*inputs, [num_queries], [len(k)], True, scale)
     return out, lse, *torch.autograd.grad(out, inputs, grad)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
-@pytest.mark.parametrize(("tail", "keys", "cuts"), [(5, 9, []), (1, 40, [1, 2, 38]), (17, 60, [10, 30])])
-def test_parts_merge_to_the_whole(implementation, tail, keys, cuts):
+@pytest.mark.parametrize(("num_queries", "keys", "cuts"), [(5, 9, []), (1, 40, [1, 2, 38]), (17, 60, [10, 30])])
+def test_parts_merge_to_the_whole(implementation, num_queries, keys, cuts):
     """Backward from the merged output and log-sum-exp, part by part, is the gradient of the whole softmax."""
-    inputs = _inputs([tail], [keys], (6, 2, 5, 7), seed=keys)
-    actual = _in_parts(*inputs, cuts, tail, "cpu", torch.float64, implementation)
-    for value, right in zip(actual, _whole(*inputs, tail), strict=True):
+    inputs = _inputs([num_queries], [keys], (6, 2, 5, 7), seed=keys)
+    actual = _in_parts(*inputs, cuts, num_queries, "cpu", torch.float64, implementation)
+    for value, right in zip(actual, _whole(*inputs, num_queries), strict=True):
         torch.testing.assert_close(value, right, rtol=1e-11, atol=1e-11)
 
 
@@ -207,12 +207,12 @@ def test_gpu_equals_reference(implementation, heads, query_lengths, key_lengths,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ON_GPU)
-@pytest.mark.parametrize(("tail", "keys", "cuts"), [(257, 1100, [100, 413]), (64, 129, [1])])
-def test_gpu_parts_merge_to_the_whole(implementation, tail, keys, cuts):
+@pytest.mark.parametrize(("num_queries", "keys", "cuts"), [(257, 1100, [100, 413]), (64, 129, [1])])
+def test_gpu_parts_merge_to_the_whole(implementation, num_queries, keys, cuts):
     _skip_if_missing(implementation)
-    inputs = [x.bfloat16().double() for x in _inputs([tail], [keys], (8, 2, 128, 128))]
-    actual = _in_parts(*inputs, cuts, tail, "cuda", torch.bfloat16, implementation, scale=128**-0.5)
-    for value, right in zip(actual, _whole(*inputs, tail, scale=128**-0.5), strict=True):
+    inputs = [x.bfloat16().double() for x in _inputs([num_queries], [keys], (8, 2, 128, 128))]
+    actual = _in_parts(*inputs, cuts, num_queries, "cuda", torch.bfloat16, implementation, scale=128**-0.5)
+    for value, right in zip(actual, _whole(*inputs, num_queries, scale=128**-0.5), strict=True):
         assert relative_error(value.cpu(), right) < 1e-2
 
 

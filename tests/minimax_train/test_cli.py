@@ -40,14 +40,15 @@ from support.runs import overrides
         ),
         ("data.sequence_length=0", r"data.sequence_length=0: must be a positive integer"),
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
+        ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'$"),
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
-        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 choice"),
-        ("model.capacity_scope=global", r"model.capacity_scope='global': must be row with model.capacity_factor=null"),
+        ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 assignment"),
+        ("model.capacity_scope=global", r"model.capacity_scope='global': must be sequence with model.capacity_factor=null"),
         (
             "model.aux_loss_coefficient=0 model.aux_loss_scope=rank",
-            r"model.aux_loss_scope='rank': must be row with model.aux_loss_coefficient=0",
+            r"model.aux_loss_scope='rank': must be sequence with model.aux_loss_coefficient=0",
         ),
         ("parallel.token_groups=2", r"parallel.token_groups=2: must be 1 with parallel.ep=1 and parallel.etp=1"),
         (
@@ -70,11 +71,11 @@ def test_refused_before_anything_starts(given, message):
 
 
 def test_a_capacity_that_drops_everything_is_refused():
-    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a row, two rows on 4 ranks, 8 such groups of ranks."""
+    """Each expert gets ``factor * 2 * tokens / 8`` of 64 tokens a sequence, two sequences on 4 ranks, 8 times."""
     sizes = ["data.sequence_length=64", "recipe.micro_batch_size=2", "recipe.global_batch_size=16"]
     sizes += ["parallel.cp=2", "parallel.tp=2", "data.num_streams=8"]
     for scope, tokens, where in [
-        ("row", 64, "a row"),
+        ("sequence", 64, "a packed sequence"),
         ("rank", 32, "a rank's micro-batch"),
         ("global", 1024, "all ranks' micro-batches"),
     ]:
@@ -82,7 +83,7 @@ def test_a_capacity_that_drops_everything_is_refused():
         scoped = [*sizes, f"model.capacity_scope={scope}"]
         load_config([*scoped, f"model.capacity_factor={factor}"]).check_world_size(32)
         message = (
-            rf"model.capacity_factor=.*: must leave each expert at least 1 choice of the {tokens} tokens of {where}"
+            rf"model.capacity_factor=.*: must leave each expert at least 1 assignment of the {tokens} tokens of {where}"
         )
         with pytest.raises(ConfigError, match=rf"{message} \(model.capacity_scope={scope}\); it leaves 0"):
             load_config([*scoped, f"model.capacity_factor={factor * 0.99}"]).check_world_size(32)
@@ -97,6 +98,27 @@ def test_what_is_saved_is_what_is_read(tmp_path):
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"config.yaml: not a configuration"):
         read_config(tmp_path / "config.yaml")
+
+
+def test_old_names_are_refused_and_what_was_saved_under_them_is_read(tmp_path):
+    for override, message in [
+        ("recipe.eval_rows=5", r"recipe.eval_rows=5: renamed: use recipe.eval_sequences"),
+        ("model.capacity_scope=row", r"model.capacity_scope='row': renamed: use 'sequence'"),
+        ("model.aux_loss_scope=row", r"model.aux_loss_scope='row': renamed: use 'sequence'"),
+        ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'"),
+        ("kernels.experts=loop", r"kernels.experts='loop': renamed: use 'torch'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_config([override])
+    config = load_config(["recipe.eval_sequences=5", "kernels.norm=torch", "kernels.experts=torch"])
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    old = [("eval_sequences:", "eval_rows:"), ("scope: sequence", "scope: row"), ("norm: torch", "norm: plain")]
+    for new, before in [*old, ("experts: torch", "experts: loop")]:
+        assert new in text
+        text = text.replace(new, before)
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_config(tmp_path / "config.yaml") == config
 
 
 def test_world_size_that_does_not_divide():

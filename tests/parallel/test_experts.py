@@ -1,4 +1,4 @@
-"""Experts spread over ranks against all experts on one rank, one token and one choice at a time."""
+"""Experts spread over ranks against all experts on one rank, one token and one assignment at a time."""
 
 from itertools import pairwise
 
@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from minimax_train.kernels.experts import expert_mlp_naive
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.experts.plan import Cut, _make_plan, _my_labels
+from minimax_train.parallel.experts.buckets import ExpertBuckets, locate, make_groups
+from minimax_train.parallel.experts.overlap import split_groups
 from support.compare import relative_error
 from support.distributed import run_ranks
 
@@ -20,7 +21,7 @@ ROUTINGS = ["uneven", "drops", "one expert", "nothing", "one rank idle"]
 
 
 def _routing(kind, ranks, tokens, generator):
-    """Choices of all ranks, ``[ranks, tokens, 2]``."""
+    """Assignments of all ranks, ``[ranks, tokens, 2]``."""
     first = torch.multinomial(torch.arange(1.0, EXPERTS + 1) ** 2, ranks * tokens, True, generator=generator)
     second = (first + torch.randint(1, EXPERTS, first.shape, generator=generator)) % EXPERTS
     experts = torch.stack([first, second], -1).view(ranks, tokens, 2)
@@ -152,23 +153,31 @@ def test_one_rank_sends_nothing():
         assert relative_error(actual, expected.view_as(actual)) < 1e-12
 
 
+@pytest.mark.parametrize(("size", "groups"), [(16384, 4), (8, 3), (7, 2), (5, 1), (3, 8)])
+def test_first_and_last_group_are_half_as_large(size, groups):
+    ranges = split_groups(size, groups)
+    assert [r.start for r in ranges] == [0, *(r.stop for r in ranges[:-1])] and ranges[-1].stop == size
+    weights = [1, *[2] * (groups - 2), 1][:groups]
+    assert all(abs((r.stop - r.start) - size * w / sum(weights)) <= 1 for r, w in zip(ranges, weights, strict=True))
+
+
 @pytest.mark.parametrize(
     ("experts", "ep", "groups"), [(32, 2, 4), (6, 2, 2), (8, 8, 3), (8, 4, 4), (12, 4, 6), (15, 3, 4), (14, 2, 1)]
 )
-def test_groups_share_the_rows_of_every_rank(experts, ep, groups):
-    cut, tokens = Cut(experts, ep, groups), 420
-    labels, count = cut.labels(torch.arange(-1, experts).expand(tokens, -1))
-    assert (labels[:, 0] == -1).all()
-    assert labels[:, 1:].unique().tolist() == list(range(count))
-    # Group of each choice, counted through the labels: group by group, in each the same number of every rank.
-    of_label = [g for g, columns in enumerate(cut.columns) for _ in range(ep * (columns.stop - columns.start))]
-    group = torch.tensor(of_label)[labels[:, 1:]].view(tokens, ep, -1)
-    rows = torch.stack([(group == g).sum((0, 2)) for g in range(groups)], 1)
-    assert (rows == rows[0]).all() and rows.sum() == tokens * experts
-    # First and last half as large as the others, as nearly as whole columns allow: no more than the smallest share.
+def test_groups_share_the_tokens_for_every_rank(experts, ep, groups):
+    buckets, tokens = ExpertBuckets(experts, ep, groups), 420
+    ids = buckets.assign(torch.arange(-1, experts).expand(tokens, -1))
+    assert (ids[:, 0] == -1).all()
+    assert ids[:, 1:].unique().tolist() == list(range(buckets.count))
+    # Group of each assignment, found by its bucket: group by group, in each the same number for every rank.
+    of_id = [g for g, r in enumerate(buckets.ranges) for _ in range(ep * (r.stop - r.start))]
+    group = torch.tensor(of_id)[ids[:, 1:]].view(tokens, ep, -1)
+    shares = torch.stack([(group == g).sum((0, 2)) for g in range(groups)], 1)
+    assert (shares == shares[0]).all() and shares.sum() == tokens * experts
+    # First and last half as large as the others, as nearly as whole buckets allow: no more than the smallest share.
     weights = torch.tensor([1] if groups == 1 else [1, *[2] * (groups - 2), 1])
-    ideal = weights * rows[0].sum() / weights.sum()
-    assert (rows[0] > 0).all() and ((rows[0] - ideal).abs() <= min(tokens, ideal.min())).all()
+    ideal = weights * shares[0].sum() / weights.sum()
+    assert (shares[0] > 0).all() and ((shares[0] - ideal).abs() <= min(tokens, ideal.min())).all()
     # On a rank no expert comes after one of a higher number, in a higher group.
     assert (group[..., 1:] >= group[..., :-1]).all()
 
@@ -176,50 +185,47 @@ def test_groups_share_the_rows_of_every_rank(experts, ep, groups):
 @pytest.mark.parametrize(("experts", "ep", "etp"), [(2, 2, 2), (3, 3, 1), (6, 2, 2), (12, 3, 1), (10, 2, 3)])
 @pytest.mark.parametrize("groups", [1, 2, 3, 5])
 @pytest.mark.parametrize("most", [0, 3, 40])
-def test_every_row_meets_its_expert_and_comes_home(experts, ep, etp, groups, most):
-    """Ranks with different numbers of tokens, some with none; a row is the number of its expert and one of its own."""
-    cut, g = Cut(experts, ep, groups), torch.Generator().manual_seed(most)
+def test_every_token_meets_its_expert_and_comes_back(experts, ep, etp, groups, most):
+    """Ranks with different numbers of tokens, some with none; a token is its expert's number and one of its own."""
+    buckets, g = ExpertBuckets(experts, ep, groups), torch.Generator().manual_seed(most)
     ranks = [(i, j) for i in range(ep) for j in range(etp)]
-    home, sent = {}, {}
-    for number, rank in enumerate(ranks):
-        choices = torch.randint(-1, experts, (int(torch.randint(most + 1, (), generator=g)), 2), generator=g)
-        labels, count = cut.labels(choices)
-        order = labels.flatten().sort(stable=True).indices[int((labels < 0).sum()) :]
-        home[rank] = torch.stack([choices.flatten()[order], 1000 * number + order], 1)
-        sent[rank] = torch.bincount(labels[labels >= 0], minlength=count)
-    plans = {}
-    for i, j in ranks:
-        mine = _my_labels(cut, i, torch.device("cpu"))
-        counts = torch.stack([torch.stack([sent[a, b][mine] for a in range(ep)]) for b in range(etp)])
-        plans[i, j] = _make_plan(cut, sent[i, j].tolist(), counts.tolist(), counts, j)
-    back = {rank: torch.zeros_like(rows) for rank, rows in home.items()}
+    sources, counts = {}, torch.zeros(etp, ep, buckets.count, dtype=torch.int64)
+    for number, (i, j) in enumerate(ranks):
+        assigned = torch.randint(-1, experts, (int(torch.randint(most + 1, (), generator=g)), 2), generator=g)
+        ids = buckets.assign(assigned)
+        order = ids.flatten().sort(stable=True).indices[int((ids < 0).sum()) :]
+        sources[i, j] = torch.stack([assigned.flatten()[order], 1000 * number + order], 1)
+        counts[j, i] = torch.bincount(ids[ids >= 0], minlength=buckets.count)
+    plans = {(i, j): make_groups(buckets, counts.tolist(), i, j) for i, j in ranks}
+    ends_of_all = {rank: locate(buckets, plan, counts) for rank, plan in plans.items()}
+    back = {rank: torch.zeros_like(tokens) for rank, tokens in sources.items()}
+    local = experts // ep
     for index in range(groups):
-        of = {rank: plan.groups[index] for rank, plan in plans.items()}
+        of = {rank: plan[index] for rank, plan in plans.items()}
         # What each rank has for each other one, as the all-to-all takes it.
-        outgoing = {rank: home[rank][of[rank].home].split(of[rank].sends) for rank in ranks}
+        outgoing = {rank: sources[rank][of[rank].source].split(of[rank].input_splits) for rank in ranks}
         received = {(i, j): torch.cat([outgoing[a, j][i] for a in range(ep)]) for i, j in ranks}
         for i, j in ranks:
-            plan, group, order = plans[i, j], of[i, j], plans[i, j].orders[index]
+            group = of[i, j]
             arrived = torch.cat([_padded(received[i, b], of[i, b].padded) for b in range(etp)])
-            arranged = arrived if order is None else arrived[order.source_m]
-            ends = plan.offsets(group).tolist()
-            for expert, (start, end) in enumerate(pairwise([0, *ends]), i * cut.local_experts + group.experts.start):
-                assert start <= end and (arranged[start:end, 0] == expert).all()
-            assert ends[-1] == len(arranged) == group.num_rows
-            # One product over all groups' rows: they lie in order of experts over all groups, too.
-            here = torch.arange(group.here.start, group.here.stop)
-            of_row = torch.bucketize(here, plan.offsets_e, right=True) + i * cut.local_experts
-            assert (of_row == arranged[:, 0]).all()
-            returned = arranged if order is None or not len(arranged) else arranged[order.place_N]
-            mine = returned[j * group.padded :][: sum(group.receives)] if len(arranged) else returned
-            for a, rows in enumerate(mine.split(group.receives)):
-                start = of[a, j].home.start + sum(of[a, j].sends[:i])
-                back[a, j][start : start + len(rows)] = rows
-    assert all(torch.equal(back[rank], home[rank]) for rank in ranks)
+            routed = arrived if group.by_expert else arrived[group.source_R]
+            ends = group.offsets_E.tolist()
+            for expert, (start, end) in enumerate(pairwise([0, *ends]), i * local + group.experts.start):
+                assert start <= end and (routed[start:end, 0] == expert).all()
+            assert ends[-1] == len(routed) == group.routed.stop - group.routed.start
+            # One GEMM over all groups' tokens: they lie in order of experts over all groups, too.
+            here = torch.arange(group.routed.start, group.routed.stop)
+            assert (torch.bucketize(here, ends_of_all[i, j], right=True) + i * local == routed[:, 0]).all()
+            returned = routed if group.by_expert or not len(routed) else routed[group.place_N]
+            mine = returned[j * group.padded :][: sum(group.output_splits)] if len(routed) else returned
+            for a, tokens in enumerate(mine.split(group.output_splits)):
+                start = of[a, j].source.start + sum(of[a, j].input_splits[:i])
+                back[a, j][start : start + len(tokens)] = tokens
+    assert all(torch.equal(back[rank], sources[rank]) for rank in ranks)
 
 
-def _padded(rows, size):
-    return torch.cat([rows, rows.new_full((size - len(rows), 2), -1)])
+def _padded(tokens, size):
+    return torch.cat([tokens, tokens.new_full((size - len(tokens), 2), -1)])
 
 
 def test_refusals():

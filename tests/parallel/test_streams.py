@@ -7,7 +7,7 @@ from minimax_train.documents import Documents
 from minimax_train.parallel.context.layout import SequenceLayout
 from minimax_train.parallel.context.lightning import lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
-from minimax_train.parallel.experts import ExpertParallel, lanes, layer, pipeline, plan, sliced
+from minimax_train.parallel.experts import ExpertParallel, dispatchers, overlap
 from support.streams import Link, Streams
 
 GRIDS = [(1, 2), (1, 3), (2, 1), (2, 2)]
@@ -18,15 +18,13 @@ T, K, E, D, F = 13, 2, 4, 6, 12
 def streams(monkeypatch):
     streams = Streams("/parallel/")
 
-    def after(lane, done):
-        lane._stream = lane._stream or streams.make()
-        return streams.on(lane._stream, done)
+    def after(axis, event):
+        axis._stream = axis._stream or streams.make()
+        return streams.on(axis._stream, event)
 
-    monkeypatch.setattr(lanes.Lane, "after", after)
-    for module in (lanes, layer, pipeline, plan, sliced):
-        for name in ("mark", "wait"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, getattr(streams, name))
+    monkeypatch.setattr(overlap.CommunicationStream, "_after", after)
+    monkeypatch.setattr(overlap, "record_event", streams.record_event)
+    monkeypatch.setattr(overlap, "wait_event", streams.wait_event)
     return streams
 
 
@@ -35,13 +33,13 @@ def _problems(streams, ep, etp, groups):
     torch.manual_seed(0)
     shapes = [(T, D), (T, K), (E // ep, 2 * F // etp, D), (E // ep, D, F // etp)]
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    # As many rows to one rank of two as to the other.
+    # As many tokens to one rank of two as to the other.
     experts = torch.stack([torch.arange(T) % 2, 2 + torch.arange(T) % 2], 1)
     links = (Link(streams, 0, size) for size in (ep, etp))
     expert_layer = ExpertParallel(*links, num_experts=E, token_groups=groups)
     with streams:
-        y = expert_layer(*leaves[:2], experts, *leaves[2:], implementation="loop")
-        y = expert_layer(y, leaves[1], experts, *leaves[2:], implementation="loop")
+        y = expert_layer(*leaves[:2], experts, *leaves[2:], implementation="torch")
+        y = expert_layer(y, leaves[1], experts, *leaves[2:], implementation="torch")
         for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
             gradient.clone()
     return streams.problems
@@ -54,19 +52,49 @@ def test_streams_wait_for_each_other(streams, sizes, groups):
 
 
 @pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
-def test_products_that_do_not_wait_are_found(monkeypatch, streams, sizes):
-    monkeypatch.setattr(pipeline, "wait", lambda done: None)
+def test_gemms_that_do_not_wait_are_found(monkeypatch, streams, sizes):
+    monkeypatch.setattr(overlap, "wait_event", lambda event: None)
     assert any("used while still in use" in problem for problem in _problems(streams, *sizes, 2))
 
 
-@pytest.mark.parametrize("sizes", GRIDS, ids=lambda s: f"ep{s[0]}-etp{s[1]}")
-def test_memory_given_up_too_early_is_found(monkeypatch, streams, sizes):
-    monkeypatch.setattr(pipeline.Returning, "add", lambda returning, done, kept: returning.done.append(done))
+def _keep_nothing(monkeypatch):
+    def init(transfer, tensor, event, source=None):
+        transfer.tensor, transfer.event, transfer._kept = tensor, event, None
+
+    monkeypatch.setattr(overlap.Transfer, "__init__", init)
+
+
+def _keep_nothing_that_is_sent_back(monkeypatch):
+    def combine(trip, *args):
+        before = len(trip._returning)
+        original(trip, *args)
+        for transfer in trip._returning[before:]:
+            transfer._kept = None
+
+    original = overlap.OverlappedRoundTrip.combine
+    monkeypatch.setattr(overlap.OverlappedRoundTrip, "combine", combine)
+
+
+def _keep_no_assignments(monkeypatch):
+    original = dispatchers.TokenDispatcher.plan
+    monkeypatch.setattr(dispatchers.TokenDispatcher, "plan", lambda dispatcher: original(dispatcher)[:0])
+
+
+MISTAKES = [
+    *((_keep_nothing, sizes) for sizes in GRIDS),
+    *((_keep_nothing_that_is_sent_back, sizes) for sizes in GRIDS),
+    *((_keep_no_assignments, sizes) for sizes in GRIDS if sizes[0] == 1),
+]
+
+
+@pytest.mark.parametrize(("mistake", "sizes"), MISTAKES)
+def test_memory_given_up_too_early_is_found(monkeypatch, streams, mistake, sizes):
+    mistake(monkeypatch)
     assert any("handed out while still in use" in problem for problem in _problems(streams, *sizes, 4))
 
 
 def _problems_of_attention(streams, attend, kind, ranks=3):
-    """Of two layers after one another on every rank; a row of one document, and one of several."""
+    """Of two layers after one another on every rank; a sequence of one document, and one of several."""
     shapes = [(12, 2, 4), (12, 2, 4), (12, 2, 4)]
     for lengths in ([12 * ranks], [5, 1, 20, 12 * ranks - 26]):
         layout, whole = SequenceLayout(kind, ranks), Documents.from_lengths(lengths)
@@ -82,7 +110,7 @@ def _problems_of_attention(streams, attend, kind, ranks=3):
 
 def _lightning(method):
     def attend(q, k, v, shard, link):
-        # Near and far heads.
+        # A head with a short memory and one with a long memory.
         slopes = torch.tensor([9.0, 0.1])
         return lightning_attention_cp(q, k, v, slopes, shard, link, method=method, implementation="chunked")
 
@@ -110,7 +138,7 @@ def test_attention_waits_for_transfers(streams, attention, method, kind):
 
 @pytest.mark.parametrize(("attention", "method"), ATTENTIONS)
 def test_attention_that_does_not_wait_is_found(monkeypatch, streams, attention, method):
-    monkeypatch.setattr(Streams, "wait", lambda streams, done: None)
+    monkeypatch.setattr(Streams, "wait_event", lambda streams, event: None)
     assert any(
         "used while still in use" in problem for problem in _problems_of_attention(streams, attention(method), "zigzag")
     )

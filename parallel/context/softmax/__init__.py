@@ -1,4 +1,4 @@
-"""Softmax attention over a packed row that several ranks share.
+"""Softmax attention over a packed sequence that several ranks share.
 
 Shape legend: T tokens on this rank, H query heads, G key-value heads, K key dim, V value dim.
 """
@@ -11,11 +11,11 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.parallel.communicator import Communicator
 from minimax_train.parallel.context.layout import SequenceShard
 from minimax_train.parallel.context.softmax.allgather import allgather_attention, gather_plan
-from minimax_train.parallel.context.softmax.cost import METHODS, choose_method
+from minimax_train.parallel.context.softmax.cost import Sizes, choose_method
 from minimax_train.parallel.context.softmax.plan import rank_plan
 from minimax_train.parallel.context.softmax.ring import ring_attention
 
-__all__ = ["METHODS", "choose_method", "softmax_attention_cp"]
+METHODS = ("ring", "allgather")
 
 
 def softmax_attention_cp(
@@ -29,17 +29,17 @@ def softmax_attention_cp(
     method: str = AUTO,
     implementation: str = AUTO,
 ) -> Tensor:
-    """Causal attention within each document of the whole row, for the tokens of this rank.
+    """Causal attention within each document of the packed sequence, for the tokens of this rank.
 
-    Equals :func:`minimax_train.kernels.softmax.softmax_attention` on the whole row, output and gradients. Every rank
-    of the communicator must call it, with the same methods in the same order.
+    Equals :func:`minimax_train.kernels.softmax.softmax_attention` on the whole sequence, output and gradients. Every
+    rank of the communicator must call it, with the same methods in the same order.
 
     Args:
         q_THK, k_TGK, v_TGV: this rank's tokens, any floating dtype, rotary positions already applied.
         shard: which tokens these are.
-        communicator: the ranks that share the row, in the order of the layout.
+        communicator: the ranks that share the sequence, in the order of the layout.
         scale: factor of the scores, usually ``K ** -0.5``.
-        method: ``ring``, ``allgather``, or ``auto`` (:func:`choose_method`).
+        method: ``ring``, ``allgather``, or ``auto`` for whichever :func:`.cost.choose_method` estimates to be faster.
         implementation: of the kernel, as in :func:`minimax_train.kernels.softmax.attention_forward`.
 
     Returns:
@@ -54,18 +54,12 @@ def softmax_attention_cp(
             f"the communicator of rank {communicator.rank} of {communicator.size}"
         )
     if method == AUTO:
-        method = choose_method(
-            shard,
-            heads=q_THK.shape[1],
-            kv_heads=k_TGK.shape[1],
-            key_dim=q_THK.shape[2],
-            value_dim=v_TGV.shape[2],
-            element_bytes=q_THK.element_size(),
-        )
+        (_, H, K), (_, G, V) = q_THK.shape, v_TGV.shape
+        method = choose_method(shard, Sizes(H, G, K, V, q_THK.element_size()))
     if method == "ring":
         attend, plan = ring_attention, rank_plan(shard)
     elif method == "allgather":
         attend, plan = allgather_attention, gather_plan(shard)
     else:
-        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join(METHODS)}")
+        raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
     return attend(q_THK, k_TGK, v_TGV, plan, communicator, scale=scale, implementation=implementation)

@@ -1,25 +1,21 @@
-"""Who attends to whose keys and what is sent for it: computed once per batch, on the host, alike on every rank.
+"""Who attends to whose keys, and what is sent for it: computed once per batch, on the host, alike on every rank.
 
-For a query chunk i and an earlier key chunk j, only one document can span both: the last segment of j and the first
-segment of i make one dense rectangle if they belong to it, and nothing otherwise. Over all chunks of two *ranks* it is
-still one rectangle at most, whose queries and keys are each contiguous on their rank's token axis: between two chunks
-of a rank that both take part, the document covers everything, so the pieces adjoin.
+Take the queries of a chunk and the keys of an earlier one. At most one document has tokens in both: in the first
+segment of the later chunk and in the last segment of the earlier one. All those queries see all those keys: a dense
+*rectangle* of scores. Between two ranks that hold several chunks, these rectangles make a single one, whose queries and
+whose keys are each contiguous on their rank's token axis: a document that has tokens in two chunks of a rank covers the
+end of the first and the start of the second, which are neighbours there.
 
-Transfers are ordered as in a ring: at distance d, each rank sends to the rank d places on and receives from the one d
-places back. Each goes straight to its reader, so nothing is sent that its receiver does not use, and a distance at
-which no document is shared costs nothing. Distances whose transfers fit in one rank's share together make one *round*.
-
-Shape legend: T tokens on each rank, S tokens on the whole axis.
+A transfer goes from the rank that holds the keys directly to the rank that reads them, and only what is read is sent.
+Transfers are ordered by distance: at distance d, rank r sends to rank r + d and receives from rank r - d (modulo their
+number). Consecutive distances make one *round*, whose transfers travel together, as long as no rank receives more
+tokens in it than it holds itself; distances at which no document is shared are left out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
 
 from minimax_train.documents import Documents
 from minimax_train.parallel.context.layout import Chunk, SequenceShard
@@ -27,7 +23,7 @@ from minimax_train.parallel.context.layout import Chunk, SequenceShard
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Dense attention of one rank's queries to another's keys: token ranges, each on its own rank's token axis."""
+    """Attention of all of one rank's queries in a range to all of another's keys in a range, each on its own axis."""
 
     queries: slice
     keys: slice
@@ -47,7 +43,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Read:
-    """One rectangle a rank computes: keys from ``source``, with its edges as documents on the compute device."""
+    """A rectangle that a rank computes with the keys of rank ``source``; its two sides as the kernels take them."""
 
     source: int
     rectangle: Rectangle
@@ -57,7 +53,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Round:
-    """What one rank does with one exchange: the rectangles whose keys it receives, the key ranges it sends, by rank."""
+    """What one rank does in a round: the rectangles whose keys it receives, and the keys it sends to each rank."""
 
     reads: tuple[Read, ...]
     sends: Mapping[int, slice]
@@ -65,74 +61,83 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class RingPlan:
-    """The exchanges and rectangles of all ranks.
+    """The rectangles and rounds of all ranks.
 
     Attributes:
-        num_ranks: ranks that share the row.
-        tokens: tokens on each rank.
+        num_ranks: ranks that share the packed sequence.
         rectangles: by (rank of the queries, rank of the keys); pairs that share no document are absent.
-        rounds: the distances whose transfers travel together, in order.
+        rounds: the distances that travel together, in the order of the rounds.
     """
 
     num_ranks: int
-    tokens: int
     rectangles: Mapping[tuple[int, int], Rectangle]
     rounds: tuple[tuple[int, ...], ...]
-
-    def tokens_sent(self, rank: int) -> int:
-        """Tokens whose keys and values a rank sends in a forward pass."""
-        return sum(r.num_keys for (_, source), r in self.rectangles.items() if source == rank)
-
-    @cached_property
-    def total_tokens_sent(self) -> int:
-        return sum(r.num_keys for r in self.rectangles.values())
-
-    @property
-    def plain_tokens_sent(self) -> int:
-        """Tokens sent by all ranks in a ring that passes every rank's whole share to every other rank."""
-        return self.num_ranks * (self.num_ranks - 1) * self.tokens
-
-    @property
-    def share_of_plain_ring(self) -> float:
-        """Bytes sent in a training step, over those of a ring that passes every rank's whole share around.
-
-        Either sends keys and values in the forward pass, again in the backward pass, and their gradients once. In the
-        plain ring the gradients travel along with what they belong to and one hop further, home; it is counted as if
-        they did so in 16 bits, though sums that travel should be in 32.
-        """
-        plain = 2 * self.plain_tokens_sent + self.num_ranks * self.num_ranks * self.tokens
-        return 3 * self.total_tokens_sent / plain
 
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """One rank's part of the plan.
+    """What one rank does.
 
     Attributes:
-        ring: the whole plan.
-        local: this rank's segments, those of one document that lie next to each other joined: attention among the
-            rank's own tokens is causal over these, and nothing else.
-        rounds: one per round of the plan, possibly empty.
-        queries_merged, keys_sent: disjoint token ranges of this rank, in order: queries of any rectangle, keys that
-            any other rank reads. Each rectangle's lie inside one of them.
+        local: its tokens as documents (:func:`local_lengths`); attention among them is causal.
+        rounds: one per round of the ring, possibly without reads or sends.
+        queries_merged: the queries of all its rectangles, as disjoint token ranges in order.
+        keys_sent: the keys that other ranks read, likewise. Every range that is read or sent lies inside one of these.
     """
 
-    ring: RingPlan
     local: Documents
     rounds: tuple[Round, ...]
     queries_merged: tuple[slice, ...]
     keys_sent: tuple[slice, ...]
 
 
-def _document_start(shard: SequenceShard, chunk: Chunk) -> int:
-    """Global position where the document of a chunk's first token starts."""
-    bounds = shard.whole.bounds
-    return bounds[bisect_right(bounds, chunk.start) - 1]
+def ring_plan(shard: SequenceShard) -> RingPlan:
+    """The plan of all ranks, from any rank's shard; made once per shard."""
+    return shard.derive("ring plan", _make_ring_plan)
 
 
-def first_shared_chunk(shard: SequenceShard, chunk: Chunk) -> int:
-    """The chunk where the first document of a chunk starts. It and all between share that document's last segment."""
-    return _document_start(shard, chunk) // shard.chunk_size
+def rank_plan(shard: SequenceShard) -> RankPlan:
+    """The plan of the rank that holds a shard, on its device; made once per shard."""
+    return shard.derive(("rank plan", shard.whole.device), _make_rank_plan)
+
+
+def local_lengths(chunks: Sequence[Chunk]) -> list[int]:
+    """Tokens of each segment of a rank's chunks; two neighbours that belong to one document count as one.
+
+    In a zigzag, a document may leave a rank at the end of its first chunk and return at the start of its second. Order
+    on the rank's axis is order in the document, so causal attention over the joined segment is right for both.
+    """
+    lengths: list[int] = []
+    previous_end = 0
+    for chunk in chunks:
+        segments = [end - start for start, end in chunk.segments]
+        if chunk.document_start < previous_end:
+            lengths[-1] += segments.pop(0)
+        lengths += segments
+        previous_end = chunk.end
+    return lengths
+
+
+def _rectangles(shard: SequenceShard) -> dict[tuple[int, int], Rectangle]:
+    """By (rank of the queries, rank of the keys): the smallest rectangle around those of their chunks."""
+    keys = [shard.local(chunk.last_segment) for chunk in shard.chunks]
+    rectangles: dict[tuple[int, int], Rectangle] = {}
+    scores: dict[tuple[int, int], int] = {}
+    for chunk in shard.chunks:
+        queries = shard.local(chunk.first_segment)
+        for earlier in shard.earlier_chunks(chunk):
+            if earlier.rank == chunk.rank:
+                continue
+            pair, block = (chunk.rank, earlier.rank), Rectangle(queries, keys[earlier.index])
+            known = rectangles.get(pair, block)
+            rectangles[pair] = Rectangle(_around(known.queries, block.queries), _around(known.keys, block.keys))
+            scores[pair] = scores.get(pair, 0) + block.num_scores
+    assert all(rectangles[pair].num_scores == n for pair, n in scores.items()), "blocks must fill their rectangle"
+    return rectangles
+
+
+def _around(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
 
 
 def _union(ranges: Iterable[slice]) -> tuple[slice, ...]:
@@ -140,84 +145,31 @@ def _union(ranges: Iterable[slice]) -> tuple[slice, ...]:
     united: list[slice] = []
     for tokens in sorted(ranges, key=lambda tokens: tokens.start):
         if united and tokens.start <= united[-1].stop:
-            united[-1] = slice(united[-1].start, max(united[-1].stop, tokens.stop))
+            united[-1] = _around(united[-1], tokens)
         else:
             united.append(tokens)
     return tuple(united)
 
 
-def _rectangles(shard: SequenceShard) -> dict[tuple[int, int], Rectangle]:
-    """By (rank of the queries, rank of the keys): the smallest rectangle around their blocks, which fill it."""
-    size, held = shard.chunk_size, defaultdict(int)
-    first_segments, last_segments = [], []
-    for chunk in shard.chunks:  # in global order, as the chunks of a rank lie on its axis
-        shift = held[chunk.rank] * size - chunk.start
-        held[chunk.rank] += 1
-        first_segments.append(tuple(t + shift for t in chunk.first_segment))
-        last_segments.append((chunk.rank, *(t + shift for t in chunk.last_segment)))
-
-    boxes: dict[tuple[int, int], list[int]] = {}
-    for chunk, (first_query, last_query) in zip(shard.chunks, first_segments, strict=True):
-        reader, queries = chunk.rank, last_query - first_query
-        for source, first_key, last_key in last_segments[first_shared_chunk(shard, chunk) : chunk.index]:
-            if source == reader:
-                continue
-            scores = queries * (last_key - first_key)
-            box = boxes.setdefault((reader, source), [first_query, last_query, first_key, last_key, 0])
-            box[0], box[1] = min(box[0], first_query), max(box[1], last_query)
-            box[2], box[3] = min(box[2], first_key), max(box[3], last_key)
-            box[4] += scores
-    rectangles = {}
-    for pair, (first_query, last_query, first_key, last_key, scores) in boxes.items():
-        rectangles[pair] = Rectangle(slice(first_query, last_query), slice(first_key, last_key))
-        assert rectangles[pair].num_scores == scores, "blocks of two ranks must fill a rectangle"
-    return rectangles
-
-
-@lru_cache(maxsize=8)
-def ring_plan(shard: SequenceShard) -> RingPlan:
-    """The plan of all ranks, from any rank's shard; kept for the last few shards, since all layers share it."""
+def _make_ring_plan(shard: SequenceShard) -> RingPlan:
     num_ranks = shard.layout.num_ranks
     rectangles = _rectangles(shard)
-    tokens = shard.whole.num_tokens // num_ranks
-    widths = [0] * num_ranks
+    widest = [0] * num_ranks  # by distance: tokens of the longest transfer
     for (reader, source), rectangle in rectangles.items():
         distance = (reader - source) % num_ranks
-        widths[distance] = max(widths[distance], rectangle.num_keys)
-    rounds, width = [], 0
-    for distance in range(1, num_ranks):
-        if not widths[distance]:
-            continue
-        if rounds and width + widths[distance] <= tokens:
-            rounds[-1].append(distance)
-            width += widths[distance]
+        widest[distance] = max(widest[distance], rectangle.num_keys)
+    rounds: list[list[int]] = []
+    for distance in filter(widest.__getitem__, range(1, num_ranks)):
+        together = [*rounds[-1], distance] if rounds else []
+        if together and sum(widest[d] for d in together) <= shard.whole.num_tokens // num_ranks:
+            rounds[-1] = together
         else:
             rounds.append([distance])
-            width = widths[distance]
-    return RingPlan(num_ranks, tokens, rectangles, tuple(map(tuple, rounds)))
+    return RingPlan(num_ranks, rectangles, tuple(map(tuple, rounds)))
 
 
-def local_lengths(shard: SequenceShard) -> list[int]:
-    """Lengths of this rank's segments, in tokens; two that adjoin on its axis and belong to one document are one.
-
-    In a zigzag, a document may leave a rank at the end of its first chunk and return at the start of its second. Order
-    on the rank's axis is order in the document, so causal attention over the joined segment is right for both.
-    """
-    lengths: list[int] = []
-    for index, chunk in enumerate(shard.mine):
-        joins = index > 0 and chunk.continues_before and _document_start(shard, chunk) < shard.mine[index - 1].end
-        segments = [end - start for start, end in pairwise(chunk.edges)]
-        if joins:
-            lengths[-1] += segments.pop(0)
-        lengths += segments
-    return lengths
-
-
-@lru_cache(maxsize=8)
-def rank_plan(shard: SequenceShard) -> RankPlan:
-    """The plan of the rank that holds a shard; kept likewise."""
-    ring = ring_plan(shard)
-    rank, device = shard.rank, shard.whole.device
+def _make_rank_plan(shard: SequenceShard) -> RankPlan:
+    ring, rank, device = ring_plan(shard), shard.rank, shard.whole.device
     rounds = []
     for distances in ring.rounds:
         reads, sends = [], {}
@@ -225,14 +177,12 @@ def rank_plan(shard: SequenceShard) -> RankPlan:
             source, reader = (rank - distance) % ring.num_ranks, (rank + distance) % ring.num_ranks
             if rectangle := ring.rectangles.get((rank, source)):
                 lengths = (rectangle.num_queries, rectangle.num_keys)
-                edges = (Documents.from_lengths([length], device) for length in lengths)
-                reads.append(Read(source, rectangle, *edges))
+                reads.append(Read(source, rectangle, *(Documents.from_lengths([n], device) for n in lengths)))
             if rectangle := ring.rectangles.get((reader, rank)):
                 sends[reader] = rectangle.keys
         rounds.append(Round(tuple(reads), sends))
     return RankPlan(
-        ring,
-        Documents.from_lengths(local_lengths(shard), device),
+        Documents.from_lengths(local_lengths(shard.mine), device),
         tuple(rounds),
         _union(read.rectangle.queries for this in rounds for read in this.reads),
         _union(keys for this in rounds for keys in this.sends.values()),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -18,6 +21,11 @@ from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 
 TIMEOUT = timedelta(seconds=150)
+# How ranks use GPUs: four share one over gloo, their transfers staged through the host; over NCCL two have one each.
+GPU_LINKS = [
+    "gloo",
+    pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+]
 
 
 def run_ranks(
@@ -48,17 +56,32 @@ def run_ranks(
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout_s)
+        started = last = time.monotonic()
+        pause = 0.0
+        while (running := [p.sentinel for p in processes if p.is_alive()]) and last - started < timeout_s:
+            connection.wait(running, timeout=1)
+            pause, last = max(pause, time.monotonic() - last), time.monotonic()
         hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        if hanging or (errors and last - started > TIMEOUT.total_seconds()):
+            # Where every rank was, and whether none of them could run: a machine that is paused for longer than the
+            # timeout fails collectives that nothing is wrong with.
+            errors += [f"{path.name}:\n{path.read_text()}" for path in sorted(Path(folder).glob("stacks-*"))]
+            errors.append(
+                f"ranks {hanging} still ran after {last - started:.0f} s; longest pause of this process: {pause:.0f} s"
+            )
         assert not errors, "\n".join(errors)
-        assert not hanging, f"ranks {hanging} did not finish in {timeout_s} s"
         assert not any(codes), f"ranks ended with exit codes {codes}; a signal's is negative"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def run_gpu_ranks(function: Callable[..., Any], link: str, *arguments: Any) -> list[Any]:
+    """:func:`run_ranks` with GPUs, whose current device is each rank's; ``link``: one of ``GPU_LINKS``."""
+    world_size, device = {"gloo": (4, "cpu"), "nccl": (2, "cuda")}[link]
+    return run_ranks(function, world_size, *arguments, start="spawn", device=device)
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:
@@ -80,6 +103,8 @@ def _rank(
 ) -> None:
     try:
         faulthandler.enable()
+        stacks = open(Path(folder) / f"stacks-{rank}", "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(TIMEOUT.total_seconds() - 10, file=stacks)
         torch.set_num_threads(1)
         if isinstance(function, tuple):
             function = _load(*function)

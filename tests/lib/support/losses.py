@@ -51,7 +51,13 @@ SHARED = [
 ]
 CAPACITY = ("model.capacity_factor=0.8",)
 GLOBAL = (*CAPACITY, "model.capacity_scope=global", "model.aux_loss_scope=global", "recipe.micro_batch_size=2")
-EVALUATED = ("data.sequence_length=63", "data.num_streams=2", "seed=3", "recipe.eval_interval=5", "recipe.eval_rows=5")
+EVALUATED = (
+    "data.sequence_length=63",
+    "data.num_streams=2",
+    "seed=3",
+    "recipe.eval_interval=5",
+    "recipe.eval_sequences=5",
+)
 RECOMPUTE = "recipe.activation_checkpointing=true"
 TWO_ROWS = "recipe.micro_batch_size=2"
 

@@ -62,7 +62,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "recipe.warmup_steps=2",
         "recipe.decay_steps=2",
         "recipe.eval_interval=3",
-        "recipe.eval_rows=5",
+        "recipe.eval_sequences=5",
         "device=cpu",
         f"run_dir={folder}/run",
         *more,

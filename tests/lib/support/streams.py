@@ -2,7 +2,7 @@
 
 A CPU does everything in the order it is told to, so what a GPU would do too early goes right there, and so it does
 where transfers pass through the host. Here each operation is noted with the stream it would run on. A stream knows how
-far it and the others must have come by now: a *clock* per stream, which marks carry from one stream to another. Memory
+far it and the others must have come by now: a *clock* per stream, which events carry from one stream to another. Memory
 goes as PyTorch's allocator hands it out: a tensor's belongs to the stream it was made on, and once nothing refers to it
 any more, whatever is made there next may get it.
 """
@@ -50,7 +50,7 @@ class Memory:
     uses: list[Use] = field(default_factory=list)
 
 
-class Mark:
+class Event:
     """How far a stream must have come, as ``torch.cuda.Event``."""
 
     def __init__(self, streams: Streams) -> None:
@@ -85,16 +85,16 @@ class Streams(TorchDispatchMode):
         """A new stream."""
         return next(self._numbers)
 
-    def mark(self, like: Tensor) -> Mark:
-        return Mark(self)
+    def record_event(self, like: Tensor) -> Event:
+        return Event(self)
 
-    def wait(self, done: Mark) -> None:
-        self.clocks[self.current] |= done.clock
+    def wait_event(self, event: Event) -> None:
+        self.clocks[self.current] |= event.clock
 
     @contextmanager
-    def on(self, stream: int, done: Mark) -> Iterator[None]:
+    def on(self, stream: int, event: Event) -> Iterator[None]:
         self._stack.append(stream)
-        self.wait(done)
+        self.wait_event(event)
         try:
             yield
         finally:
@@ -195,7 +195,7 @@ class Link:
         return self._transfer([*outgoing, *((None, x) for x in receives.values())], None)
 
     def _transfer(self, copies: list[tuple[Tensor | None, Tensor | None]], result: Tensor | None) -> Pending:
-        with self.streams.on(self._stream, Mark(self.streams)):
+        with self.streams.on(self._stream, Event(self.streams)):
             for source, target in copies:
                 if target is None:
                     source.clone()  # reads it
@@ -203,10 +203,10 @@ class Link:
                     target.fill_(0.01)
                 else:
                     target.copy_(source)
-            done = Mark(self.streams)
+            done = Event(self.streams)
 
         def wait() -> Tensor | None:
-            self.streams.wait(done)
+            self.streams.wait_event(done)
             copies.clear()
             return result
 

@@ -54,12 +54,14 @@ def test_packed_documents_do_not_see_each_other(pattern, capacity):
         ({"aux_loss_coefficient": 0.0}, set()),
         ({"aux_loss_coefficient": 0.0, "capacity_factor": 0.7, "capacity_scope": "global"}, {"global"}),
         ({"aux_loss_scope": "global"}, {"global"}),
-        ({"aux_loss_scope": "rank", "capacity_factor": 0.7}, {"row", "rank"}),
+        ({"aux_loss_scope": "rank", "capacity_factor": 0.7}, {"sequence", "rank"}),
     ],
 )
 def test_assignments_are_counted_only_for_what_is_used(changes, counted):
     asked = []
-    sums = {scope: lambda counts, scope=scope: asked.append(scope) or counts for scope in ("row", "global", "rank")}
+    sums = {
+        scope: lambda counts, scope=scope: asked.append(scope) or counts for scope in ("sequence", "global", "rank")
+    }
     config = model_config(num_layers=1, layer_pattern="L", **changes)
     model = _model(config, ranks=ModelRanks(sum_counts=sums))
     tokens = torch.randint(300, (64,))

@@ -35,10 +35,12 @@ def test_every_token_lies_where_the_layout_says(kind, ranks, seed):
             together = t == before + 1 and document_of[t] == document_of[before] and t // size == before // size
             assert (i in inner) == together
         for chunk in shard.mine:
-            assert mine[shard.offset(chunk)] == chunk.start
+            assert mine[shard.local(chunk.first_segment).start] == chunk.start
             assert mine[shard.local(chunk.last_segment)] == list(range(*chunk.last_segment))
     assert sorted(held) == list(range(tokens))
     for chunk in shard.chunks:
+        sharing = [c.index for c in shard.chunks[: chunk.index] if document_of[c.end - 1] == document_of[chunk.start]]
+        assert [c.index for c in shard.earlier_chunks(chunk)] == sharing
         before, after = chunk.start - 1, chunk.end
         assert chunk.continues_before == (before >= 0 and document_of[before] == document_of[chunk.start])
         assert chunk.continues_after == (after < tokens and document_of[after] == document_of[after - 1])

@@ -6,5 +6,5 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def silu_qkv_plain(x_TW: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def silu_qkv(x_TW: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return F.silu(x_TW).unflatten(-1, (-1, 3, head_dim)).unbind(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def rotate_heads_plain(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
+def rotate_heads(x_TW: Tensor, cos_TR: Tensor, sin_TR: Tensor, head_dim: int) -> Tensor:
     half = cos_TR.shape[-1]
     x_THK = x_TW.unflatten(-1, (-1, head_dim))
     first, second, rest = x_THK.split([half, half, head_dim - 2 * half], dim=-1)

@@ -1,13 +1,14 @@
-"""The experts' products on Hopper by quack-kernels (CuTe DSL), with SwiGLU in their epilogues.
+"""The experts' GEMMs on Hopper by quack-kernels (CuTe DSL), with SwiGLU in their epilogues.
 
-The product that makes gate and up also stores the activation; the product for the gradient of the activation reads gate
-and up and stores their gradients, the activation again and its part of the gradient of the weights. A pair of gate and
-up must lie in one tile for that, so ``hidden`` holds them as neighbouring columns, gate first. Weights and their
-gradients keep gate over up: quack lets the copy engine read and write their rows interleaved ("concat layout").
+The GEMM that makes gate and up also stores the activation; the GEMM for the gradient of the activation reads gate and
+up and stores their gradients, the activation again and its part of the gradient of the weights. A pair of gate and up
+must lie in one tile for that, so ``hidden`` holds them as neighbouring columns, gate first. Weights and their gradients
+keep gate over up: quack lets TMA read and write their rows interleaved ("concat layout").
 
 Tiles were chosen by measurement on one H200, see ``docs/kernels.md``. Each is compiled once, in two to six seconds.
 
-Shape legend: R rows sorted by expert, E experts, D hidden, F expert hidden, M, N columns.
+Shape legend: R routed tokens sorted by expert, K assignments per token, E experts, D hidden, F expert hidden; M, N
+columns.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce
 from quack.gemm import gemm, run_gemm_plan
 from quack.gemm_runtime.host import run_gemm_epi_plan
 from torch import Tensor
+
+from minimax_train.kernels.experts.gemms import SeparateGemms
 
 # --- epilogues --------------------------------------------------------------------------------------------------------
 # Written with cutlass and quack.epilogue alone: quack fingerprints whatever an epilogue refers to, and cannot do that
@@ -41,27 +44,14 @@ def _swiglu_gradients(gate, up, d_act):
 
 
 @gemm_epilogue()
-def _product(acc):
+def _plain(acc):
     return {"D": acc}
 
 
-@gemm_epilogue(outputs=("act",), mode="acc_pair")
-def _swiglu(acc):
-    gate, up = unpack(acc)
-    return {"act": gate * _sigmoid(gate) * up}
-
-
 @gemm_epilogue(outputs=("act",), ops={"weight": ColVecLoad("weight")}, mode="acc_pair")
-def _weighted_swiglu(acc, weight):
+def _swiglu(acc, weight):
     gate, up = unpack(acc)
     return {"act": gate * _sigmoid(gate) * up * weight}
-
-
-@gemm_epilogue(outputs=("act",), mode="packed_cd_b16x2")
-def _swiglu_backward(acc, c):
-    gate, up = unpack(c)
-    d_gate, d_up, act = _swiglu_gradients(gate, up, acc)
-    return {"D": pack(d_gate, d_up), "act": act}
 
 
 @gemm_epilogue(
@@ -70,19 +60,19 @@ def _swiglu_backward(acc, c):
     reduces={"d_weight": ColVecReduce("d_weight", scaled=True)},
     mode="packed_cd_b16x2",
 )
-def _weighted_swiglu_backward(acc, c, weight):
+def _swiglu_backward(acc, c, weight):
     gate, up = unpack(c)
     d_gate, d_up, act = _swiglu_gradients(gate, up, acc * weight)
     return {"D": pack(d_gate, d_up), "act": act * weight, "d_weight": (act, acc)}
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
     """Rows and columns of a tile, and of a cluster in tiles.
 
-    With ``pingpong`` two warp groups work on a tile each, and one's epilogue runs under the other's product; without,
+    With ``pingpong`` two warp groups work on a tile each, and one's epilogue runs under the other's main loop; without,
     they share one tile, which may then be twice as large.
     """
 
@@ -101,14 +91,14 @@ class Tile(NamedTuple):
             "cluster_N": self.cluster_n,
             "pingpong": self.pingpong,
             # A program takes the next tile when it is done with one. Dealt out beforehand, those of programs that start
-            # late, because a transfer holds their processors, would end late by as much.
+            # late, because a transfer holds their SMs, would end late by as much.
             "is_dynamic_persistent": True,
         }
 
 
 WIDE, PINGPONG = Tile(128, 256), Tile(128, 128, pingpong=True)
-FEW = 1024  # rows of an expert, on average, below which two tiles of rows in a cluster waste more than they share
-LONG = 2048  # terms of a sum from which the products of a tile outlast the epilogue of SwiGLU
+FEW = 1024  # tokens of an expert, on average, below which two tiles of rows in a cluster waste more than they share
+LONG = 2048  # terms of a sum from which the main loop of a tile outlasts the epilogue of SwiGLU
 
 # What a launch needs beyond its tensors. quack keeps its own by shape, rows included, which under expert parallelism
 # differ in every call; only columns matter.
@@ -116,12 +106,12 @@ _plans: dict[tuple, NamedTuple] = {}
 
 
 def _starts_and_zero(offsets_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each expert's rows start, and where the last end; and a zero, from which a launch counts its tiles."""
+    """Where each expert's tokens start, and where the last end; and a zero, from which a launch counts its tiles."""
     padded = torch.nn.functional.pad(offsets_E, (1, 1))
     return padded[:-1], padded[-1:]
 
 
-def _rows(
+def _tokens(
     epilogue: EpiMod,
     tile: Tile,
     a_RM: Tensor,
@@ -133,9 +123,11 @@ def _rows(
     interleave: bool = False,
     **values: Tensor,
 ) -> Tensor:
-    """Each expert's rows times its weight, through the epilogue."""
+    """Each expert's tokens times its weight, through the epilogue."""
+    if not len(a_RM):
+        return out_RN
     if len(a_RM) < FEW * len(weight_ENM):
-        tile = tile._replace(cluster_m=1)  # an expert's rows are rounded up to whole clusters
+        tile = tile._replace(cluster_m=1)  # an expert's tokens are rounded up to whole clusters
     key = (epilogue, tile, weight_ENM.shape, weight_ENM.stride(), interleave)
     starts, taken = _starts_and_zero(offsets_E)
     rows = {"cu_seqlens_m": starts, "tile_count_semaphore": taken}
@@ -150,8 +142,10 @@ def _rows(
 
 
 def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, interleave: bool = False) -> Tensor:
-    """``[E, M, N]``, the sum over each expert's rows of ``a^T b``; rows of the result un-interleaved if asked."""
+    """``[E, M, N]``, the sum over each expert's tokens of ``a^T b``; rows of the result un-interleaved if asked."""
     out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
+    if not len(a_RM):
+        return out_EMN.zero_()
     key = (tile, out_EMN.shape, interleave)
     starts, taken = _starts_and_zero(offsets_E)
     rows = {"cu_seqlens_k": starts, "tile_count_semaphore": taken}
@@ -165,8 +159,8 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
     return out_EMN
 
 
-class FusedProducts:
-    """As :class:`minimax_train.kernels.experts.products.SeparateProducts`; ``hidden`` is interleaved."""
+class QuackGemms(SeparateGemms):
+    """As the base class; ``hidden`` is interleaved."""
 
     def __init__(self, x: Tensor) -> None:
         if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9):
@@ -174,48 +168,34 @@ class FusedProducts:
                 f"kernels.experts='quack' takes bfloat16 on compute capability 9.0, not {x.dtype} on {x.device}"
             )
 
-    def up(self, x_RD, gate_up_E2FD, offsets_E, weights_TK=None, choice_R=None):
-        R, (_, F2, D) = len(x_RD), gate_up_E2FD.shape
+    def up(self, x_RD, gate_up_E2FD, offsets_E, weights_R):
+        R, F2, D = len(x_RD), *gate_up_E2FD.shape[1:]
         hidden_R2F, act_RF = x_RD.new_empty(R, F2), x_RD.new_empty(R, F2 // 2)
-        values = {"act": act_RF}
-        if weights_TK is not None:
-            values["weight"] = _by_row(weights_TK, choice_R)
-        _rows(
-            _swiglu if weights_TK is None else _weighted_swiglu, WIDE if D >= LONG else PINGPONG,
-            x_RD, gate_up_E2FD, hidden_R2F, offsets_E, interleave=True, **values,
+        _tokens(
+            _swiglu, WIDE if D >= LONG else PINGPONG, x_RD, gate_up_E2FD, hidden_R2F, offsets_E,
+            interleave=True, act=act_RF, weight=weights_R.float(),
         )  # fmt: skip
         return hidden_R2F, act_RF
 
     def down(self, act_RF, down_EDF, offsets_E):
-        return _rows(_product, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
+        return _tokens(_plain, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
 
-    def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_TK=None, choice_R=None, out=None):
+    def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_R, out=None):
         R, F = len(dy_RD), down_EDF.shape[2]
         d_hidden_R2F, act_RF = out or (torch.empty_like(hidden_R2F), dy_RD.new_empty(R, F))
-        values, d_weights_TK = {"act": act_RF}, None
-        if weights_TK is not None:
-            # One sum per tile of columns; zero for rows of no expert, which no tile writes.
-            sums_RB = torch.zeros(R, -(-F // PINGPONG.n), dtype=torch.float32, device=dy_RD.device)
-            values |= {"weight": _by_row(weights_TK, choice_R), "d_weight": sums_RB}
-        _rows(
-            _swiglu_backward if weights_TK is None else _weighted_swiglu_backward, PINGPONG,
-            dy_RD, down_EDF.mT, d_hidden_R2F, offsets_E, hidden_R2N=hidden_R2F, **values,
+        sums_RB = torch.zeros(R, -(-F // PINGPONG.n), dtype=torch.float32, device=dy_RD.device)  # of tiles of columns
+        _tokens(
+            _swiglu_backward, PINGPONG, dy_RD, down_EDF.mT, d_hidden_R2F, offsets_E,
+            hidden_R2N=hidden_R2F, act=act_RF, weight=weights_R.float(), d_weight=sums_RB,
         )  # fmt: skip
-        if weights_TK is not None:
-            d_weights_TK = torch.empty_like(weights_TK)
-            d_weights_TK.view(-1).scatter_(0, choice_R, sums_RB.sum(1).to(weights_TK.dtype))
-        return d_hidden_R2F, act_RF, d_weights_TK
+        return d_hidden_R2F, act_RF, sums_RB.sum(1).to(weights_R.dtype)
 
     def dx(self, d_hidden_R2F, gate_up_E2FD, offsets_E):
         out_RD = d_hidden_R2F.new_empty(len(d_hidden_R2F), gate_up_E2FD.shape[2])
-        return _rows(_product, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
+        return _tokens(_plain, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
 
     def d_gate_up(self, d_hidden_R2F, x_RD, offsets_E):
         return _weights(WIDE, d_hidden_R2F, x_RD, offsets_E, interleave=True)
 
     def d_down(self, dy_RD, act_RF, offsets_E):
         return _weights(WIDE, dy_RD, act_RF, offsets_E)
-
-
-def _by_row(weights_TK: Tensor, choice_R: Tensor) -> Tensor:
-    return weights_TK.flatten()[choice_R].float()

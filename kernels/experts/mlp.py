@@ -1,0 +1,175 @@
+"""The SwiGLU experts as one autograd layer: grouped GEMMs between a dispatcher's dispatch and combine.
+
+    forward     dispatch x and weights;    of each group:  permute, up, down, unpermute, combine
+    backward    dispatch dy;               of each group:  permute, d_hidden, dx, unpermute, combine
+                then, once over all groups:                d_down, d_gate_up
+
+A *dispatcher* says where tokens go between the two. With all experts on one rank they stay (:class:`LocalDispatcher`,
+one group); ``parallel/experts/dispatchers.py`` sends them to other ranks and back, in groups, of which one's transfers
+run beside another's GEMMs. The gradients of the experts' weights come last, so that those of the tokens travel beside.
+
+Kept from forward to backward: the dispatched tokens, gate and up of each routed token (2F), its weight, the dispatcher.
+
+Shape legend: T tokens, K assignments per token, N dispatched tokens, R routed tokens sorted by expert, E experts, D
+hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimax_train.kernels.dispatch import AUTO
+from minimax_train.kernels.experts.gemms import SeparateGemms, choose_implementation
+from minimax_train.kernels.experts.permutation import Permutation
+
+
+class Dispatcher:
+    """Where the tokens of one call of the layer go; made for this call, used in its forward and its backward.
+
+    ``dispatch`` starts a round trip. Iterating over it gives the groups, each when it has arrived: ``group.routed``,
+    which they are of all groups' routed tokens; ``group.experts``, which of this rank's experts they are for; and
+    ``group.offsets_E``, the end of each of these experts' tokens among them, int32. Of a group, the trip gives
+
+        permute(group)                      its routed tokens ``[R, D]``
+        permute_weights(group)              the weights of their assignments ``[R]``
+        combine(group, y_RD, d_weights_R)   starts sending back what the experts made of them, and in backward the
+                                            gradients of the weights; before the next group
+
+    and after all of them ``dispatched_ND``, the tokens as they lie on this rank, and ``wait()``, what was sent back:
+    ``[T, D]``, and ``[T, K]`` in backward.
+    """
+
+    is_local = False
+    offsets_E: Any
+    """End of each expert's routed tokens of all groups, int32."""
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> Any:
+        raise NotImplementedError
+
+    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
+        """The routed tokens of all groups, by expert."""
+        return dispatched_ND
+
+    def merge_groups(self, x_RF: Tensor) -> Tensor:
+        """Something of all routed tokens, group after group -> by expert."""
+        return x_RF
+
+
+class LocalDispatcher(Dispatcher):
+    """All experts are here, and the only group is the dispatcher itself."""
+
+    is_local, routed, experts = True, slice(None), slice(None)
+
+    def __init__(self, permutation: Permutation) -> None:
+        self.permutation, self.offsets_E = permutation, permutation.offsets_E
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> _LocalRoundTrip:
+        return _LocalRoundTrip(self, x_TD, weights_TK)
+
+    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
+        return self.permutation.permute(dispatched_ND)
+
+
+class _LocalRoundTrip:
+    def __init__(self, group: LocalDispatcher, x_TD: Tensor, weights_TK: Tensor | None) -> None:
+        self.group, self.dispatched_ND, self.weights_TK = group, x_TD, weights_TK
+
+    def __iter__(self) -> Iterator[LocalDispatcher]:
+        yield self.group
+
+    def permute(self, group: LocalDispatcher) -> Tensor:
+        return group.permutation.permute(self.dispatched_ND)
+
+    def permute_weights(self, group: LocalDispatcher) -> Tensor:
+        return group.permutation.permute_weights(self.weights_TK)
+
+    def combine(self, group: LocalDispatcher, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
+        self.combined = group.permutation.unpermute(y_RD, d_weights_R)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.combined
+
+
+def grouped_experts(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    dispatcher: Dispatcher,
+    gemms: SeparateGemms,
+) -> Tensor:
+    """The weighted sum of what its experts make of each token ``[T, D]``, differentiable in all four tensors."""
+    return _GroupedExperts.apply(x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms):
+        gate_up_E2FD, down_EDF, kept = gate_up_E2FD.contiguous(), down_EDF.contiguous(), []
+        trip = dispatcher.dispatch(x_TD, weights_TK)
+        for group in trip:
+            gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
+            weights_R = trip.permute_weights(group)
+            hidden_R2F, act_RF = gemms.up(trip.permute(group), gate_up, offsets_E, weights_R)
+            kept += [hidden_R2F, weights_R]
+            trip.combine(group, gemms.down(act_RF, down, offsets_E))
+            del act_RF  # before the next group's
+        ctx.save_for_backward(trip.dispatched_ND, gate_up_E2FD, down_EDF, *kept)
+        ctx.dispatcher, ctx.gemms = dispatcher, gemms
+        return trip.wait()[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        x_ND, gate_up_E2FD, down_EDF, *kept = ctx.saved_tensors
+        dispatcher, gemms, R, F = ctx.dispatcher, ctx.gemms, sum(map(len, kept[::2])), down_EDF.shape[2]
+        trip = dispatcher.dispatch(dy_TD)
+        # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
+        whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
+        for group, hidden_R2F, weights_R in zip(trip, kept[::2], kept[1::2], strict=True):
+            gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
+            dy_RD, out = trip.permute(group), whole and tuple(x[group.routed] for x in whole)
+            d_hidden_R2F, act_RF, d_weights_R = gemms.d_hidden(dy_RD, hidden_R2F, down, offsets_E, weights_R, out)
+            if dispatcher.is_local:  # no other rank waits for dx: first free what it does not need
+                d_down_EDF = gemms.d_down(dy_RD, act_RF, offsets_E)
+                del act_RF
+            del dy_RD
+            trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
+        offsets_E = dispatcher.offsets_E
+        if not dispatcher.is_local:
+            d_hidden_R2F, act_RF = whole or (d_hidden_R2F, act_RF)
+            del whole
+            act_RF = dispatcher.merge_groups(act_RF)
+            d_down_EDF = gemms.d_down(dispatcher.permute_all(trip.dispatched_ND), act_RF, offsets_E)
+            del act_RF
+            d_hidden_R2F = dispatcher.merge_groups(d_hidden_R2F)
+        d_gate_up_E2FD = gemms.d_gate_up(d_hidden_R2F, dispatcher.permute_all(x_ND), offsets_E)
+        return *trip.wait(), d_gate_up_E2FD, d_down_EDF, None, None
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    implementation: str = AUTO,
+) -> Tensor:
+    """``y_t = sum_k weight_tk * down_e (silu(gate_e x_t) * up_e x_t)`` with e = ``experts_tk``, differentiable.
+
+    Args:
+        x_TD: any floating dtype, the same as that of the experts' weights.
+        weights_TK: may be of higher precision than x.
+        experts_TK: int64; -1 adds nothing.
+        gate_up_E2FD: gate over up, as in transformers' fused expert weights.
+        implementation: as of :func:`minimax_train.kernels.experts.gemms.choose_implementation`.
+    """
+    gemms, ops = choose_implementation(x_TD, down_EDF.shape[2], implementation)
+    dispatcher = LocalDispatcher(Permutation.by_expert(experts_TK, len(gate_up_E2FD), ops))
+    return grouped_experts(x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms)

@@ -1,0 +1,202 @@
+"""Dispatchers to other ranks: of routed tokens (ep, with or without etp), and of tokens (etp alone).
+
+Each is a :class:`minimax_train.kernels.experts.mlp.Dispatcher`; what it does to a group, in the order of
+:class:`minimax_train.parallel.experts.overlap.OverlappedRoundTrip`:
+
+    dispatch_group   tokens, and their weights, to where the experts are; tokens into ``dispatched_ND`` where they fit
+    permute          as they arrived -> routed tokens by expert
+    unpermute        and back, after the GEMMs
+    combine_group    into their place among the tokens that this rank had sent
+
+Shape legend: T tokens of this rank, K assignments per token, J etp ranks, I ep ranks, B bucket ids, E experts, D
+hidden, F expert hidden, N tokens of all groups, or one, as they arrive, R routed tokens by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimax_train.kernels.experts import Dispatcher, Permutation
+from minimax_train.parallel.experts.buckets import BucketGroup, ExpertBuckets, locate, make_groups
+from minimax_train.parallel.experts.overlap import (
+    CommunicationStream,
+    OverlappedRoundTrip,
+    Transfer,
+    computed,
+    split_groups,
+)
+
+
+class RoutedTokenDispatcher(Dispatcher):
+    """A token travels once for each of its assignments, to the ranks that hold the expert, with the weight, and back.
+
+        dispatch_group   all-to-all over ep, to the rank with the expert; all-gather over etp, to the expert's slices
+        combine_group    reduce-scatter over etp, which sums the slices' parts; all-to-all over ep
+
+    How many tokens go where is exchanged first; the host waits for it once, when it asks for the groups.
+    """
+
+    def __init__(
+        self, experts_TK: Tensor, buckets: ExpertBuckets, ep: CommunicationStream, etp: CommunicationStream, ops: Any
+    ) -> None:
+        self.buckets, self.ep, self.etp = buckets, ep, etp
+        self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
+        ends_B = self.permutation.offsets_E
+        counts = etp.all_gather(ep.all_gather(computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
+        self._counts_JIB = counts.tensor.view(etp.size, ep.size, -1)
+        self._on_host = etp.to_host(counts)
+        self.offsets_E: Tensor | None = None
+
+    @cached_property
+    def groups(self) -> list[BucketGroup]:
+        counts = self._on_host.synchronize().view_as(self._counts_JIB).tolist()
+        self._on_host.release()
+        return make_groups(self.buckets, counts, self.ep.rank, self.etp.rank)
+
+    @property
+    def num_dispatched(self) -> int:
+        return self.groups[-1].routed.stop
+
+    def plan(self) -> list[Transfer]:
+        """What is worked out on the device, while the first groups are under way."""
+        if self.offsets_E is None:
+            self.offsets_E = locate(self.buckets, self.groups, self._counts_JIB)
+        return []
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> OverlappedRoundTrip:
+        sent = [self.permutation.permute(x_TD)]  # beside the exchange of counts
+        if weights_TK is not None:
+            sent.append(self.permutation.permute_weights(weights_TK)[:, None])
+        return OverlappedRoundTrip(self, *sent)
+
+    def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
+
+    def dispatch_group(self, group: BucketGroup, x_RD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
+        direct = group.by_expert and dispatched_ND is not None
+        out = dispatched_ND[group.routed] if direct else group.padded
+        sent = self.ep.all_to_all(x_RD[group.source], group.input_splits, group.output_splits, out)
+        return self.etp.all_gather(sent)
+
+    def permute(self, group: BucketGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
+        routed_RD = dispatched_ND[group.routed]
+        return routed_RD if group.by_expert else torch.index_select(arrived_ND, 0, group.source_R, out=routed_RD)
+
+    def permute_weights(self, group: BucketGroup, weights_N1: Tensor) -> Tensor:
+        return weights_N1[:, 0].clone() if group.by_expert else weights_N1[:, 0].index_select(0, group.source_R)
+
+    def unpermute(self, group: BucketGroup, y_RD: Tensor, d_weights_R: Tensor | None) -> list[Tensor]:
+        results = [y_RD] if d_weights_R is None else [y_RD, d_weights_R[:, None]]
+        if group.by_expert:
+            return results
+        if not len(y_RD):
+            return [x.new_empty(len(group.place_N), x.shape[1]) for x in results]
+        return [x.index_select(0, group.place_N) for x in results]  # what is in the padding does not matter
+
+    def combine_group(self, group: BucketGroup, y_ND: Transfer, combined_RD: Tensor) -> Transfer:
+        summed = self.etp.reduce_scatter(y_ND)
+        return self.ep.all_to_all(summed, group.output_splits, group.input_splits, combined_RD[group.source])
+
+
+@dataclass
+class TokenGroup:
+    """Some tokens of every rank.
+
+    Attributes:
+        tokens: which they are of each rank's.
+        dispatched: which they are of all ranks', by group, rank and token.
+        routed: which their routed tokens are of all groups'.
+    """
+
+    tokens: slice
+    dispatched: slice
+    routed: slice
+    permutation: Permutation = field(init=False)
+    experts = slice(None)
+
+    @property
+    def offsets_E(self) -> Tensor:
+        return self.permutation.offsets_E
+
+
+class TokenDispatcher(Dispatcher):
+    """Every rank holds a slice of every expert: a token goes to all ranks, whatever its assignments, once, and back.
+
+        dispatch_group   all-gather over etp
+        combine_group    reduce-scatter over etp, which sums the slices' parts
+
+    All assignments are gathered first. Every rank has as many tokens as any other, so the host never waits.
+    """
+
+    def __init__(
+        self, experts_TK: Tensor, num_experts: int, num_groups: int, etp: CommunicationStream, ops: Any
+    ) -> None:
+        (T, K), J = experts_TK.shape, etp.size
+        self.etp, self.num_experts, self.ops, self.num_dispatched = etp, num_experts, ops, J * T
+        self.groups = [
+            TokenGroup(t, slice(J * t.start, J * t.stop), slice(J * K * t.start, J * K * t.stop))
+            for t in split_groups(T, num_groups)
+            if t.start < t.stop
+        ]
+        self._gathered = [etp.all_gather(computed(experts_TK))]
+
+    def plan(self) -> list[Transfer]:
+        """Sort each group's assignments, while the first are under way. Returns what lives until they are back."""
+        gathered, self._gathered = self._gathered, []
+        for experts in gathered:  # in forward
+            experts_JTK = experts.wait().unflatten(0, (self.etp.size, -1))
+            self._experts_NK = torch.cat([experts_JTK[:, group.tokens].flatten(0, 1) for group in self.groups])
+            for group in self.groups:
+                group.permutation = self._sort(self._experts_NK[group.dispatched])
+        return gathered
+
+    def _sort(self, experts_NK: Tensor) -> Permutation:
+        return Permutation.by_expert(experts_NK, self.num_experts, self.ops)
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> OverlappedRoundTrip:
+        return OverlappedRoundTrip(self, *(x for x in (x_TD, weights_TK) if x is not None))
+
+    def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
+        return combined
+
+    def dispatch_group(self, group: TokenGroup, x_TD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
+        out = None if dispatched_ND is None else dispatched_ND[group.dispatched]
+        return self.etp.all_gather(x_TD[group.tokens], out)
+
+    def permute(self, group: TokenGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
+        return group.permutation.permute(arrived_ND)
+
+    def permute_weights(self, group: TokenGroup, weights_NK: Tensor) -> Tensor:
+        return group.permutation.permute_weights(weights_NK)
+
+    def unpermute(self, group: TokenGroup, y_RD: Tensor, d_weights_R: Tensor | None) -> tuple[Tensor, ...]:
+        return group.permutation.unpermute(y_RD, d_weights_R)
+
+    def combine_group(self, group: TokenGroup, y_ND: Transfer, combined_TD: Tensor) -> Transfer:
+        return self.etp.reduce_scatter(y_ND, combined_TD[group.tokens])
+
+    @cached_property
+    def _permutation(self) -> Permutation:
+        """Of all groups together."""
+        return self.groups[0].permutation if len(self.groups) == 1 else self._sort(self._experts_NK)
+
+    @property
+    def offsets_E(self) -> Tensor:
+        return self._permutation.offsets_E
+
+    def permute_all(self, dispatched_ND: Tensor) -> Tensor:
+        return self._permutation.permute(dispatched_ND)
+
+    def merge_groups(self, x_RF: Tensor) -> Tensor:
+        if len(self.groups) == 1:
+            return x_RF
+        places = [group.permutation.routed_TK.flatten() + group.routed.start for group in self.groups]
+        return x_RF.index_select(0, torch.cat(places)[self._permutation.assignment_R])
+
+
+Group = BucketGroup | TokenGroup

@@ -1,0 +1,180 @@
+"""Transfers beside GEMMs: streams, what keeps memory alive between them, and the order in which groups go.
+
+Who may use memory when: a tensor belongs to the stream it was made on, and its memory goes to the next tensor made
+there as soon as nothing in Python refers to it. So a communication stream first waits for an event of the computing
+stream, and writes no memory handed out there after that event; and a tensor that another stream uses is kept until its
+own stream has waited for that one: by the :class:`Transfer` that uses it. ``record_stream`` is not used: it withholds
+memory until the host next looks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, islice, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minimax_train.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from minimax_train.parallel.experts.dispatchers import Group, RoutedTokenDispatcher, TokenDispatcher
+
+# Groups under way beside the one that is computed: one is sent, one is gathered.
+AHEAD = 2
+Event = torch.cuda.Event | None  # None on a CPU, where all is done in order
+
+
+def record_event(like: Tensor) -> Event:
+    """What the current stream has been given so far."""
+    return torch.cuda.current_stream(like.device).record_event() if like.is_cuda else None
+
+
+def wait_event(event: Event) -> None:
+    """Let the current stream wait."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+class Transfer:
+    """A tensor that is there after an event. Keeps it, and the transfers it was made from, until :meth:`release`."""
+
+    def __init__(self, tensor: Tensor, event: Event, source: Transfer | None = None) -> None:
+        self.tensor, self.event, self._kept = tensor, event, source
+
+    def __getitem__(self, index: slice) -> Transfer:
+        return Transfer(self.tensor[index], self.event, self)
+
+    def wait(self) -> Tensor:
+        """Let the current stream wait for it."""
+        wait_event(self.event)
+        return self.tensor
+
+    def synchronize(self) -> Tensor:
+        """Let the host wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
+
+    def release(self) -> None:
+        """Called when the streams that its tensors belong to have been told to wait for those that use them."""
+        del self.tensor, self._kept
+
+
+def computed(x: Tensor) -> Transfer:
+    """What the current stream is making."""
+    return Transfer(x, record_event(x))
+
+
+class CommunicationStream:
+    """An axis of ranks: its communicator, and the stream from which its transfers are started."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        self.size, self.rank = communicator.size, communicator.rank
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def _after(self, event: Event) -> Iterator[None]:
+        """What is started inside waits for the event and this stream, and not for other work of the current one."""
+        if event is None:
+            yield
+            return
+        if self._stream is None:
+            # Before the GEMMs: a transfer that gets no SMs when it is ready waits for a whole GEMM.
+            self._stream = torch.cuda.Stream(priority=-1)
+        self._stream.wait_event(event)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def all_gather(self, x: Transfer, out: Tensor | None = None) -> Transfer:
+        """``[n, ...] -> [size * n, ...]``, by rank."""
+        if self.size == 1 or not x.tensor.numel():
+            return x
+        with self._after(x.event):
+            out = out if out is None else out.unflatten(0, (self.size, -1))
+            gathered = self.communicator.all_gather(x.tensor, out).wait().flatten(0, 1)
+            return Transfer(gathered, record_event(gathered), x)
+
+    def reduce_scatter(self, x: Transfer, out: Tensor | None = None) -> Transfer:
+        """``[size * n, ...] -> [n, ...]``, this rank's rows of the sum over ranks."""
+        if self.size == 1 or not x.tensor.numel():
+            return x
+        with self._after(x.event):
+            summed = self.communicator.reduce_scatter(x.tensor.unflatten(0, (self.size, -1)), out).wait()
+            return Transfer(summed, record_event(summed), x)
+
+    def all_to_all(
+        self, x: Transfer, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | int
+    ) -> Transfer:
+        """Rows to and from each rank; into ``out``, or into as many new rows."""
+        with self._after(x.event):
+            out = out if isinstance(out, Tensor) else x.tensor.new_empty(out, *x.tensor.shape[1:])
+            received = self.communicator.all_to_all(x.tensor, out, input_splits, output_splits).wait()
+            return Transfer(received, record_event(received), x)
+
+    def to_host(self, x: Transfer) -> Transfer:
+        """To pinned memory, so that the host goes on."""
+        with self._after(x.event):
+            return Transfer(x.tensor.to("cpu", non_blocking=True), record_event(x.tensor), x)
+
+
+def split_groups(size: int, groups: int) -> list[slice]:
+    """The overlap schedule: a range in shares, the first and last, which have nothing to run beside, half as large."""
+    shares = [1, *[2] * (groups - 2), 1][:groups]
+    ends = [(2 * size * done + sum(shares)) // (2 * sum(shares)) for done in accumulate(shares)]
+    return [slice(*edges) for edges in pairwise([0, *ends])]
+
+
+class OverlappedRoundTrip:
+    """All groups' tokens to the experts and back: the next groups travel while one is computed.
+
+    Args:
+        sent: the tokens, and their weights if they have any.
+    """
+
+    def __init__(self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, *sent: Tensor) -> None:
+        self._dispatcher, sent = dispatcher, tuple(x.contiguous() for x in sent)
+        self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
+        self._combined: list[Tensor] = []
+        self._sent = [computed(x) for x in sent]
+        self._groups, self._under_way = iter(dispatcher.groups), deque()
+        self._dispatch_next(AHEAD)
+        self._returning = [*self._sent, *dispatcher.plan()]
+
+    def _dispatch_next(self, count: int) -> None:
+        for group in islice(self._groups, count):
+            pairs = zip(self._sent, (self.dispatched_ND, None), strict=False)
+            self._under_way.append((group, [self._dispatcher.dispatch_group(group, x, out) for x, out in pairs]))
+
+    def __iter__(self) -> Iterator[Group]:
+        while self._under_way:
+            self._dispatch_next(1)  # before this group's GEMMs take the SMs
+            group, self._arrived = self._under_way.popleft()
+            for transfer in self._arrived:
+                transfer.wait()
+            yield group
+
+    def permute(self, group: Group) -> Tensor:
+        return self._dispatcher.permute(group, self._arrived[0].tensor, self.dispatched_ND)
+
+    def permute_weights(self, group: Group) -> Tensor:
+        return self._dispatcher.permute_weights(group, self._arrived[1].tensor)
+
+    def combine(self, group: Group, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
+        results = self._dispatcher.unpermute(group, y_RD, d_weights_R)
+        if not self._combined:
+            self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
+        for x, out in zip(results, self._combined, strict=True):
+            self._returning.append(self._dispatcher.combine_group(group, computed(x), out))
+        for transfer in self._arrived:
+            transfer.release()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for transfer in self._returning:
+            transfer.wait()
+            transfer.release()
+        return self._dispatcher.received(*self._combined)

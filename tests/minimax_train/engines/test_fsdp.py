@@ -1,0 +1,82 @@
+"""What the FSDP engine says of itself, and that a step of it never makes the host wait for a GPU."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from minimax_train.trainer import Trainer
+from support.distributed import run_ranks
+from support.runs import DIVISIBLE, tiny_run
+
+SIZES = [*DIVISIBLE, "engine.precision=float32", "data.sequence_length=96"]
+
+
+def _ranks_that_share_each_parameter(grid, config):
+    """By parameter, the ranks over which FSDP sums its gradient; and this rank's figures."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    found = {}
+    for module in trainer.engine.model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    found[parameter.sharded_param] = sorted(
+                        dist.get_process_group_ranks(group._all_gather_process_group)
+                    )
+    trainer.loader.close()
+    names = {parameter: name for name, parameter in trainer.engine.parameters.items()}
+    figures = trainer.engine.figures(trainer.plan())
+    return {names[p]: ranks for p, ranks in found.items()}, figures
+
+
+def test_gradients_are_summed_over_the_ranks_that_hold_the_same_part(tmp_path):
+    """Eight ranks as dp 2 x cp 2 x tp 2 and edp 2 x ep 2 x etp 2, rank numbers written out."""
+    axes = {"cp": 2, "tp": 2, "ep": 2, "etp": 2}
+    config = tiny_run(tmp_path, *SIZES, *(f"parallel.{axis}={size}" for axis, size in axes.items()))
+    for rank, (shared, figures) in enumerate(run_ranks(_ranks_that_share_each_parameter, 8, config, **axes)):
+        for name, ranks in shared.items():
+            if "experts.mlp" in name:
+                expected = [rank % 4, rank % 4 + 4]
+            elif ".attention." in name or name in ("embedding.weight", "head.weight"):
+                expected = [r for r in range(8) if r % 2 == rank % 2]
+            else:
+                expected = list(range(8))
+            assert ranks == expected, (rank, name)
+        assert figures.keys() == {"data_parallel_gib"}
+
+
+@pytest.mark.parametrize(("reshard", "gathers"), [("true", 2), ("false", 1)])
+def test_bytes_of_data_parallelism(tmp_path, reshard, gathers):
+    """Two ranks: each receives half of every gathered weight and half of every gradient, once per micro-batch."""
+    config = tiny_run(tmp_path, *SIZES, f"engine.reshard_after_forward={reshard}")
+    for _, figures in run_ranks(_ranks_that_share_each_parameter, 2, config):
+        model = config.model
+        D, width, V = model.hidden_size, model.num_heads * model.head_dim, model.vocab_size
+        kv = model.num_kv_heads * model.head_dim
+        outside = 2 * V * D + D
+        lightning, softmax = 5 * D * width + width, 2 * D * width + 2 * D * kv
+        rest = 2 * D + model.num_experts * D + 3 * model.num_experts * D * model.expert_hidden_size
+        inside = 3 * lightning + softmax + 4 * rest  # LLSL
+        received = (outside * (4 + 4) + inside * (4 * gathers + 4)) / 2 * 2  # two micro-batches of one sequence
+        assert figures["data_parallel_gib"] == pytest.approx(received / 2**30)
+
+
+def _steps_without_waiting(grid, config):
+    trainer = Trainer(config, grid, torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(2):  # kernels compile, buffers are made
+        trainer.metrics(trainer.train_step())
+    batches = trainer.next_batches(trainer.plan())
+    torch.cuda.set_sync_debug_mode("error")
+    trainer.engine.run(batches, trainer.plan())
+    trainer.engine.step(1e-3)
+    torch.cuda.set_sync_debug_mode("default")
+    trainer.loader.close()
+    return True
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+    config = tiny_run(
+        tmp_path, *DIVISIBLE, "device=cuda", "model.hidden_size=64", "model.head_dim=16", "recipe.steps=9"
+    )
+    assert run_ranks(_steps_without_waiting, 1, config, device="cuda", start="spawn") == [True]
