@@ -45,7 +45,10 @@ from support.runs import overrides
         ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
         ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 assignment"),
-        ("model.capacity_scope=global", r"model.capacity_scope='global': must be sequence with model.capacity_factor=null"),
+        (
+            "model.capacity_scope=global",
+            r"model.capacity_scope='global': must be sequence with model.capacity_factor=null",
+        ),
         (
             "model.aux_loss_coefficient=0 model.aux_loss_scope=rank",
             r"model.aux_loss_scope='rank': must be sequence with model.aux_loss_coefficient=0",
