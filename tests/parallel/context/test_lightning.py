@@ -88,10 +88,10 @@ def test_equals_recurrence_in_float32():
 @pytest.mark.parametrize(("kind", "ranks"), [("contiguous", 3), ("zigzag", 2)])
 @pytest.mark.parametrize("method", ["lasp_plus", "ring", "scan"])
 def test_triton_state_passing_equals_recurrence(monkeypatch, poisoned_empty, kind, ranks, method):
-    """A chunk has two tiles at least, each rank two splits; one head of two has a short memory."""
+    """A chunk has two tiles at least, with a boundary of splits between them; one head of two has a short memory."""
     triton = pytest.importorskip("minimax_train.kernels.lightning.triton", exc_type=ImportError)
     monkeypatch.setattr(triton, "choose_tile", lambda *_: triton.TileShape(16, 32, 4, 2))
-    monkeypatch.setattr(triton, "choose_splits", lambda *_: (2, 1))
+    monkeypatch.setattr(triton, "choose_splits", lambda *_: (3, 1))
     monkeypatch.setattr(triton, "BLOCKS", 2)
     chunks = len(SequenceLayout(kind, ranks).chunk_ranks)
     cases = [_case(chunks, size, seed, torch.float32, (0.917, 0.01), 12, 20) for size, seed in [(21, 0), (23, 11)]]
