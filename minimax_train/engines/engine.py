@@ -75,8 +75,8 @@ class StepReport(NamedTuple):
 
     Attributes:
         gradient_norm: L2 norm of the whole model's gradient before clipping, float64 scalar.
-        applied: whether the weights were updated and are finite, bool scalar. Once false it stays false: from the
-            first step with a loss, gradient or updated weight that is not finite, no update changes the weights.
+        applied: whether the weights were updated and are finite, bool scalar. Once false it stays false, and no later
+            update changes the weights. Nor does this one, if the loss or a gradient was not finite.
     """
 
     gradient_norm: Tensor
