@@ -86,9 +86,9 @@ def attention_names(config: ModelConfig) -> list[HuggingFaceNames]:
         ConfigError: when transformers does not have one of them.
     """
     known = " and ".join(str(kind) for kind in ATTENTIONS.values() if kind.hugging_face)
-    names = [kind.hugging_face for kind in config.attentions]
+    names = [kind.hugging_face for kind in config.attentions if kind.hugging_face]
     accepted = f"transformers has only {known}"
-    require(None not in names, "model.layer_pattern", config.layer_pattern, accepted)
+    require(len(names) == config.num_layers, "model.layer_pattern", config.layer_pattern, accepted)
     return names
 
 

@@ -25,16 +25,16 @@ class MicroBatch:
     Attributes:
         tokens_T: token ids, int64.
         labels_T: the token each position must predict, ``IGNORE_INDEX`` where there is none, int64.
-        documents: the segments; every row's edge is an edge of a segment.
-        num_rows: rows, one after the other on the token axis.
+        documents: those in them; one that two sequences share is in here twice.
+        num_sequences: packed sequences, one after the other on the token axis.
         num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
-        shard: which tokens of those rows these are, when several ranks share them; None when they are all.
+        shard: which of their tokens these are, when several ranks share them; None when they are all.
     """
 
     tokens_T: Tensor
     labels_T: Tensor
     documents: Documents
-    num_rows: int
+    num_sequences: int
     num_targets: int
     shard: SequenceShard | None = None
 
@@ -46,7 +46,7 @@ class MicroBatch:
             tokens_T=torch.from_numpy(np.concatenate([sequence.tokens_S for sequence in sequences])),
             labels_T=torch.from_numpy(labels_T),
             documents=Documents.from_lengths(list(chain.from_iterable(sequence.lengths for sequence in sequences))),
-            num_rows=len(sequences),
+            num_sequences=len(sequences),
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
         )
 

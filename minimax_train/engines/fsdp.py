@@ -142,7 +142,7 @@ class FSDPEngine(Engine):
             batch.tokens_T,
             batch.documents,
             batch.labels_T,
-            num_rows=batch.num_rows,
+            num_sequences=batch.num_sequences,
             shard=batch.shard,
             rope_base=plan.rope_base,
         )

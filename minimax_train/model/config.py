@@ -83,17 +83,16 @@ class ModelConfig:
         check("rotary_dim", fits, f"must be even and between 0 and model.head_dim={self.head_dim}")
         fits = self.experts_per_token <= self.num_experts
         check("experts_per_token", fits, f"must be at most model.num_experts={self.num_experts}")
-        has_capacity, has_aux_loss = self.capacity_factor is not None, self.aux_loss_coefficient > 0
-        fits = not has_capacity or self.capacity_factor > 0
+        fits = self.capacity_factor is None or self.capacity_factor > 0
         check("capacity_factor", fits, "must be greater than 0, or null for no limit")
         for name in ("capacity_scope", "aux_loss_scope"):
             check(name, getattr(self, name) not in RENAMED_SCOPES, "renamed: use 'sequence'")
             require_choice(f"model.{name}", getattr(self, name), SCOPES)
         check("aux_loss_coefficient", self.aux_loss_coefficient >= 0, "must be 0 or greater")
         without = f"must be {SCOPES[0]} with model"
-        fits = has_capacity or self.capacity_scope == SCOPES[0]
+        fits = self.capacity_factor is not None or self.capacity_scope == SCOPES[0]
         check("capacity_scope", fits, f"{without}.capacity_factor=null: nothing is dropped")
-        fits = has_aux_loss or self.aux_loss_scope == SCOPES[0]
+        fits = self.aux_loss_coefficient > 0 or self.aux_loss_scope == SCOPES[0]
         check("aux_loss_scope", fits, f"{without}.aux_loss_coefficient=0: there is no such loss")
         fits = self.residual_scale is None or self.residual_scale > 0
         default = f"{deep_norm_alpha(layers):.4f}"

@@ -110,7 +110,7 @@ class HybridModel(nn.Module):
         documents: Documents,
         labels_T: Tensor | None = None,
         *,
-        num_rows: int = 1,
+        num_sequences: int = 1,
         shard: SequenceShard | None = None,
         rope_base: float | None = None,
     ) -> Tensor | ModelLoss:
@@ -120,14 +120,14 @@ class HybridModel(nn.Module):
             tokens_T: int64 token ids, the packed sequences of the micro-batch one after the other.
             documents: the documents in them; every packed sequence starts one.
             labels_T: int64 next tokens, ``IGNORE_INDEX`` (-100) where there is none.
-            num_rows: how many packed sequences, all of one length.
+            num_sequences: how many packed sequences, all of one length.
             shard: which of their tokens these are, when context-parallel ranks share them.
             rope_base: base of the rotary frequencies; the one the model began with if None.
         """
         base = self.config.rope_base if rope_base is None else rope_base
         cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, base)
         context = TokenContext(documents, shard, cos_TR, sin_TR)
-        spans = TokenSpans.of(documents, shard, num_rows, self.ranks)
+        spans = TokenSpans.of(documents, shard, num_sequences, self.ranks)
         x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))
         reports: list[RouterReport] = []
         for block in self.layers:

@@ -76,8 +76,10 @@ class TokenSpans:
         key_T = tokens_T // shard.chunk_size * num_sequences + tokens_T // sequence_length
         key_P, span_T = key_T.unique_consecutive(return_inverse=True)
         place_P = key_P // num_sequences * tp.size + tp.rank
-        on_device = (to_device(x, documents.device) for x in (span_T, key_P % num_sequences, place_P))
-        return cls(ranks, *on_device, len(shard.chunks) * tp.size, num_sequences, sequence_length)
+        host = (span_T, key_P % num_sequences, place_P)
+        span_T, sequence_P, place_P = (to_device(x, documents.device) for x in host)
+        num_places = len(shard.chunks) * tp.size
+        return cls(ranks, span_T, sequence_P, place_P, num_places, num_sequences, sequence_length)
 
     def pools(self, scope: str) -> TokenPools:
         """Made at the first use of a scope (``sequence``, ``global`` or ``rank``) and shared by all layers."""

@@ -43,7 +43,8 @@ class SoftmaxAttention(nn.Module):
         weights_WD = (local(projection.weight) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q_TW, k_TW, v_TW = tp.project(x_tD, *weights_WD)
         q_TW, k_TW = (self._rotated(x_TW, context) for x_TW in (q_TW, k_TW))
-        out_THK = self._attend(*(x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW)), context)
+        q_THK, k_TGK, v_TGK = (x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW))
+        out_THK = self._attend(q_THK, k_TGK, v_TGK, context)
         return tp.scatter_sum(self.o_proj(out_THK.flatten(1)))
 
     def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:

@@ -97,9 +97,9 @@ def rows_of(micro_batches: Sequence) -> list[tuple[list[int], list[int], list[in
     """(tokens, labels, segment lengths) of every row in micro-batches."""
     rows = []
     for batch in micro_batches:
-        length = len(batch.tokens_T) // batch.num_rows
+        length = len(batch.tokens_T) // batch.num_sequences
         edges = batch.documents.bounds
-        for start in range(0, batch.num_rows * length, length):
+        for start in range(0, batch.num_sequences * length, length):
             inside = [edge for edge in edges if start <= edge <= start + length]
             assert inside[0] == start and inside[-1] == start + length, "a row's edge is not a segment's"
             lengths = [b - a for a, b in pairwise(inside)]

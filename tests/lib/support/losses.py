@@ -113,7 +113,7 @@ RUNS = {
 class Consumed(NamedTuple):
     """A rank's part of a micro-batch: how many rows, its token ids, and their places on the rows' token axis."""
 
-    num_rows: int
+    num_sequences: int
     tokens_T: np.ndarray
     places_T: np.ndarray
 
@@ -126,11 +126,11 @@ def watch_model() -> list[Consumed]:
     consumed, forward = [], HybridModel.forward
 
     @functools.wraps(forward)
-    def watched(model, tokens_T, documents, labels_T=None, *, num_rows=1, shard=None, **more):
+    def watched(model, tokens_T, documents, labels_T=None, *, num_sequences=1, shard=None, **more):
         if torch.is_grad_enabled():
             places_T = torch.arange(len(tokens_T)) if shard is None else shard.global_tokens_T
-            consumed.append(Consumed(num_rows, tokens_T.numpy().copy(), places_T.numpy().copy()))
-        return forward(model, tokens_T, documents, labels_T, num_rows=num_rows, shard=shard, **more)
+            consumed.append(Consumed(num_sequences, tokens_T.numpy().copy(), places_T.numpy().copy()))
+        return forward(model, tokens_T, documents, labels_T, num_sequences=num_sequences, shard=shard, **more)
 
     HybridModel.forward = watched
     return consumed
@@ -181,7 +181,7 @@ def _join(parts: Sequence[Consumed]) -> np.ndarray:
         assert ((before == -1) | (before == part.tokens_T)).all(), "ranks hold different tokens at the same place"
         tokens[part.places_T] = part.tokens_T
     assert (tokens != -1).all(), "no rank holds some of the tokens"
-    return tokens.reshape(parts[0].num_rows, -1)
+    return tokens.reshape(parts[0].num_sequences, -1)
 
 
 def differences(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> list[str]:

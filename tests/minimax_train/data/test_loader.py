@@ -176,7 +176,7 @@ def test_step_sizes_may_change(json_config):
     got = []
     for per_micro_batch, num_micro_batches in [(1, 1), (2, 3), (1, 2), (5, 1), (2, 5)]:
         batches = batches_of(rows, per_micro_batch, num_micro_batches)
-        assert [batch.num_rows for batch in batches] == [per_micro_batch] * num_micro_batches
+        assert [batch.num_sequences for batch in batches] == [per_micro_batch] * num_micro_batches
         got += rows_of(batches)
     assert got == expected
     with pytest.raises(ValueError, match="global_batch_size=0: must be a positive multiple of 1"):

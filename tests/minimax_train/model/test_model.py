@@ -43,7 +43,7 @@ def test_packed_documents_do_not_see_each_other(pattern, capacity):
         model.config.capacity_factor = capacity
         tokens = torch.randint(300, (2 * 63,))
         documents = [20, 43, 63]
-        packed = model(tokens, Documents.from_lengths(documents), num_rows=2)
+        packed = model(tokens, Documents.from_lengths(documents), num_sequences=2)
         apart = [model(tokens[:63], Documents.from_lengths([20, 43])), model(tokens[63:], Documents.from_lengths([63]))]
         assert relative_error(packed, torch.cat(apart)) < 1e-13
 
@@ -80,8 +80,8 @@ def test_loss_and_gradients_equal_the_naive_kernels(capacity):
     results = []
     for kernels in (KernelConfig(), KernelConfig(lightning="naive", softmax="naive", silu="naive")):
         model = _model(config, kernels)
-        out = model(tokens, documents, labels, num_rows=2)
-        logits = model(tokens, documents, num_rows=2)
+        out = model(tokens, documents, labels, num_sequences=2)
+        logits = model(tokens, documents, num_sequences=2)
         plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         torch.testing.assert_close(out.token_loss, plain)
         (out.token_loss + out.aux_loss).backward()
@@ -106,7 +106,7 @@ def test_triton_kernels_give_the_same_model(capacity):
     results = []
     for kernels, dtype in ((dict.fromkeys(names, "triton"), torch.float32), ({}, torch.float64)):
         model = _model(config, KernelConfig(lightning="chunked", softmax="naive", **kernels)).to(DEVICE, dtype)
-        out = model(tokens, documents, labels, num_rows=2)
+        out = model(tokens, documents, labels, num_sequences=2)
         (out.token_loss + out.aux_loss).backward()
         results.append((out, {name: parameter.grad for name, parameter in model.named_parameters()}))
     (out, gradients), (expected, right) = results

@@ -49,7 +49,7 @@ def _gradient_of_the_mean_loss(grid, config):
     targets = sum(int((batch.labels_T != -100).sum()) for batch in batches)
     losses = []
     for batch in batches:
-        logits = trainer.engine.model(batch.tokens_T, batch.documents, num_rows=batch.num_rows)
+        logits = trainer.engine.model(batch.tokens_T, batch.documents, num_sequences=batch.num_sequences)
         losses.append(torch.nn.functional.cross_entropy(logits, batch.labels_T, reduction="sum"))
     (torch.stack(losses).sum() / targets).backward()
     return {name: p.grad.full_tensor() for name, p in trainer.engine.parameters.items()}
