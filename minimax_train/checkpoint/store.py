@@ -115,4 +115,4 @@ def _remove(path: Path) -> None:
 def _finished(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(_NAME.fullmatch(p.name)[1]))
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name.partition("-")[2]))

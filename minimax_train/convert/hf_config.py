@@ -76,10 +76,10 @@ def to_hf_config(model: ModelConfig, surroundings: Surroundings, dtype: torch.dt
     """
     from transformers import MiniMaxConfig
 
+    values: dict[str, Any] = dict.fromkeys(ALPHAS, model.alpha) | dict.fromkeys(BETAS, 1)
+    values |= {theirs: getattr(model, ours) for theirs, ours in SAME.items()}
     return MiniMaxConfig(
-        **{theirs: getattr(model, ours) for theirs, ours in SAME.items()},
-        **dict.fromkeys(ALPHAS, model.alpha),
-        **dict.fromkeys(BETAS, 1),
+        **values,
         layer_types=[names.layer_type for names in attention_names(model)],
         rope_parameters=_to_rope(model),
         router_aux_loss_coef=_their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
@@ -146,9 +146,10 @@ def _pattern(hf: MiniMaxConfig) -> str:
     """The shortest pattern whose repetition is ``layer_types``."""
     layers = hf.num_hidden_layers
     kinds = {kind.hugging_face.layer_type: letter for letter, kind in ATTENTIONS.items() if kind.hugging_face}
-    for name in hf.layer_types:
+    names = hf.layer_types or ()
+    for name in names:
         require(name in kinds, "layer_types", name, f"must be one of {', '.join(kinds)}")
-    letters = "".join(kinds[name] for name in hf.layer_types)
+    letters = "".join(kinds[name] for name in names)
     require(len(letters) == layers, "layer_types", hf.layer_types, f"must name num_hidden_layers={layers} layers")
     lengths = [length for length in range(1, layers + 1) if layers % length == 0]
     return next(letters[:length] for length in lengths if letters[:length] * (layers // length) == letters)
@@ -182,7 +183,7 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
     refused: transformers ignores it and rotates the whole head, but the weights may have been trained otherwise.
     Whoever knows says so.
     """
-    rope = hf.rope_parameters
+    rope: dict[str, Any] = dict(hf.rope_parameters or {})
     unknown = [key for key in rope if key not in ROPE_KEYS]
     require(not unknown, "rope_parameters", rope, f"{', '.join(unknown)} not known here: accepted {sorted(ROPE_KEYS)}")
     require(rope.get("factor") in (None, 1), "rope_parameters.factor", rope.get("factor"), "must be 1, or left out")
