@@ -31,7 +31,7 @@ from minimax_train.kernels.experts.permutation import Permutation
 class Dispatcher:
     """Where the tokens of one call of the layer go; made for this call, used in its forward and its backward.
 
-    ``dispatch`` starts a round trip, with weights in forward. Iterating over it gives the groups, each when it has arrived: ``group.routed``,
+    ``dispatch`` starts a round trip. Iterating over it gives the groups, each when it has arrived: ``group.routed``,
     which they are of all groups' routed tokens; ``group.experts``, which of this rank's experts they are for; and
     ``group.offsets_E``, the end of each of these experts' tokens among them, int32. Of a group, the trip gives
 
@@ -48,7 +48,7 @@ class Dispatcher:
     offsets_E: Any
     """End of each expert's routed tokens of all groups, int32."""
 
-    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:  # of the weights one in forward, none in backward
         raise NotImplementedError
 
     def permute_all(self, dispatched_ND: Tensor) -> Tensor:
