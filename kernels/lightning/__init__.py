@@ -6,13 +6,12 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from minimax_train.documents import Documents
-from minimax_train.kernels.dispatch import AUTO, choose
+from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_takes
 from minimax_train.kernels.lightning.chunked import lightning_attention_chunked
 from minimax_train.kernels.lightning.naive import lightning_attention_naive
 from minimax_train.kernels.lightning.state_passing import StatePassing, TorchStatePassing
@@ -31,8 +30,8 @@ def _explicit_states(run: Callable) -> Callable:
     return with_states
 
 
-def _triton() -> ModuleType:
-    # CPU installs have no triton: imported only when asked for.
+@OnDemand
+def _triton():
     from minimax_train.kernels.lightning import triton
 
     return triton
@@ -41,12 +40,12 @@ def _triton() -> ModuleType:
 IMPLEMENTATIONS = {
     "naive": _explicit_states(lightning_attention_naive),
     "chunked": _explicit_states(lightning_attention_chunked),
-    "triton": lambda *args: _triton().lightning_attention_triton(*args),
+    "triton": lambda *args: _triton.lightning_attention_triton(*args),
 }
 STATE_PASSING: dict[str, Callable[[], StatePassing]] = {
     "naive": lambda: TorchStatePassing(lightning_attention_naive),
     "chunked": lambda: TorchStatePassing(lightning_attention_chunked),
-    "triton": lambda: _triton().TritonStatePassing(),
+    "triton": lambda: _triton.TritonStatePassing(),
 }
 
 
@@ -62,7 +61,7 @@ def lightning_slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:
 
 
 def _best(q_THK: Tensor) -> str:
-    return "triton" if q_THK.is_cuda and q_THK.dtype != torch.float64 else "chunked"
+    return "triton" if triton_takes(q_THK) else "chunked"
 
 
 def lightning_state_passing(q_THK: Tensor, implementation: str = AUTO) -> StatePassing:
