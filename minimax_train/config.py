@@ -185,20 +185,12 @@ class Config:
             raise ConfigError(str(error)) from error
         dp = world_size // (parallel.cp * parallel.tp)
         together = dp * recipe.micro_batch_size
-        require(
-            recipe.global_batch_size % together == 0,
-            "recipe.global_batch_size",
-            recipe.global_batch_size,
-            f"must be a multiple of {together}: {dp} data-parallel ranks x "
-            f"recipe.micro_batch_size={recipe.micro_batch_size}",
-        )
-        fitting = [size for size in range(1, streams + 1) if streams % size == 0]
-        require(
-            streams % dp == 0,
-            "data.num_streams",
-            streams,
-            f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
-        )
+        size, ranks = recipe.global_batch_size, f"{dp} data-parallel ranks"
+        accepted = f"must be a multiple of {together}: {ranks} x recipe.micro_batch_size={recipe.micro_batch_size}"
+        require(size % together == 0, "recipe.global_batch_size", size, accepted)
+        fitting = [number for number in range(1, streams + 1) if streams % number == 0]
+        accepted = f"must be a multiple of the {ranks}; with it, {fitting} of them would do"
+        require(streams % dp == 0, "data.num_streams", streams, accepted)
         if self.model.capacity_scope == "global":
             self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
 

@@ -31,14 +31,7 @@ TORCH_BLOCK = 2048
 SLICE = 2**24
 
 
-@OnDemand
-def _triton():
-    from minimax_train.kernels.cross_entropy import triton
-
-    return triton
-
-
-IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
+IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.cross_entropy.triton"), "torch": pytorch}
 
 
 def choose_block(T: int, D: int, V: int, *, itemsize: int, temporaries: int) -> tuple[int, bool]:

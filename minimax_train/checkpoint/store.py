@@ -80,12 +80,8 @@ def load_weights(path: Path, model: dict[str, Tensor]) -> None:
     for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
         held = "no such parameter" if size is None else f"one of {tuple(size)}"
-        require(
-            size == parameter.shape,
-            "checkpoint.initial_weights",
-            str(path),
-            f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}",
-        )
+        accepted = f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}"
+        require(size == parameter.shape, "checkpoint.initial_weights", str(path), accepted)
     dcp.load({"model": model}, checkpoint_id=path)
 
 

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimax_train.convert.checkpoint import (
-    Origin,
-    write_model_config,
-    write_origin,
-    write_parameters,
-)
+from minimax_train.convert.checkpoint import Origin, write_model_config, write_origin, write_parameters
 from minimax_train.convert.decays import SLOPES, decay_name, decay_outputs, decays, lightning_layers
 from minimax_train.convert.draft import draft_of
 from minimax_train.convert.hf_config import from_hf_config
@@ -138,13 +133,11 @@ class _Tensors:
                 continue
             expected, stored = decays(model, layer, SLOPES, 1), self.folder.read(name).float()
             same = expected.shape == stored.shape and torch.allclose(stored, expected, rtol=_SLOPE_TOLERANCE, atol=0)
-            require(
-                same,
-                name,
-                stored.flatten().tolist(),
+            accepted = (
                 f"must be the slopes of MiniMax-01, {expected.flatten().tolist()}; a model that transformers "
-                "initialised in bfloat16 has others: initialise it in float32, then cast",
+                "initialised in bfloat16 has others: initialise it in float32, then cast"
             )
+            require(same, name, stored.flatten().tolist(), accepted)
             dtype = str(self.folder.dtype(name)).removeprefix("torch.")
         return dtype
 

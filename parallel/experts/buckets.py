@@ -86,7 +86,6 @@ class BucketGroup:
     offsets_E: Tensor = field(init=False)
     source_R: Tensor = field(init=False)
     place_N: Tensor = field(init=False)
-    weights = ()  # they multiply at the source
 
 
 def make_groups(buckets: ExpertBuckets, counts: list[list[list[int]]], i: int, j: int) -> list[BucketGroup]:
