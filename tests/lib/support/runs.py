@@ -80,7 +80,8 @@ def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:
     """
     plan = trainer.plan()
     totals = trainer.engine.totals(trainer.engine.run(trainer.next_batches(plan), plan))
-    gradients = [p.grad.full_tensor() for p in trainer.engine.parameters.values()]
+    # On the host: torch's functional collectives crash over gloo on CUDA tensors.
+    gradients = [p.grad.cpu().full_tensor() for p in trainer.engine.parameters.values()]
     sums = {name: float(value) for name, value in totals._asdict().items() if value.dim() == 0}
     sums |= {f"tokens_per_expert/{i}": float(n) for i, n in enumerate(totals.tokens_per_expert_LE.flatten())}
     return sums, float(sum(gradient.double().square().sum() for gradient in gradients)) ** 0.5

@@ -77,6 +77,6 @@ def _steps_without_waiting(grid, config):
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu(tmp_path):
     config = tiny_run(
-        tmp_path, *DIVISIBLE, "device=cuda", "model.hidden_size=64", "model.head_dim=16", "recipe.steps=9"
+        tmp_path, *DIVISIBLE, "device=cuda", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"
     )
     assert run_ranks(_steps_without_waiting, 1, config, device="cuda", start="spawn") == [True]
