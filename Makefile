@@ -1,14 +1,13 @@
 # make demo       pretrain a small hybrid model on this machine, in a fresh virtual environment
 # make test       the CPU test suite, likewise
 # make test-gpu   the tests that need a GPU; those over NCCL run where there are two or more
-# make lint       ruff: lint and format
-# make types      the type checker
+# make lint       ruff, lint and format; pyrefly, the type checker
 # make hooks      lint and format before every commit
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint types hooks install install-cuda a-gpu clean
+.PHONY: demo test test-gpu lint hooks install install-cuda a-gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -44,8 +43,6 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: install
 	$(BIN)/pyrefly check
 
 hooks: install

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,10 +83,11 @@ def mixes(tokens: int) -> dict[str, list[int]]:
     return {"one document": [tokens], f"{len(packed)} documents": packed}
 
 
-def communicators(options: argparse.Namespace, ranks: int, **emulated: int) -> list[Communicator]:
+def communicators(options: argparse.Namespace, ranks: int, **emulated: Any) -> list[Communicator]:
     """The ranks this process plays: itself over NCCL, every one in turn when emulated."""
     if options.link == "nccl":
-        return [GroupCommunicator(dist.group.WORLD)]
+        world: Any = dist.group.WORLD  # there is one
+        return [GroupCommunicator(world)]
     latency, rate = RATES[options.rate]
     return [EmulatedLink(rank, ranks, latency, rate, options.sms, **emulated) for rank in range(ranks)]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def subplots(rows: int, columns: int, size: tuple[float, float], **how: object) -> tuple[Figure, list[Axes]]:
+def subplots(rows: int, columns: int, size: tuple[float, float], **how: Any) -> tuple[Figure, list[Axes]]:
     """A figure that needs no display, and its axes."""
     import matplotlib
 

@@ -25,6 +25,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,11 +73,12 @@ def make_inputs(routing: str, ep: int, etp: int, options: argparse.Namespace) ->
     return rank, flops, [*leaves[:2], experts_TK.to(options.device), *leaves[2:]]
 
 
-def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) -> dict[str, list[Communicator]]:
+def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) -> dict[str, list[Any]]:
     """Both axes' communicators: of the link that is measured, and of one that takes no time."""
     sizes = {"ep": (ep, rank), "etp": (etp, 0)}
     if options.link == "nccl":
-        group = GroupCommunicator(dist.new_group(pg_options=transfer_options(options.sms)))
+        everyone: Any = dist.new_group(pg_options=transfer_options(options.sms))
+        group = GroupCommunicator(everyone)
         sizes["ep" if ep > 1 else "etp"] = (group.size, group.rank)
         linked = [group if size > 1 else FreeLink(0, 1) for size, _ in sizes.values()]
     else:
@@ -118,7 +120,7 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         rank = dist.get_rank()
     dy_TD = torch.randn_like(inputs[0])
     both = links(ep, etp, rank, options, rate)
-    runs = {
+    runs: dict[Any, Callable[[], Any]] = {
         (groups, kind): one_call(ExpertParallel(*axes, num_experts=options.experts, token_groups=groups), inputs, dy_TD)
         for groups in options.groups
         for kind, axes in both.items()

@@ -11,7 +11,7 @@ clock that the power limit allows for long; a GEMM's first 15 ms are faster.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -80,7 +80,10 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float) -
         return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
 
     flop = {"dense, 8192^3": 2 * 8192**3, "dense, own size": 4 * T * K * hidden * D}
-    runs = {"dense, 8192^3": gemm(8192, 8192, 8192), "dense, own size": gemm(T * K, 2 * hidden, D)}
+    runs: dict[str, Callable[[], object]] = {
+        "dense, 8192^3": gemm(8192, 8192, 8192),
+        "dense, own size": gemm(T * K, 2 * hidden, D),
+    }
     for name, router_name in [*((name, "triton") for name in _names(x)), ("grouped", "torch")]:
         runs[f"{name}: forward + backward"] = partial(layer, name, router_name)
     ms = times_in_turns(runs)
@@ -92,7 +95,7 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float) -
         row = {"op": "experts", "name": name, "tokens": T, "hidden": D, "expert_hidden": hidden, "experts": E}
         rows.append(row | {"both_ms": ms[name]} | dict(zip(SHARES, shares, strict=True)))
     weights = (tensor.detach() for tensor in (x, router, gate_up, down))
-    return rows + _expert_parts(*weights, pieces, K, rate, rates["dense, 8192^3"])
+    return rows + _expert_parts(*weights, pieces=pieces, K=K, rate=rate, dense=rates["dense, 8192^3"])
 
 
 def _names(x: Tensor) -> list[str]:
@@ -161,9 +164,9 @@ def _gemms(
 def _both_directions(
     op: str,
     label: str,
-    runs: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]],
+    runs: Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]],
     leaves: list[Tensor],
-    moved: tuple[int, int],
+    moved: tuple[int, ...],
     rate: float,
 ) -> list[dict]:
     rows = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from drawing import save, subplots
@@ -101,7 +102,7 @@ def plot(source: Path, picture: Path) -> None:
             of_op = [point for point in points if point["op"] == op]
             for name in dict.fromkeys(point["name"] for point in of_op):
                 line = [(point["tokens"], point["ns"][index]) for point in of_op if point["name"] == name]
-                how = {"color": color, "marker": "o", "markersize": 4}
+                how: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4}
                 if name != "ours":  # on top: a peer may lie on our line
                     how = {"color": dark, "marker": "x", "linestyle": "--", "linewidth": 0.8, "zorder": 3}
                 axis.plot(*zip(*line, strict=True), label=f"{op}, {name}", **how)

@@ -14,7 +14,7 @@ have passed them on: a receive that starts such a journey waits for the hops bef
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -57,21 +57,21 @@ class EmulatedLink:
         if torch.cuda.is_available():
             self._stream = torch.cuda.Stream(priority=-1)
 
-    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         out = x.new_empty(self.size, *x.shape) if out is None else out
         return self._transfer((self.size - 1) * x.nbytes, x.contiguous(), out)
 
-    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         out = torch.empty_like(x[0]) if out is None else out
         return self._transfer((self.size - 1) * out.nbytes, x.contiguous(), out)
 
-    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]) -> Pending[Tensor]:
         row_bytes = x[:1].nbytes
         outgoing = (sum(input_splits) - input_splits[self.rank]) * row_bytes
         incoming = (sum(output_splits) - output_splits[self.rank]) * row_bytes
         return self._transfer(max(outgoing, incoming), x.contiguous(), out[: sum(output_splits)], result=out)
 
-    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
         outgoing = sum(x.nbytes for x in sends.values())
         incoming = sum(x.nbytes for x in receives.values())
         extra_hops = 0
@@ -80,34 +80,38 @@ class EmulatedLink:
             hops = giver if giver < self.rank else self.size - 1 - giver
             extra_hops = hops if self._received % self.pieces == 0 else 0
             self._received += 1
-        size = max(outgoing, incoming)
-        if not receives:
-            return self._transfer(size, None, None)
+        if not sends and not receives:
+            return Pending(lambda: None)
         # One of them carries the time of all.
-        *others, last = receives.values()
+        *others, last = receives.values() if receives else [x[:0] for x in sends.values()]
         for x in others:
             self._transfer(0, _noise(x), x)
-        return self._transfer(size, _noise(last), last, extra_hops=extra_hops)
+        pending = self._transfer(max(outgoing, incoming), _noise(last), last, extra_hops=extra_hops)
+
+        def wait() -> None:
+            pending.wait()
+
+        return Pending(wait)
 
     def _transfer(
-        self, size: int, source: Tensor | None, target: Tensor | None, *, result: Tensor | None = None, extra_hops=0
-    ) -> Pending:
+        self, size: int, source: Tensor, target: Tensor, *, result: Tensor | None = None, extra_hops: int = 0
+    ) -> Pending[Tensor]:
         """Fill ``target`` from ``source``, again from its start if that is shorter, in the time of a size.
 
         A source of no rows fills nothing.
         """
-        result = target if result is None else result
+        received = target if result is None else result
         seconds = (self.latency_s + size / self.bytes_per_s) * (1 + extra_hops if size else 0)
         self.busy_s += seconds
         if self._stream is None:
             time.sleep(seconds)
             _fill(source, target)
-            return Pending(lambda: result)
+            return Pending(lambda: received)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             started = torch.empty(1, dtype=torch.int64, device="cuda")
             _clock[(1,)](started)
-            nothing = target is None or not source.numel()
+            nothing = not target.numel() or not source.numel()
             words = [started[:0], started[:0]] if nothing else _words(source, target)
             sizes = [x.numel() for x in words]
             # 1024 threads leave a GEMM no registers: smaller programs would share an SM with it.
@@ -115,9 +119,9 @@ class EmulatedLink:
                 *words, *sizes, started, int(seconds * 1e9), B=4096, EXACT=max(sizes) < 2**20, num_warps=32
             )
 
-        def wait() -> Tensor | None:
+        def wait() -> Tensor:
             torch.cuda.current_stream().wait_stream(self._stream)
-            return result
+            return received
 
         return Pending(wait)
 
@@ -134,16 +138,15 @@ class FreeLink(EmulatedLink):
         self.moving = True
 
     def _transfer(
-        self, size: int, source: Tensor | None, target: Tensor | None, *, result: Tensor | None = None, extra_hops=0
-    ) -> Pending:
-        result = target if result is None else result
-        if self.moving or (target is not None and not target.is_floating_point()):
+        self, size: int, source: Tensor, target: Tensor, *, result: Tensor | None = None, extra_hops: int = 0
+    ) -> Pending[Tensor]:
+        if self.moving or not target.is_floating_point():
             _fill(source, target)
-        return Pending(lambda: result)
+        return Pending(lambda: target if result is None else result)
 
 
-def _fill(source: Tensor | None, target: Tensor | None) -> None:
-    if target is not None and target.numel() and source.numel():
+def _fill(source: Tensor, target: Tensor) -> None:
+    if target.numel() and source.numel():
         times = -(-target.numel() // source.numel())
         target.view(-1).copy_(source.view(-1).repeat(times)[: target.numel()])
 

@@ -52,7 +52,7 @@ def rows(lengths: list[int], implementations: list[str]) -> list[dict]:
     scores = sum(length * (length + 1) / 2 for length in lengths)
 
     def forward(name: str) -> Tensor:
-        return _attend(name, *inputs, documents)
+        return _attend(name, *inputs, documents=documents)
 
     def both(name: str) -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(name), inputs, grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ def alternating_times(
     return [statistics.median(a.elapsed_time(b) for a, b in of_run) for of_run in by_run]
 
 
-def times_in_turns(runs: dict[str, Callable[[], object]], turn_ms: float = 300, rounds: int = 5) -> dict[str, float]:
+def times_in_turns(runs: Mapping[str, Callable[[], object]], turn_ms: float = 300, rounds: int = 5) -> dict[str, float]:
     """Milliseconds of each on the device, the median over turns that each takes among the others.
 
     GEMMs run fastest in their first tens of milliseconds, until the power limit lowers the clock: those that are
@@ -82,7 +82,7 @@ def kernel_times(runs: Sequence[Callable[[], object]], calls: int = 4, rounds: i
                 for _ in range(calls):
                     run()
                 torch.cuda.synchronize()
-            spans = [e.time_range.elapsed_us() for e in profile.events() if e.device_type == device]
+            spans = [e.time_range.elapsed_us() for e in profile.events() or () if e.device_type == device]
             found.append(sum(spans) / calls * 1e-3)
     return [statistics.median(found[1:]) for found in of_run]  # the first round warms up
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -37,6 +37,7 @@ from minimax_train.recipe import RecipeConfig, StepPlan
 # Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
 RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
 CONFIG_DIR = Path(configs.__file__).parent
+Tree = DictConfig | ListConfig
 
 
 @dataclass
@@ -184,20 +185,12 @@ class Config:
             raise ConfigError(str(error)) from error
         dp = world_size // (parallel.cp * parallel.tp)
         together = dp * recipe.micro_batch_size
-        require(
-            recipe.global_batch_size % together == 0,
-            "recipe.global_batch_size",
-            recipe.global_batch_size,
-            f"must be a multiple of {together}: {dp} data-parallel ranks x "
-            f"recipe.micro_batch_size={recipe.micro_batch_size}",
-        )
-        fitting = [size for size in range(1, streams + 1) if streams % size == 0]
-        require(
-            streams % dp == 0,
-            "data.num_streams",
-            streams,
-            f"must be a multiple of the {dp} data-parallel ranks; with it, {fitting} of them would do",
-        )
+        size, ranks = recipe.global_batch_size, f"{dp} data-parallel ranks"
+        accepted = f"must be a multiple of {together}: {ranks} x recipe.micro_batch_size={recipe.micro_batch_size}"
+        require(size % together == 0, "recipe.global_batch_size", size, accepted)
+        fitting = [number for number in range(1, streams + 1) if streams % number == 0]
+        accepted = f"must be a multiple of the {ranks}; with it, {fitting} of them would do"
+        require(streams % dp == 0, "data.num_streams", streams, accepted)
         if self.model.capacity_scope == "global":
             self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
 
@@ -249,7 +242,7 @@ def read_config(path: str | Path) -> Config:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
 
 
-def _with_new_names(saved: DictConfig) -> DictConfig:
+def _with_new_names(saved: Tree) -> Tree:
     """What an earlier version saved, in the words of this one."""
     for old, new in RENAMED_KEYS.items():
         group, _, name = old.rpartition(".")
@@ -295,18 +288,19 @@ def flatten(config: Config) -> dict[str, Any]:
     return walk(dataclasses.asdict(config), "")
 
 
-def _instantiate(tree: DictConfig) -> Config:
+def _instantiate(tree: Tree) -> Config:
     require_choice("engine.name", tree.engine.name, tuple(ENGINES))
     _refuse_unknown(OmegaConf.to_container(tree), tree.engine.name)
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ConfigError(f"{missing[0]}: no value given; it has no default, so pass {missing[0]}=...")
-    return OmegaConf.to_object(tree)
+    config: Any = OmegaConf.to_object(tree)
+    return config
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One message from Hydra's or OmegaConf's: key, value, what is accepted."""
-    causes = [error]
+    causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = "\n".join(str(cause) for cause in causes)
@@ -341,7 +335,7 @@ def _fields_of(path: str, engine: str) -> dict[str, str]:
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
-def _refuse_unknown(tree: dict[str, Any], engine: str, path: str = "") -> None:
+def _refuse_unknown(tree: Any, engine: str, path: str = "") -> None:
     """Hydra's ``+key=value`` adds keys past the types; none of them would be read."""
     fields = _fields_of(path, engine)
     for name, value in tree.items():
@@ -361,5 +355,5 @@ def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0]

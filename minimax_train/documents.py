@@ -58,11 +58,7 @@ class Documents(Derived):
 
     @classmethod
     def from_lengths(
-        cls,
-        lengths: Sequence[int],
-        device: torch.device | str = "cpu",
-        *,
-        first_positions: Sequence[int] | None = None,
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", *, first_positions: Sequence[int] | None = None
     ) -> Documents:
         """Documents of the given lengths in tokens, one after the other.
 

@@ -24,7 +24,7 @@ class _Watched:
     report: StepReport
     applied: Tensor
     """``report.applied`` on the host, once ``copied``."""
-    copied: torch.cuda.Event | None
+    copied: torch.Event | None
 
 
 class StepGuard:

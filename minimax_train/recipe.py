@@ -52,40 +52,27 @@ class RecipeConfig:
     eval_sequences: int = 64
 
     def __post_init__(self) -> None:
-        require_positive(
-            "recipe", self, "steps", "global_batch_size", "micro_batch_size", "learning_rate", "eval_sequences"
-        )
-        require(
-            self.global_batch_size % self.micro_batch_size == 0,
-            "recipe.micro_batch_size",
-            self.micro_batch_size,
-            f"must divide recipe.global_batch_size={self.global_batch_size}",
-        )
+        def check(name: str, holds: bool, accepted: str) -> None:
+            require(holds, f"recipe.{name}", getattr(self, name), accepted)
+
+        sizes = ("steps", "global_batch_size", "micro_batch_size")
+        require_positive("recipe", self, *sizes, "learning_rate", "eval_sequences")
+        fits = self.global_batch_size % self.micro_batch_size == 0
+        check("micro_batch_size", fits, f"must divide recipe.global_batch_size={self.global_batch_size}")
         require_choice("recipe.decay_shape", self.decay_shape, DECAY_SHAPES)
         for name in ("warmup_steps", "decay_steps", "weight_decay", "eval_interval", "adam_eps"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"recipe.{name}", value, "must be 0 or greater, and finite")
+            check(name, 0 <= getattr(self, name) < math.inf, "must be 0 or greater, and finite")
         for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"recipe.{name}", getattr(self, name), "must be in [0, 1)")
+            check(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         smallest = self.min_learning_rate > 0 if self.decay_shape == "exponential" else self.min_learning_rate >= 0
-        require(
-            smallest and self.min_learning_rate <= self.learning_rate,
-            "recipe.min_learning_rate",
-            self.min_learning_rate,
-            f"must be at most recipe.learning_rate={self.learning_rate}, and greater than 0 for exponential decay",
+        accepted = (
+            f"must be at most recipe.learning_rate={self.learning_rate}, and greater than 0 for exponential decay"
         )
-        require(
-            self.warmup_steps + self.decay_steps <= self.steps,
-            "recipe.decay_steps",
-            self.decay_steps,
-            f"with recipe.warmup_steps={self.warmup_steps} must fit in recipe.steps={self.steps}",
-        )
-        require(
-            self.gradient_clip is None or self.gradient_clip > 0,
-            "recipe.gradient_clip",
-            self.gradient_clip,
-            "must be greater than 0, or null for no limit",
-        )
+        check("min_learning_rate", smallest and self.min_learning_rate <= self.learning_rate, accepted)
+        accepted = f"with recipe.warmup_steps={self.warmup_steps} must fit in recipe.steps={self.steps}"
+        check("decay_steps", self.warmup_steps + self.decay_steps <= self.steps, accepted)
+        fits = self.gradient_clip is None or self.gradient_clip > 0
+        check("gradient_clip", fits, "must be greater than 0, or null for no limit")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0: warm-up, constant, decay."""

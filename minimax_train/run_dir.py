@@ -39,8 +39,9 @@ def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -
     dist.broadcast_object_list(told, src=0)
     if problem is None and told[0] is not None:
         problem = ConfigError(told[0])
-    if problem is not None:
+    if isinstance(problem, ConfigError):
         problem.on_all_ranks = True
+    if problem is not None:
         raise problem
     return load_tokenizer(folder / TOKENIZER)
 
@@ -52,35 +53,34 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
         raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
     require(os.access(folder, os.W_OK), "run_dir", config.run_dir, "must be a folder this run can write")
     saved = folder / CONFIG
-    if store.latest() is not None:
+    latest, weights = store.latest(), config.checkpoint.initial_weights
+    if latest is not None:
         if config.checkpoint.resume == "never":
             raise ConfigError(
-                f"run_dir={config.run_dir!r}: already holds {store.latest().name}; "
+                f"run_dir={config.run_dir!r}: already holds {latest.name}; "
                 "pass checkpoint.resume=auto to continue it, or another run_dir"
             )
         _refuse_changes(read_config(saved), config)
     else:
         # What the run is told to start from must not be what it writes over.
-        weights = config.checkpoint.initial_weights
         apart = weights is None or Path(weights).resolve() != folder.resolve()
         apart &= Path(config.data.tokenizer).resolve() != (folder / TOKENIZER).resolve()
         require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
         # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / TOKENIZER)
-    if store.latest() is None and config.checkpoint.initial_weights is not None:
-        _refuse_other_tokens(config, tokenizer)
+    if latest is None and weights is not None:
+        _refuse_other_tokens(config, weights, tokenizer)
     save_config(config, saved)
 
 
-def _refuse_other_tokens(config: Config, tokenizer: Tokenizer) -> None:
+def _refuse_other_tokens(config: Config, weights: str, tokenizer: Tokenizer) -> None:
     """Embedding rows of initial weights mean the tokens they were trained with."""
-    theirs = find_checkpoint(config.checkpoint.initial_weights) / TOKENIZER
+    theirs = find_checkpoint(weights) / TOKENIZER
     if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "
-            f"checkpoint.initial_weights={config.checkpoint.initial_weights!r} was trained with; "
-            f"pass data.tokenizer={theirs}"
+            f"checkpoint.initial_weights={weights!r} was trained with; pass data.tokenizer={theirs}"
         )
 
 

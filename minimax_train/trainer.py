@@ -149,7 +149,8 @@ class Trainer:
         }
 
     def evaluate(self, plan: StepPlan) -> dict[str, float]:
-        """Loss on the held-out documents."""
+        """Loss on the held-out documents, of a run that evaluates."""
+        assert self.evaluation is not None
         self.guard.check()
         with self.phases("evaluate"):
             return self.evaluation.run(self.engine, plan)
@@ -173,7 +174,7 @@ class Trainer:
         if latest is not None:
             progress = self.store.load(latest, state)
             self.engine.restore(state)
-            self.loader.load_state_dict(progress.data)
+            self.loader.load_state_dict(progress.data or {})
             return progress
         if checkpoint.initial_weights is not None:
             load_weights(find_checkpoint(checkpoint.initial_weights), state["model"])

@@ -6,9 +6,10 @@ and over an emulated link (``benchmarks/``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,16 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+Received = TypeVar("Received", Tensor, None)
+
+
 @dataclass
-class Pending:
+class Pending(Generic[Received]):
     """A transfer under way."""
 
-    wait: Callable[[], Tensor | None]
-    """Blocks the current stream (or the host, on CPU) until the transfer is done; returns what was received, if the
-    call that started it returns anything."""
+    wait: Callable[[], Received]
+    """Blocks the current stream (or the host, on CPU) until the transfer is done; returns what was received, None
+    where it is in buffers that the caller gave."""
 
 
 class Communicator(Protocol):
@@ -34,25 +38,25 @@ class Communicator(Protocol):
     rank: int
     size: int
 
-    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank.
 
         In ``out`` if given, which must be contiguous.
         """
 
-    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's slice of the sum.
 
         In ``out`` if given, which must be contiguous.
         """
 
-    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]) -> Pending[Tensor]:
         """Start sending ``input_splits[r]`` rows of x to each rank r, in order, and receiving ``output_splits[r]``.
 
         They arrive in ``out``, which ``wait()`` returns. Both tensors may have more rows than are sent or received.
         """
 
-    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
         """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
 
         Buffers may be used again after ``wait()``. Each pair of ranks must agree on what passes between them.
@@ -73,30 +77,28 @@ class GroupCommunicator:
         # get_backend names all of a group's backends at once ("cpu:gloo,cuda:nccl"): ask for the device's.
         self._is_nccl = "cuda:nccl" in dist.get_backend_config(group)
 
-    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         return self._start(_all_gather, x, x.new_empty(self.size, *x.shape) if out is None else out)
 
-    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending:
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         return self._start(_reduce_scatter, x, x.new_empty(x.shape[1:]) if out is None else out)
 
-    def _start(self, collective: Callable, x: Tensor, out: Tensor) -> Pending:
+    def _start(self, collective: Callable, x: Tensor, out: Tensor, *splits: list[int]) -> Pending[Tensor]:
         x = x.contiguous()
         if not self._is_nccl and x.is_cuda:  # gloo
-            host = self._start(collective, x.cpu(), out.new_empty(out.shape, device="cpu"))
+            host = self._start(collective, x.cpu(), out.new_empty(out.shape, device="cpu"), *splits)
             return Pending(lambda: out.copy_(host.wait()))
-        work = collective(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        work = collective(out.view(-1), x.view(-1), *splits, group=self.group, async_op=True)
         return Pending(lambda: (work.wait(), out)[1])
 
-    def all_to_all(self, x: Tensor, out: Tensor, input_splits: Sequence[int], output_splits: Sequence[int]) -> Pending:
-        sent, received = x[: sum(input_splits)].contiguous(), out[: sum(output_splits)]
-        if not self._is_nccl and x.is_cuda:  # gloo
-            host = self.all_to_all(sent.cpu(), torch.empty_like(received, device="cpu"), input_splits, output_splits)
-            return Pending(lambda: (received.copy_(host.wait()), out)[1])
-        splits = list(output_splits), list(input_splits)
-        work = dist.all_to_all_single(received, sent, *splits, group=self.group, async_op=True)
-        return Pending(lambda: (work.wait(), out)[1])
+    def all_to_all(self, x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]) -> Pending[Tensor]:
+        row = prod(x.shape[1:])
+        splits = ([row * rows for rows in sizes] for sizes in (output_splits, input_splits))
+        sent, received = x[: sum(input_splits)], out[: sum(output_splits)]
+        pending = self._start(dist.all_to_all_single, sent, received, *splits)
+        return Pending(lambda: (pending.wait(), out)[1])
 
-    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending:
+    def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
         if not sends and not receives:
             return Pending(lambda: None)
         staged = not self._is_nccl and any(x.is_cuda for x in [*sends.values(), *receives.values()])

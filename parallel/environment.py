@@ -63,14 +63,14 @@ class ProcessEnvironment:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-        meeting = {"init_method": self.init_method} if self.init_method else {"store": dist.HashStore()}
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,
             device_id=device if device_type == "cuda" else None,
-            **meeting,
+            init_method=self.init_method,
+            store=None if self.init_method else dist.HashStore(),
         )
         return device
 
@@ -87,8 +87,7 @@ def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def _first_node(nodes: str) -> str:
     """The first of Slurm's list of nodes, where its rank 0 runs: ``gpu[007-012,020],login1`` begins with gpu007."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in match.groups())
+    return "".join(re.findall(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)[0])
 
 
 def _read(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[str]:

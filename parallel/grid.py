@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -64,7 +65,8 @@ class ProcessGrid:
         world_size = dist.get_world_size()
         check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
         # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
-        dense_options, expert_options = None, None
+        dense_options: dict[int | str, Any] = {}
+        expert_options: dict[int | str, Any] = {}
         if f"{device_type}:nccl" in dist.get_backend_config():
             dense_options = {"tp": transfer_options()}
             expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}

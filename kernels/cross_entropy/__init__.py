@@ -31,14 +31,7 @@ TORCH_BLOCK = 2048
 SLICE = 2**24
 
 
-@OnDemand
-def _triton():
-    from minimax_train.kernels.cross_entropy import triton
-
-    return triton
-
-
-IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
+IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.cross_entropy.triton"), "torch": pytorch}
 
 
 def choose_block(T: int, D: int, V: int, *, itemsize: int, temporaries: int) -> tuple[int, bool]:
@@ -109,12 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         temporaries = softmax.TEMPORARIES * dtype.itemsize // 4
         block, wide_sum = choose_block(T, D, V, itemsize=x_TD.element_size(), temporaries=temporaries)
         grad_x_TD = torch.empty_like(x_TD) if needs_x else None
-        grad_weight_VD = None
-        if needs_weight:
-            kind = dtype if wide_sum else weight_VD.dtype
-            grad_weight_VD = torch.empty(V, D, dtype=kind, device=x_TD.device)
-            if T == 0:
-                grad_weight_VD.zero_()
+        make, kind = torch.empty if T else torch.zeros, dtype if wide_sum else weight_VD.dtype
+        grad_weight_VD = make(V, D, dtype=kind, device=x_TD.device) if needs_weight else None
         logits_BV = torch.empty(min(block, T), V, dtype=x_TD.dtype, device=x_TD.device)
         losses = []
         for start in range(0, T, block):
@@ -123,9 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_BV = logits_BV[: len(x_BD)]
             torch.mm(x_BD, weight_VD.T, out=grad_BV)
             losses.append(softmax.softmax_gradient(grad_BV, labels_T[tokens], needs_x or needs_weight, shard))
-            if needs_x:
+            if grad_x_TD is not None:
                 torch.mm(grad_BV, weight_VD, out=grad_x_TD[tokens])
-            if needs_weight:
+            if grad_weight_VD is not None:
                 _add_gemm(grad_weight_VD, grad_BV, x_BD, first=start == 0)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype

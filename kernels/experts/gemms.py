@@ -109,11 +109,7 @@ class SeparateGemms:
         return self.gemm.weights(dy_RD, act_RF, offsets_E)
 
 
-@OnDemand
-def _triton():
-    from minimax_train.kernels.experts import triton
-
-    return triton
+_triton = OnDemand("minimax_train.kernels.experts.triton")
 
 
 def _quack(x: Tensor) -> SeparateGemms:

@@ -54,7 +54,7 @@ class Dispatcher:
     offsets_E: Any
     """End of each expert's routed tokens of all groups, int32."""
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> Any:
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:  # of the weights one in forward, none in backward
         raise NotImplementedError
 
     def permute_all(self, dispatched_ND: Tensor) -> Tensor:
@@ -74,15 +74,15 @@ class LocalDispatcher(Dispatcher):
     def __init__(self, permutation: Permutation) -> None:
         self.permutation, self.offsets_E = permutation, permutation.offsets_E
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> _LocalRoundTrip:
-        return _LocalRoundTrip(self, x_TD, weights_TK)
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> _LocalRoundTrip:
+        return _LocalRoundTrip(self, x_TD, *weights_TK)
 
     def permute_all(self, dispatched_ND: Tensor) -> Tensor:
         return self.permutation.permute(dispatched_ND)
 
 
 class _LocalRoundTrip:
-    def __init__(self, group: LocalDispatcher, x_TD: Tensor, weights_TK: Tensor | None) -> None:
+    def __init__(self, group: LocalDispatcher, x_TD: Tensor, *weights_TK: Tensor) -> None:
         self.group, self.dispatched_ND, self.weights_TK = group, x_TD, weights_TK
 
     def __iter__(self) -> Iterator[LocalDispatcher]:
@@ -92,7 +92,7 @@ class _LocalRoundTrip:
         return group.permutation.permute(self.dispatched_ND)
 
     def permute_weights(self, group: LocalDispatcher) -> Tensor:
-        return group.permutation.permute_weights(self.weights_TK)
+        return group.permutation.permute_weights(*self.weights_TK)
 
     def combine(self, group: LocalDispatcher, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
         self.combined = group.permutation.unpermute(y_RD, d_weights_R)
@@ -137,13 +137,14 @@ class _GroupedExperts(torch.autograd.Function):
         trip = dispatcher.dispatch(dy_TD)
         # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
         whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
+        d_down_EDF = None
         for group, hidden_R2F, weights_R in zip(trip, kept[::2], kept[1::2], strict=True):
             gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
             dy_RD, out = trip.permute(group), whole and tuple(x[group.routed] for x in whole)
             d_hidden_R2F, act_RF, d_weights_R = gemms.d_hidden(dy_RD, hidden_R2F, down, offsets_E, weights_R, out)
             if dispatcher.is_local:  # no other rank waits for dx: first free what it does not need
                 d_down_EDF = gemms.d_down(dy_RD, act_RF, offsets_E)
-                del act_RF
+                act_RF = None
             del dy_RD
             trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
         offsets_E = dispatcher.offsets_E

@@ -32,7 +32,7 @@ class Permutation:
 
     @classmethod
     def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: Any) -> Permutation:
-        return cls(*ops.sort_by_expert(experts_TK, num_experts), ops)
+        return cls(*ops.sort_by_expert(experts_TK, num_experts), ops=ops)
 
     def permute(self, x_TD: Tensor) -> Tensor:
         """``[T, D] -> [R, D]``."""

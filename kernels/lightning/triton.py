@@ -321,7 +321,7 @@ class _Call(NamedTuple):
         do_THV: Tensor,
         d_final_NHKV: Tensor | None,
         d_local_FHKV: Tensor | None,
-        d_initial_NHKV: Tensor | None,
+        d_initial_NHKV: Tensor | None = None,
         *,
         mapped: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -413,7 +413,7 @@ class TritonStatePassing(StatePassing):
     ):
         inputs = _rows_contiguous(q_THK, k_THK, v_THV, grad_THV)
         call = _Call.plan(inputs[0], v_THV.shape[-1], slopes_H, documents, state_of)._replace(per_split=1)
-        return call.dk_dv(*inputs, grad_final_MHKV, grad_split_states, None, mapped=True)
+        return call.dk_dv(*inputs, d_final_NHKV=grad_final_MHKV, d_local_FHKV=grad_split_states, mapped=True)
 
 
 def lightning_attention_triton(

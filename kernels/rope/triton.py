@@ -45,7 +45,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx, d_TW):
         d_TW = d_TW if d_TW.stride(-1) == 1 else d_TW.contiguous()
         out_TW = torch.empty(d_TW.shape, dtype=d_TW.dtype, device=d_TW.device)
-        _rotate(d_TW, out_TW, *ctx.saved_tensors, ctx.head_dim, inverse=True)
+        _rotate(d_TW, out_TW, *ctx.saved_tensors, K=ctx.head_dim, inverse=True)
         return out_TW, None, None, None
 
 

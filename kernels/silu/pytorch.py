@@ -7,4 +7,5 @@ from torch import Tensor
 
 
 def silu_qkv(x_TW: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return F.silu(x_TW).unflatten(-1, (-1, 3, head_dim)).unbind(2)
+    q_THK, k_THK, v_THK = F.silu(x_TW).unflatten(-1, (-1, 3, head_dim)).unbind(2)
+    return q_THK, k_THK, v_THK

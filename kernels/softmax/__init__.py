@@ -20,13 +20,7 @@ from minimax_train.kernels.softmax.dispatch import (
     choose_implementation,
 )
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "attention_backward",
-    "attention_forward",
-    "choose_implementation",
-    "softmax_attention",
-]
+__all__ = ["IMPLEMENTATIONS", "attention_backward", "attention_forward", "choose_implementation", "softmax_attention"]
 
 
 class _SelfAttention(Function):
@@ -47,13 +41,7 @@ class _SelfAttention(Function):
 
 
 def softmax_attention(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    documents: Documents,
-    *,
-    scale: float,
-    implementation: str = AUTO,
+    q_THK: Tensor, k_TGK: Tensor, v_TGV: Tensor, documents: Documents, *, scale: float, implementation: str = AUTO
 ) -> tuple[Tensor, Tensor]:
     """``o_t = sum over s <= t in the same document of softmax_s(scale q_t . k_s) v_s``.
 

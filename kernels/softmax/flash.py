@@ -18,22 +18,17 @@ from minimax_train.documents import Documents
 SHORTEST = 2
 
 
+def _lengths(queries: Documents, keys: Documents) -> tuple[Tensor, Tensor, int, int]:
+    longest_query, longest_key = (max(x.max_length, SHORTEST) for x in (queries, keys))
+    return queries.cu_seqlens, keys.cu_seqlens, longest_query, longest_key
+
+
 def attention_forward(
     q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_forward`."""
     out_QHV, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(
-        q_QHK,
-        k_SGK,
-        v_SGV,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        max(queries.max_length, SHORTEST),
-        max(keys.max_length, SHORTEST),
-        0.0,
-        causal,
-        False,
-        scale=scale,
+        q_QHK, k_SGK, v_SGV, *_lengths(queries, keys), 0.0, causal, False, scale=scale
     )
     return out_QHV, lse_HQ.T
 
@@ -53,19 +48,6 @@ def attention_backward(
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_backward`."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q_QHK.device)
     return torch.ops.aten._flash_attention_backward(
-        grad_out_QHV,
-        q_QHK,
-        k_SGK,
-        v_SGV,
-        out_QHV,
-        lse_QH.T.contiguous(),
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        max(queries.max_length, SHORTEST),
-        max(keys.max_length, SHORTEST),
-        0.0,
-        causal,
-        no_dropout,
-        q_QHK.new_empty(0),
-        scale=scale,
-    )
+        grad_out_QHV, q_QHK, k_SGK, v_SGV, out_QHV, lse_QH.T.contiguous(), *_lengths(queries, keys),
+        0.0, causal, no_dropout, q_QHK.new_empty(0), scale=scale,
+    )  # fmt: skip

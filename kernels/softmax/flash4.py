@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -37,21 +38,18 @@ def _interface() -> ModuleType:
     return interface
 
 
+def _options(queries: Documents, keys: Documents, causal: bool, scale: float) -> dict[str, Any]:
+    lengths = {"max_seqlen_q": queries.max_length, "max_seqlen_k": keys.max_length}
+    lengths |= {"cu_seqlens_q": queries.cu_seqlens, "cu_seqlens_k": keys.cu_seqlens}
+    return {"causal": causal, "softmax_scale": scale, **lengths}
+
+
 def attention_forward(
     q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_forward`."""
     out_QHV, lse_HQ, *_ = _interface()._flash_attn_fwd(
-        q_QHK,
-        k_SGK,
-        v_SGV,
-        cu_seqlens_q=queries.cu_seqlens,
-        cu_seqlens_k=keys.cu_seqlens,
-        max_seqlen_q=queries.max_length,
-        max_seqlen_k=keys.max_length,
-        softmax_scale=scale,
-        causal=causal,
-        return_lse=True,
+        q_QHK, k_SGK, v_SGV, return_lse=True, **_options(queries, keys, causal, scale)
     )
     return out_QHV, lse_HQ.T
 
@@ -69,18 +67,8 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_backward`."""
+    lse_HQ, options = lse_QH.T.contiguous(), _options(queries, keys, causal, scale)
     grad_q, grad_k, grad_v, *_ = _interface()._flash_attn_bwd(
-        q_QHK,
-        k_SGK,
-        v_SGV,
-        out_QHV,
-        grad_out_QHV,
-        lse_QH.T.contiguous(),
-        softmax_scale=scale,
-        causal=causal,
-        cu_seqlens_q=queries.cu_seqlens,
-        cu_seqlens_k=keys.cu_seqlens,
-        max_seqlen_q=queries.max_length,
-        max_seqlen_k=keys.max_length,
+        q_QHK, k_SGK, v_SGV, out_QHV, grad_out_QHV, lse_HQ, **options
     )
     return grad_q, grad_k, grad_v

@@ -80,12 +80,8 @@ def load_weights(path: Path, model: dict[str, Tensor]) -> None:
     for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
         held = "no such parameter" if size is None else f"one of {tuple(size)}"
-        require(
-            size == parameter.shape,
-            "checkpoint.initial_weights",
-            str(path),
-            f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}",
-        )
+        accepted = f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}"
+        require(size == parameter.shape, "checkpoint.initial_weights", str(path), accepted)
     dcp.load({"model": model}, checkpoint_id=path)
 
 
@@ -115,4 +111,4 @@ def _remove(path: Path) -> None:
 def _finished(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(_NAME.fullmatch(p.name)[1]))
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name.partition("-")[2]))

@@ -66,8 +66,9 @@ def read_model_config(path: str | Path) -> ModelConfig:
         ConfigError: when the file is missing or its model is not one.
     """
     try:
-        tree = OmegaConf.load(path).get("model") or {}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree))
+        tree = OmegaConf.select(OmegaConf.load(path), "model") or {}
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree))
+        return model
     except (OSError, AttributeError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: no model configuration: {str(error).splitlines()[0]}") from error
 
@@ -154,30 +155,25 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
 
     def __init__(self, parameters: list[Parameter], dtype_of, make) -> None:
         super().__init__()
-        self._parameters = {PREFIX + parameter.name: parameter for parameter in parameters}
-        self._make = make
+        self._parameters, self._make = parameters, make
         self.placeholders = {p.name: torch.empty(p.shape, dtype=dtype_of(p), device="meta") for p in parameters}
 
     def create_local_plan(self) -> SavePlan:
-        items = [
-            self._write_item(name, self.placeholders[parameter.name], chunk)
-            for name, parameter in self._parameters.items()
-            for chunk in parameter.chunks
-        ]
+        pairs = [(parameter, chunk) for parameter in self._parameters for chunk in parameter.chunks]
+        items = [self._write_item(*pair) for pair in pairs]
+        self._made_from = {item.index: pair for item, pair in zip(items, pairs, strict=True)}
         self.plan = SavePlan(items, planner_data=self.mappings)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        parameter = self._parameters[index.fqn]
-        chunk = next(chunk for chunk in parameter.chunks if chunk.start == index.offset[0])
-        return self._make(parameter, chunk)
+        return self._make(*self._made_from[index])
 
-    @staticmethod
-    def _write_item(name: str, placeholder: Tensor, chunk: Chunk) -> WriteItem:
+    def _write_item(self, parameter: Parameter, chunk: Chunk) -> WriteItem:
+        placeholder = self.placeholders[parameter.name]
         offsets = torch.Size([chunk.start, *[0] * (placeholder.dim() - 1)])
         sizes = torch.Size([chunk.length, *placeholder.shape[1:]])
         return WriteItem(
-            index=MetadataIndex(name, offsets),
+            index=MetadataIndex(PREFIX + parameter.name, offsets),
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(
                 chunk=ChunkStorageMetadata(offsets, sizes),

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimax_train.convert.checkpoint import (
-    Origin,
-    write_model_config,
-    write_origin,
-    write_parameters,
-)
+from minimax_train.convert.checkpoint import Origin, write_model_config, write_origin, write_parameters
 from minimax_train.convert.decays import SLOPES, decay_name, decay_outputs, decays, lightning_layers
 from minimax_train.convert.draft import draft_of
 from minimax_train.convert.hf_config import from_hf_config
@@ -93,12 +88,12 @@ class _Tensors:
         self.folder = folder
         self._stored = {name.replace(".mlp.", ".block_sparse_moe."): name for name in folder.names()}
 
-    def _find(self, part: Part) -> tuple[str, tuple[int | slice, ...]] | None:
+    def _find(self, part: Part) -> tuple[str, tuple[int | slice, ...]]:
         """Where it is stored: a tensor's name there, and indices into it."""
         for name, index in [(part.name, ()), *([part.fused] if part.fused else [])]:
             if name in self._stored:
                 return self._stored[name], index
-        return None
+        raise ConfigError(f"{self.folder.folder}: {part.name} is missing")
 
     def dtype(self, part: Part) -> torch.dtype:
         return self.folder.dtype(self._find(part)[0])
@@ -114,15 +109,13 @@ class _Tensors:
             for chunk in parameter.chunks:
                 empty = torch.empty(chunk.length, *parameter.shape[1:], device="meta")
                 for part in chunk.parts:
-                    place = self._find(part)
-                    if place is None:
-                        raise ConfigError(f"{self.folder.folder}: {part.name} is missing")
-                    found.add(place[0])
-                    stored = self.folder.shape(place[0])
-                    wanted = tuple(fused_shape(parameter) if place[1] else empty[part.index].shape)
+                    name, index = self._find(part)
+                    found.add(name)
+                    stored = self.folder.shape(name)
+                    wanted = tuple(fused_shape(parameter) if index else empty[part.index].shape)
                     if stored != wanted:
                         raise ConfigError(
-                            f"{self.folder.folder}: {place[0]} has shape {stored}, config.json wants {wanted}"
+                            f"{self.folder.folder}: {name} has shape {stored}, config.json wants {wanted}"
                         )
         unknown = sorted(self.folder.names() - found - ignored)
         if unknown:
@@ -140,13 +133,11 @@ class _Tensors:
                 continue
             expected, stored = decays(model, layer, SLOPES, 1), self.folder.read(name).float()
             same = expected.shape == stored.shape and torch.allclose(stored, expected, rtol=_SLOPE_TOLERANCE, atol=0)
-            require(
-                same,
-                name,
-                stored.flatten().tolist(),
+            accepted = (
                 f"must be the slopes of MiniMax-01, {expected.flatten().tolist()}; a model that transformers "
-                "initialised in bfloat16 has others: initialise it in float32, then cast",
+                "initialised in bfloat16 has others: initialise it in float32, then cast"
             )
+            require(same, name, stored.flatten().tolist(), accepted)
             dtype = str(self.folder.dtype(name)).removeprefix("torch.")
         return dtype
 

@@ -76,10 +76,10 @@ def to_hf_config(model: ModelConfig, surroundings: Surroundings, dtype: torch.dt
     """
     from transformers import MiniMaxConfig
 
+    values: dict[str, Any] = dict.fromkeys(ALPHAS, model.alpha) | dict.fromkeys(BETAS, 1)
+    values |= {theirs: getattr(model, ours) for theirs, ours in SAME.items()}
     return MiniMaxConfig(
-        **{theirs: getattr(model, ours) for theirs, ours in SAME.items()},
-        **dict.fromkeys(ALPHAS, model.alpha),
-        **dict.fromkeys(BETAS, 1),
+        **values,
         layer_types=[names.layer_type for names in attention_names(model)],
         rope_parameters=_to_rope(model),
         router_aux_loss_coef=_their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
@@ -146,9 +146,10 @@ def _pattern(hf: MiniMaxConfig) -> str:
     """The shortest pattern whose repetition is ``layer_types``."""
     layers = hf.num_hidden_layers
     kinds = {kind.hugging_face.layer_type: letter for letter, kind in ATTENTIONS.items() if kind.hugging_face}
-    for name in hf.layer_types:
+    names = hf.layer_types or ()
+    for name in names:
         require(name in kinds, "layer_types", name, f"must be one of {', '.join(kinds)}")
-    letters = "".join(kinds[name] for name in hf.layer_types)
+    letters = "".join(kinds[name] for name in names)
     require(len(letters) == layers, "layer_types", hf.layer_types, f"must name num_hidden_layers={layers} layers")
     lengths = [length for length in range(1, layers + 1) if layers % length == 0]
     return next(letters[:length] for length in lengths if letters[:length] * (layers // length) == letters)
@@ -165,13 +166,11 @@ def _to_rope(model: ModelConfig) -> dict[str, Any]:
     if R == K:
         return {"rope_type": "default", "rope_theta": model.rope_base}
     theta = _theta(model.rope_base, R, K)
-    require(
-        theta <= FLOAT32_MAX,
-        "model.rotary_dim",
-        R,
+    accepted = (
         f"transformers would need rope_theta={model.rope_base}^({K}/{R}), which does not fit in float32; "
-        f"model.rope_base can be at most about {FLOAT32_MAX ** (R / K):.4g} with it",
+        f"model.rope_base can be at most about {FLOAT32_MAX ** (R / K):.4g} with it"
     )
+    require(theta <= FLOAT32_MAX, "model.rotary_dim", R, accepted)
     return {"rope_type": "proportional", "partial_rotary_factor": _fraction(R, K), "rope_theta": theta}
 
 
@@ -182,18 +181,16 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
     refused: transformers ignores it and rotates the whole head, but the weights may have been trained otherwise.
     Whoever knows says so.
     """
-    rope = hf.rope_parameters
+    rope: dict[str, Any] = dict(hf.rope_parameters or {})
     unknown = [key for key in rope if key not in ROPE_KEYS]
     require(not unknown, "rope_parameters", rope, f"{', '.join(unknown)} not known here: accepted {sorted(ROPE_KEYS)}")
     require(rope.get("factor") in (None, 1), "rope_parameters.factor", rope.get("factor"), "must be 1, or left out")
     kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor")
-    require(
-        kind in ("default", "proportional"), "rope_parameters.rope_type", kind, "must be 'default' or 'proportional'"
-    )
+    accepted = "must be 'default' or 'proportional'"
+    require(kind in ("default", "proportional"), "rope_parameters.rope_type", kind, accepted)
     if kind == "proportional":
-        require(
-            rotary_dim is None, "--rotary-dim", rotary_dim, "only for rope_type 'default'; 'proportional' is explicit"
-        )
+        accepted = "only for rope_type 'default'; 'proportional' is explicit"
+        require(rotary_dim is None, "--rotary-dim", rotary_dim, accepted)
         # int() of it, as transformers has it.
         rotary_dim = 2 * int((1.0 if part is None else part) * head_dim // 2)
         if rotary_dim == 0:
@@ -206,14 +203,12 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
         "rope_parameters.partial_rotary_factor": (part, 1),
         "rotary_dim": (getattr(hf, "rotary_dim", None), head_dim),
     }
+    accepted = (
+        f"contradicts rope_type 'default', with which transformers rotates all {head_dim} dimensions; pass "
+        f"--rotary-dim with the number the weights were trained with ({head_dim} to do as transformers does)"
+    )
     for key, (value, whole) in told.items():
-        require(
-            value in (None, whole),
-            key,
-            value,
-            f"contradicts rope_type 'default', with which transformers rotates all {head_dim} dimensions; pass "
-            f"--rotary-dim with the number the weights were trained with ({head_dim} to do as transformers does)",
-        )
+        require(value in (None, whole), key, value, accepted)
     return head_dim, theta
 
 

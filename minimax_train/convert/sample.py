@@ -6,6 +6,7 @@ python -P -m minimax_train.convert.sample DIR PROMPT
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def main() -> None:
@@ -18,8 +19,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.directory)
-    model = AutoModelForCausalLM.from_pretrained(options.directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.directory)
     torch.manual_seed(0)
     ids = model.generate(
         **tokenizer(options.prompt, return_tensors="pt"), max_new_tokens=options.tokens, do_sample=True, top_k=20

@@ -62,10 +62,7 @@ def to_hf(
         copy_tokenizer(checkpoint / TOKENIZER, draft)
         origin = read_origin(checkpoint)
         block_size, decay_dtype = _write_config(checkpoint, model, origin, dtype or kept, draft)
-        outputs = [
-            *_weights(parameters, reader, dtype),
-            *decay_outputs(model, block_size, decay_dtype),
-        ]
+        outputs = [*_weights(parameters, reader, dtype), *decay_outputs(model, block_size, decay_dtype)]
         write_shards(outputs, draft, max_shard_bytes, report)
     if model.capacity_factor is not None:
         report(

@@ -10,6 +10,7 @@ Shape legend: L layers, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +22,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
+from minimax_train.data import MicroBatch
 from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
 from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
 from minimax_train.errors import require_choice
-from minimax_train.model import HybridModel, initialize
+from minimax_train.model import HybridModel, ModelLoss, initialize
 from minimax_train.model.sharding import local, parameter_layouts
 from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.recipe import StepPlan
 
 
 @dataclass
@@ -57,10 +60,9 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
     replicas = {name: layout.replicas(grid) for name, layout in parameter_layouts(model).items()}
 
     def apply(prefix: str, axis: str, *, reshard: bool) -> None:
-        module = model.get_submodule(prefix)
-        place = partial(_placement, ranks=grid.size(axis))
-        fully_shard(
-            module, mesh=grid.mesh(axis), reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
+        part, place = model.get_submodule(prefix), partial(_placement, ranks=grid.size(axis))
+        module = fully_shard(
+            part, mesh=grid.mesh(axis), reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
         )
         # Losses are divided by the whole batch: gradients are sums.
         module.set_gradient_divide_factor(1.0)
@@ -87,7 +89,8 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
 
 def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     """Dimension 0, unless another one divides evenly and that does not, or is split by another axis already."""
-    taken = {p.dim for p in parameter.placements} if isinstance(parameter, DTensor) else set()
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    taken = {p.dim for p in placements if isinstance(p, Shard)}
     shape = local(parameter).shape
     free = [dim for dim in range(parameter.dim()) if dim not in taken and shape[dim] % ranks == 0]
     return Shard(free[0] if free else 0)
@@ -118,7 +121,7 @@ class FSDPEngine(Engine):
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
         self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
 
-    def run(self, micro_batches, plan) -> StepSums:
+    def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
         # Counted on the device: the host waits neither for it nor for other ranks.
         targets = torch.full((), sum(batch.num_targets for batch in micro_batches), device=self.device)
         dist.all_reduce(targets, group=self.grid.group("dp_cp"))
@@ -135,9 +138,9 @@ class FSDPEngine(Engine):
             tokens_per_expert_LE.append(out.tokens_per_expert_LE)
         total = torch.stack(sums).sum(0)
         self._loss = total[:2].sum()
-        return StepSums(*total, torch.stack(tokens_per_expert_LE).sum(0))
+        return StepSums(*total, tokens_per_expert_LE=torch.stack(tokens_per_expert_LE).sum(0))
 
-    def _forward(self, batch, plan):
+    def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
         return self.model(
             batch.tokens_T,
             batch.documents,
@@ -204,17 +207,17 @@ class FSDPEngine(Engine):
         total, tokens_per_expert_LE = torch.stack(scalars), tokens_per_expert_LE.clone()
         for x in (total, tokens_per_expert_LE):
             dist.all_reduce(x, group=self.grid.group(WORLD))
-        return StepSums(*total.cpu(), tokens_per_expert_LE.cpu())
+        return StepSums(*total.cpu(), tokens_per_expert_LE=tokens_per_expert_LE.cpu())
 
     @torch.no_grad()
-    def evaluate(self, micro_batches, plan) -> float:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             loss += self._forward(batch.to(self.device), plan).token_loss.double()
         dist.all_reduce(loss, group=self.grid.group(WORLD))
         return float(loss)
 
-    def diagnose(self, micro_batches, plan) -> str:
+    def diagnose(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> str:
         with non_finite_outputs(self.model) as outputs:
             self.run(micro_batches, plan)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -226,7 +229,7 @@ class FSDPEngine(Engine):
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing is left to do: a snapshot holds the tensors that training uses."""
 
-    def figures(self, plan) -> dict[str, float]:
+    def figures(self, plan: StepPlan) -> dict[str, float]:
         engine = self.config.engine
         compute = engine.compute_dtype(self.device.type).itemsize
         received = 0

@@ -111,6 +111,7 @@ class ModelConfig:
 
     def expert_capacity(self, tokens: int) -> int:
         """Assignments an expert takes of that many tokens; call it only with a capacity factor."""
+        assert self.capacity_factor is not None
         share = self.capacity_factor * self.experts_per_token * tokens / self.num_experts
         return int(share * (1 + 1e-9))  # 0.29 * 100 is 29
 

@@ -50,8 +50,8 @@ def initialize(model: nn.Module, seed: int) -> None:
     """
     rules: dict[str, Initializer] = {}
     for prefix, module in model.named_modules():
-        if hasattr(module, "initializers"):
-            rules |= {f"{prefix}.{name}" if prefix else name: rule for name, rule in module.initializers().items()}
+        own = getattr(module, "initializers", dict)()
+        rules |= {f"{prefix}.{name}" if prefix else name: rule for name, rule in own.items()}
     parameters = dict(model.named_parameters())
     assert parameters.keys() == rules.keys(), f"initializers do not match: {sorted(parameters.keys() ^ rules.keys())}"
     with torch.no_grad():

@@ -68,11 +68,9 @@ class RoutedTokenDispatcher(Dispatcher):
             self.offsets_E = locate(self.buckets, self.groups, self._counts_JIB)
         return []
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> OverlappedRoundTrip:
-        sent = [self.permutation.permute(x_TD)]  # beside the exchange of counts
-        if weights_TK is not None:
-            sent.append(self.permutation.permute_weights(weights_TK)[:, None])
-        return OverlappedRoundTrip(self, *sent)
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
+        x_RD = self.permutation.permute(x_TD)  # beside the exchange of counts
+        return OverlappedRoundTrip(self, x_RD, *(self.permutation.permute_weights(w)[:, None] for w in weights_TK))
 
     def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
@@ -163,8 +161,8 @@ class TokenDispatcher(Dispatcher):
     def _sort(self, experts_NK: Tensor) -> Permutation:
         return Permutation.by_expert(experts_NK, self.num_experts, self.ops)
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> OverlappedRoundTrip:
-        return OverlappedRoundTrip(self, *(x for x in (x_TD, weights_TK) if x is not None))
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
+        return OverlappedRoundTrip(self, x_TD, *weights_TK)
 
     def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
         return combined
@@ -202,6 +200,3 @@ class TokenDispatcher(Dispatcher):
             return x_RF
         places = [group.permutation.routed_TK.flatten() + group.routed.start for group in self.groups]
         return x_RF.index_select(0, torch.cat(places)[self._permutation.assignment_R])
-
-
-Group = BucketGroup | TokenGroup

@@ -11,10 +11,10 @@ memory until the host next looks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate, islice, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch import Tensor
 from minimax_train.parallel.communicator import Communicator
 
 if TYPE_CHECKING:
-    from minimax_train.parallel.experts.dispatchers import Group, RoutedTokenDispatcher, TokenDispatcher
+    from minimax_train.parallel.experts.dispatchers import RoutedTokenDispatcher, TokenDispatcher
 
 # Groups under way beside the one that is computed: one is sent, one is gathered.
 AHEAD = 2
-Event = torch.cuda.Event | None  # None on a CPU, where all is done in order
+Event = torch.Event | None  # None on a CPU, where all is done in order
 
 
 def record_event(like: Tensor) -> Event:
@@ -108,9 +108,7 @@ class CommunicationStream:
             summed = self.communicator.reduce_scatter(x.tensor.unflatten(0, (self.size, -1)), out).wait()
             return Transfer(summed, record_event(summed), x)
 
-    def all_to_all(
-        self, x: Transfer, input_splits: Sequence[int], output_splits: Sequence[int], out: Tensor | int
-    ) -> Transfer:
+    def all_to_all(self, x: Transfer, input_splits: list[int], output_splits: list[int], out: Tensor | int) -> Transfer:
         """Rows to and from each rank; into ``out``, or into as many new rows."""
         with self._after(x.event):
             out = out if isinstance(out, Tensor) else x.tensor.new_empty(out, *x.tensor.shape[1:])
@@ -135,6 +133,7 @@ def split_groups(size: int, groups: int) -> list[slice]:
 
 class OverlappedRoundTrip:
     """A round trip (:class:`minimax_train.kernels.experts.mlp.Dispatcher`): two groups travel while one is computed.
+    A group is of the dispatcher's own type.
 
     Args:
         sent: the tokens, and their weights if they have any.
@@ -145,7 +144,8 @@ class OverlappedRoundTrip:
         self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
         self._combined: list[Tensor] = []
         self._sent = [computed(x) for x in sent]
-        self._groups, self._under_way = iter(dispatcher.groups), deque()
+        self._groups: Iterator[Any] = iter(dispatcher.groups)
+        self._under_way: deque[tuple[Any, list[Transfer]]] = deque()
         self._dispatch_next(AHEAD)
         self._returning = [*self._sent, *dispatcher.plan()]
 
@@ -154,7 +154,7 @@ class OverlappedRoundTrip:
             pairs = zip(self._sent, (self.dispatched_ND, None), strict=False)
             self._under_way.append((group, [self._dispatcher.dispatch_group(group, x, out) for x, out in pairs]))
 
-    def __iter__(self) -> Iterator[Group]:
+    def __iter__(self) -> Iterator[Any]:
         while self._under_way:
             self._dispatch_next(1)  # before this group's GEMMs take the SMs
             group, self._arrived = self._under_way.popleft()
@@ -162,13 +162,13 @@ class OverlappedRoundTrip:
                 transfer.wait()
             yield group
 
-    def permute(self, group: Group) -> Tensor:
+    def permute(self, group: Any) -> Tensor:
         return self._dispatcher.permute(group, self._arrived[0].tensor, self.dispatched_ND)
 
-    def permute_weights(self, group: Group) -> Tensor:
+    def permute_weights(self, group: Any) -> Tensor:
         return self._dispatcher.permute_weights(group, self._arrived[1].tensor)
 
-    def combine(self, group: Group, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
+    def combine(self, group: Any, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
         results = self._dispatcher.unpermute(group, y_RD, d_weights_R)
         if not self._combined:
             self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]

@@ -24,7 +24,7 @@ def test_ranks_of_every_axis():
         "etp": [5],
         "dp_cp": [1, 3, 5, 7],
         "cp_tp": [4, 5, 6, 7],
-        "world": list(range(8)),
+        "dp_cp_tp": list(range(8)),
     }
 
 

@@ -82,7 +82,9 @@ class LightningAttention(nn.Module):
         }
 
     def shardings(self) -> dict[str, Sharding]:
-        columns = {name: {"tp": 0} for name in ("qkv_proj.weight", "gate_proj.weight", "norm.weight")}
+        columns: dict[str, Sharding] = {
+            name: {"tp": 0} for name in ("qkv_proj.weight", "gate_proj.weight", "norm.weight")
+        }
         return columns | {"o_proj.weight": {"tp": 1}}
 
 

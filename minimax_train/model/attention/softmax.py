@@ -71,7 +71,7 @@ class SoftmaxAttention(nn.Module):
         }
 
     def shardings(self) -> dict[str, Sharding]:
-        columns = {name: {"tp": 0} for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
+        columns: dict[str, Sharding] = {name: {"tp": 0} for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight")}
         return columns | {"o_proj.weight": {"tp": 1}}
 
 

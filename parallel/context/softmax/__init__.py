@@ -5,6 +5,8 @@ Shape legend: T tokens on this rank, H query heads, G key-value heads, K key dim
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from minimax_train.kernels.dispatch import AUTO
@@ -57,9 +59,9 @@ def softmax_attention_cp(
         (_, H, K), (_, G, V) = q_THK.shape, v_TGV.shape
         method = choose_method(shard, Sizes(H, G, K, V, q_THK.element_size()))
     if method == "ring":
-        attend, plan = ring_attention, rank_plan(shard)
+        attend = partial(ring_attention, plan=rank_plan(shard))
     elif method == "allgather":
-        attend, plan = allgather_attention, gather_plan(shard)
+        attend = partial(allgather_attention, plan=gather_plan(shard))
     else:
         raise ValueError(f"parallel.softmax_cp={method!r}: must be one of {', '.join([AUTO, *METHODS])}")
-    return attend(q_THK, k_TGK, v_TGV, plan, communicator, scale=scale, implementation=implementation)
+    return attend(q_THK, k_TGK, v_TGV, communicator=communicator, scale=scale, implementation=implementation)

@@ -95,9 +95,8 @@ def _gather(k_TGK: Tensor, v_TGV: Tensor, plan: GatherPlan, communicator: Commun
     if plan.sees_local_keys_only:
         return k_TGK, v_TGV
     local_TG = torch.cat([k_TGK, v_TGV], -1)
-    if plan.width:
-        given_MW = local_TG.unflatten(0, (plan.num_chunks, plan.chunk_size))[:, -plan.width :]
-        gathered_NMW = communicator.all_gather(given_MW).wait()
+    given_MW = local_TG.unflatten(0, (plan.num_chunks, plan.chunk_size))[:, plan.chunk_size - plan.width :]
+    gathered_NMW = communicator.all_gather(given_MW).wait() if plan.width else given_MW
     seen = [local_TG[r.tokens] if r.source is None else gathered_NMW[r.source][r.tokens] for r in plan.ranges]
     return torch.cat(seen).split([k_TGK.shape[-1], v_TGV.shape[-1]], -1)
 
@@ -137,10 +136,10 @@ class _AllGatherAttention(Function):
         q_THK, k_TGK, v_TGV, out_THV, lse_TH = ctx.saved_tensors
         plan, communicator, how = ctx.plan, ctx.communicator, ctx.how
         k_SGK, v_SGV = _gather(k_TGK, v_TGV, plan, communicator)  # again: kept, it would cost memory in every layer
-        grad_q, *grad_kv = attention_backward(
+        grad_q, grad_k, grad_v = attention_backward(
             grad_out_THV, q_THK, k_SGK, v_SGV, out_THV, lse_TH, plan.queries, plan.keys, **how
         )
-        grad_k, grad_v = _scatter(*grad_kv, plan, communicator, lse_TH.dtype)
+        grad_k, grad_v = _scatter(grad_k, grad_v, plan, communicator, lse_TH.dtype)
         return grad_q, grad_k.to(k_TGK.dtype), grad_v.to(v_TGV.dtype), None, None, None, None
 
 

@@ -31,7 +31,7 @@ class _RingAttention(Function):
             for read in this.reads:
                 queries = read.rectangle.queries
                 part = attention_forward(
-                    q_THK[queries], *key_values[read.source], read.queries, read.keys, causal=False, **how
+                    q_THK[queries], *key_values[read.source], queries=read.queries, keys=read.keys, causal=False, **how
                 )
                 merge_(out[queries], lse_TH[queries], *part)
         out_THV = out.finish()
@@ -49,7 +49,7 @@ class _RingAttention(Function):
             grad_out_THV, q_THK, k_TGK, v_TGV, out_THV, lse_TH, plan.local, plan.local, causal=True, **how
         )
         ranges = (plan.queries_merged, plan.keys_sent, plan.keys_sent)
-        grad_q, *grad_kv = (_WideRanges(x, r, lse_TH.dtype) for x, r in zip(gradients, ranges, strict=True))
+        grad_q, grad_k, grad_v = (_WideRanges(x, r, lse_TH.dtype) for x, r in zip(gradients, ranges, strict=True))
         add_gradients = None
         for index, this in enumerate(plan.rounds):
             key_values = wait_for_keys()
@@ -61,10 +61,10 @@ class _RingAttention(Function):
                     grad_out_THV[queries],
                     q_THK[queries],
                     *key_values[read.source],
-                    out_THV[queries],
-                    lse_TH[queries],
-                    read.queries,
-                    read.keys,
+                    out_QHV=out_THV[queries],
+                    lse_QH=lse_TH[queries],
+                    queries=read.queries,
+                    keys=read.keys,
                     causal=False,
                     **how,
                 )
@@ -72,10 +72,10 @@ class _RingAttention(Function):
                 sends[read.source] = torch.cat(part_kv, -1)
             if add_gradients:
                 add_gradients()
-            add_gradients = _send_gradients(sends, this, *grad_kv, communicator)
+            add_gradients = _send_gradients(sends, this, grad_k, grad_v, communicator)
         if add_gradients:
             add_gradients()
-        return *(x.finish() for x in (grad_q, *grad_kv)), None, None, None, None
+        return *(x.finish() for x in (grad_q, grad_k, grad_v)), None, None, None, None
 
 
 def _send_keys(

@@ -20,7 +20,7 @@ def _save_on_rank(grid, lab, config, folder):
 def _load_on_rank(grid, lab, config, folder):
     model = lab.HybridModel(config)
     shard(model, FSDPConfig(), grid)
-    load_weights(folder, model)
+    load_weights(folder, model.state_dict())
     return {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
 
 
