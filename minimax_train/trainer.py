@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +14,8 @@ import torch.distributed as dist
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
-from minimax_train.engines import StepReport, StepSums
 from minimax_train.evaluation import Evaluation
-from minimax_train.guard import StepGuard
+from minimax_train.guard import HostCopy, StepGuard, TakenStep
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.router import router_metrics
 from minimax_train.parallel.grid import ProcessGrid
@@ -23,14 +24,6 @@ from minimax_train.phases import Phases
 from minimax_train.progress import Progress
 from minimax_train.recipe import Recipe, StepPlan
 from minimax_train.run_dir import prepare_run_dir
-
-
-class Step(NamedTuple):
-    """The step taken last; what came of it is on the device."""
-
-    plan: StepPlan
-    sums: StepSums
-    report: StepReport
 
 
 class Trainer:
@@ -52,7 +45,8 @@ class Trainer:
         if config.data.has_validation and config.recipe.eval_interval:
             self.evaluation = Evaluation(config, self.tokenizer, grid, self.plan())
         self.stage = self.plan().stage
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0  # of the steps since the last report
+        # When the last report was made, less what evaluations and checkpoints have taken since; its step and tokens.
+        self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
         self.log = MetricLog(
             config.logging,
             self.run_dir,
@@ -67,16 +61,23 @@ class Trainer:
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
         if recipe.eval_interval and self.evaluation is None:
             self.log.say("no held-out documents are configured: no evaluation")
+        late: TakenStep | None = None
         try:
             while self.progress.step < recipe.steps:
                 taken = self.train_step()
-                step = self.progress.step
+                if late is not None:  # its results, now that the device has the next step to work on
+                    self.report(late)
+                step = taken.number
                 last = step == recipe.steps
-                if step % self.config.logging.interval == 0 or last:
-                    self.log.report(step, self.metrics(taken))
-                if self.evaluation is not None and (step % recipe.eval_interval == 0 or last):
+                evaluates = self.evaluation is not None and (step % recipe.eval_interval == 0 or last)
+                saves = last or (checkpoint.interval and step % checkpoint.interval == 0)
+                late = taken if step % self.config.logging.interval == 0 or last else None
+                if late is not None and (late.results.arrived or evaluates or saves):
+                    self.report(late)
+                    late = None
+                if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
-                if last or (checkpoint.interval and step % checkpoint.interval == 0):
+                if saves:
                     self.save(taken.plan)
             self.log.finish()
             self.log.say(
@@ -90,39 +91,41 @@ class Trainer:
         """Of the step to come."""
         return self.recipe.at(self.progress, self.progress.policy)
 
-    def train_step(self) -> Step:
+    def train_step(self) -> TakenStep:
         """One optimizer step over the global batch. The host does not wait for the device to take it."""
-        started, plan = time.perf_counter(), self.plan()
+        plan = self.plan()
         if plan.stage != self.stage:
             self.log.say(f"step {self.progress.step + 1}: stage {plan.stage}")
             self.stage = plan.stage
         with self.phases("data"):
             batches = self.next_batches(plan)
-        sums = self.engine.run(batches, plan)
+        totals = self.engine.totals(self.engine.run(batches, plan))
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
-        self.guard.watch(self.progress.step, batches, plan, sums, report)
-        self.steps, self.tokens = self.steps + 1, self.tokens + plan.tokens
-        self.seconds += time.perf_counter() - started
-        return Step(plan, sums, report)
+        taken = TakenStep(self.progress.step, self.progress.tokens, plan, HostCopy(*totals, *report))
+        self.guard.watch(taken, batches)
+        return taken
 
     def next_batches(self, plan: StepPlan) -> list[MicroBatch]:
         """This rank's micro-batches of the next step."""
         batches = self.loader.next_micro_batches(plan)
         return [batch.split(self.config.layout, self.grid.rank("cp")).to(self.device) for batch in batches]
 
-    def metrics(self, taken: Step) -> dict[str, float]:
-        """Of the step taken last; its seconds are the mean over the steps since the last call.
+    def report(self, taken: TakenStep) -> None:
+        """Log the metrics of a step."""
+        self.log.report(taken.number, self.metrics(taken))
+
+    def metrics(self, taken: TakenStep) -> dict[str, float]:
+        """Of a step, when the device is done with it; its seconds are the mean since the step reported before.
 
         Raises:
             TrainingError: when a loss, gradient or weight was not finite, in this step or since the last report.
         """
-        started, model = time.perf_counter(), self.config.model
+        model = self.config.model
         with self.phases("report"):
-            self.guard.check()
-            totals = self.engine.totals(taken.sums)
-            gradient_norm = float(taken.report.gradient_norm)
+            self.guard.check(taken.number)
+            totals, gradient_norm = taken.totals(), float(taken.report().gradient_norm)
         router = router_metrics(
             totals.tokens_per_expert_LE,
             entropy=float(totals.entropy),
@@ -131,8 +134,9 @@ class Trainer:
             per_expert=self.config.logging.expert_load,
         )
         balance = {"aux_loss": float(totals.aux_loss)} if model.aux_loss_coefficient > 0 else {}
-        steps, tokens, elapsed = self.steps, self.tokens, self.seconds + time.perf_counter() - started
-        self.seconds, self.steps, self.tokens = 0.0, 0, 0
+        steps, tokens = taken.number - self.reported[0], taken.tokens - self.reported[1]
+        elapsed = time.perf_counter() - self.reported_at
+        self.reported_at, self.reported = self.reported_at + elapsed, (taken.number, taken.tokens)
         # With those of an evaluation or a checkpoint that came after the report before.
         seconds = {f"seconds/{name}": value / steps for name, value in self.phases.take().items()}
         return {
@@ -141,7 +145,7 @@ class Trainer:
             **router,
             "grad_norm": gradient_norm,
             "learning_rate": taken.plan.learning_rate,
-            "tokens": self.progress.tokens,
+            "tokens": taken.tokens,
             "tokens_per_second": tokens / elapsed,
             "seconds": elapsed / steps,
             **self.engine.figures(taken.plan),
@@ -158,11 +162,19 @@ class Trainer:
     def save(self, plan: StepPlan) -> None:
         """Write a checkpoint of everything the run needs to go on."""
         self.guard.check()
-        with self.phases("checkpoint"):
+        with self.between_steps("checkpoint"):
             streams: list[Any] = [None] * self.grid.size("dp")
             dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.group("dp"))
             self.progress.data = merge_states(streams)
             self.store.save(self.progress, self.engine.snapshot(), to_yaml(config_at(self.config, plan)))
+
+    @contextmanager
+    def between_steps(self, phase: str) -> Iterator[None]:
+        """A phase whose time is not the steps'."""
+        started = time.perf_counter()
+        with self.phases(phase):
+            yield
+        self.reported_at += time.perf_counter() - started
 
     def _restore(self) -> Progress:
         checkpoint = self.config.checkpoint

@@ -2,7 +2,7 @@
 
 The trainer asks for steps and knows nothing of how they are made: a pipeline schedule, or the backward pass of
 DeepSpeed or Megatron-Core, fits behind :meth:`Engine.run`. Every method is called by all ranks together. Only
-:meth:`Engine.totals` and :meth:`Engine.evaluate` make the host wait for the device; a step does not.
+:meth:`Engine.evaluate` and :meth:`Engine.diagnose` make the host wait for the device; a step does not.
 
 Shape legend: L layers, E experts.
 """
@@ -53,7 +53,7 @@ class EngineConfig:
 
 
 class StepSums(NamedTuple):
-    """Sums over a step's tokens: of this rank on the device, or of all ranks on the host.
+    """Sums over a step's tokens: of this rank, or of all ranks; on the device until it is copied to the host.
 
     Attributes:
         loss: mean cross-entropy in nats per target of the global batch; this rank's part of it.
@@ -117,7 +117,7 @@ class Engine(ABC):
 
     @abstractmethod
     def totals(self, sums: StepSums) -> StepSums:
-        """The sums of all ranks, on the host."""
+        """The sums of all ranks, on the device."""
 
     @abstractmethod
     def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:

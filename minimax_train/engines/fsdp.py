@@ -207,7 +207,7 @@ class FSDPEngine(Engine):
         total, tokens_per_expert_LE = torch.stack(scalars), tokens_per_expert_LE.clone()
         for x in (total, tokens_per_expert_LE):
             dist.all_reduce(x, group=self.grid.group(WORLD))
-        return StepSums(*total.cpu(), tokens_per_expert_LE=tokens_per_expert_LE.cpu())
+        return StepSums(*total, tokens_per_expert_LE=tokens_per_expert_LE)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
