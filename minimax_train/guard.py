@@ -44,12 +44,14 @@ class TakenStep(NamedTuple):
     Attributes:
         number: of the step, from 1.
         tokens: that the run has trained on, this step included.
+        at: the host's clock when the device had been given all of it.
         plan: what it trained on, and how.
         results: a ``StepSums`` over all ranks, then a ``StepReport``.
     """
 
     number: int
     tokens: int
+    at: float
     plan: StepPlan
     results: HostCopy
 

@@ -45,7 +45,7 @@ class Trainer:
         if config.data.has_validation and config.recipe.eval_interval:
             self.evaluation = Evaluation(config, self.tokenizer, grid, self.plan())
         self.stage = self.plan().stage
-        # When the last report was made, less what evaluations and checkpoints have taken since; its step and tokens.
+        # Of the step reported last: its time, later by what evaluations and checkpoints have taken since; what it was.
         self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
         self.log = MetricLog(
             config.logging,
@@ -103,7 +103,8 @@ class Trainer:
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
-        taken = TakenStep(self.progress.step, self.progress.tokens, plan, HostCopy(*totals, *report))
+        results, now = HostCopy(*totals, *report), time.perf_counter()
+        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, results)
         self.guard.watch(taken, batches)
         return taken
 
@@ -135,8 +136,8 @@ class Trainer:
         )
         balance = {"aux_loss": float(totals.aux_loss)} if model.aux_loss_coefficient > 0 else {}
         steps, tokens = taken.number - self.reported[0], taken.tokens - self.reported[1]
-        elapsed = time.perf_counter() - self.reported_at
-        self.reported_at, self.reported = self.reported_at + elapsed, (taken.number, taken.tokens)
+        elapsed = taken.at - self.reported_at
+        self.reported_at, self.reported = taken.at, (taken.number, taken.tokens)
         # With those of an evaluation or a checkpoint that came after the report before.
         seconds = {f"seconds/{name}": value / steps for name, value in self.phases.take().items()}
         return {
