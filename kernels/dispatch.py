@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from importlib import import_module
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +17,16 @@ Implementation = TypeVar("Implementation")
 
 
 class OnDemand:
-    """A module that is imported when one of its functions is first looked up: CPU installs have no triton."""
+    """A module that is imported when one of its functions is first looked up: CPU installs have no triton.
 
-    def __init__(self, module: str) -> None:
-        self._module = module
+    Decorates the function that imports and returns it, so that tools which only read see the import.
+    """
+
+    def __init__(self, load: Callable[[], ModuleType]) -> None:
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._module), name)
+        return getattr(self._load(), name)
 
 
 def refusal(requested: str, implementations: Collection[str]) -> str:

@@ -31,7 +31,14 @@ TORCH_BLOCK = 2048
 SLICE = 2**24
 
 
-IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.cross_entropy.triton"), "torch": pytorch}
+@OnDemand
+def _triton():
+    from minimax_train.kernels.cross_entropy import triton
+
+    return triton
+
+
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
 
 
 def choose_block(T: int, D: int, V: int, *, itemsize: int, temporaries: int) -> tuple[int, bool]:

@@ -109,7 +109,11 @@ class SeparateGemms:
         return self.gemm.weights(dy_RD, act_RF, offsets_E)
 
 
-_triton = OnDemand("minimax_train.kernels.experts.triton")
+@OnDemand
+def _triton():
+    from minimax_train.kernels.experts import triton
+
+    return triton
 
 
 def _quack(x: Tensor) -> SeparateGemms:

@@ -11,7 +11,15 @@ from torch import Tensor
 from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
 from minimax_train.kernels.experts import pytorch
 
-ROUTER_IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.experts.triton"), "torch": pytorch}
+
+@OnDemand
+def _triton():
+    from minimax_train.kernels.experts import triton
+
+    return triton
+
+
+ROUTER_IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:

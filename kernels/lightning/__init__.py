@@ -30,7 +30,13 @@ def _explicit_states(run: Callable) -> Callable:
     return with_states
 
 
-_triton = OnDemand("minimax_train.kernels.lightning.triton")
+@OnDemand
+def _triton():
+    from minimax_train.kernels.lightning import triton
+
+    return triton
+
+
 IMPLEMENTATIONS = {
     "naive": _explicit_states(lightning_attention_naive),
     "chunked": _explicit_states(lightning_attention_chunked),

@@ -19,7 +19,14 @@ from minimax_train.kernels.norm import naive, pytorch
 __all__ = ["IMPLEMENTATIONS", "add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm", "sum_of_squares"]
 
 
-IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.norm.triton"), "torch": pytorch, "naive": naive}
+@OnDemand
+def _triton():
+    from minimax_train.kernels.norm import triton
+
+    return triton
+
+
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
 def _choose(x_TD: Tensor, requested: str) -> Any:

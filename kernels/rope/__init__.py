@@ -14,7 +14,14 @@ from minimax_train.kernels.rope import naive, pytorch
 __all__ = ["IMPLEMENTATIONS", "rotary_table", "rotate_heads"]
 
 
-IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.rope.triton"), "torch": pytorch, "naive": naive}
+@OnDemand
+def _triton():
+    from minimax_train.kernels.rope import triton
+
+    return triton
+
+
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
 def rotary_table(positions_T: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:

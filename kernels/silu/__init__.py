@@ -13,7 +13,14 @@ from minimax_train.kernels.silu import naive, pytorch
 __all__ = ["IMPLEMENTATIONS", "silu_qkv"]
 
 
-IMPLEMENTATIONS = {"triton": OnDemand("minimax_train.kernels.silu.triton"), "torch": pytorch, "naive": naive}
+@OnDemand
+def _triton():
+    from minimax_train.kernels.silu import triton
+
+    return triton
+
+
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
 
 
 def silu_qkv(x_TW: Tensor, *, head_dim: int, implementation: str = AUTO) -> tuple[Tensor, Tensor, Tensor]:
