@@ -1,7 +1,4 @@
-"""Steps whose results are on their way to the host, and noticing that one of them was not applied.
-
-Shape legend: L layers, E experts.
-"""
+"""Steps whose results are on their way to the host, and noticing that one of them was not applied."""
 
 from __future__ import annotations
 
@@ -18,26 +15,6 @@ from minimax_train.errors import TrainingError
 from minimax_train.recipe import StepPlan
 
 
-class HostCopy:
-    """Tensors on their way to the host, which goes on meanwhile."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        def copy(x: Tensor) -> Tensor:
-            return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
-
-        self._tensors = [copy(x) for x in tensors]
-        self._event = torch.cuda.current_stream().record_event() if any(x.is_cuda for x in tensors) else None
-
-    @property
-    def arrived(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def wait(self) -> list[Tensor]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensors
-
-
 class TakenStep(NamedTuple):
     """An optimizer step that the device was given.
 
@@ -46,22 +23,29 @@ class TakenStep(NamedTuple):
         tokens: that the run has trained on, this step included.
         at: the host's clock when the device had been given all of it.
         plan: what it trained on, and how.
-        results: a ``StepSums`` over all ranks, then a ``StepReport``.
+        totals, report: sums of all ranks, and what became of the step: on the host, once ``copied``.
     """
 
     number: int
     tokens: int
     at: float
     plan: StepPlan
-    results: HostCopy
+    totals: StepSums
+    report: StepReport
+    copied: torch.Event | None
 
-    def totals(self) -> StepSums:
-        """Waits for the device."""
-        return StepSums(*self.results.wait()[: len(StepSums._fields)])
+    @property
+    def is_done(self) -> bool:
+        return self.copied is None or self.copied.query()
 
-    def report(self) -> StepReport:
-        """Waits for the device."""
-        return StepReport(*self.results.wait()[len(StepSums._fields) :])
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+def to_host(x: Tensor) -> Tensor:
+    """The tensor on its way to the host, which goes on meanwhile."""
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
 
 
 class StepGuard:
@@ -80,8 +64,8 @@ class StepGuard:
     def watch(self, taken: TakenStep, micro_batches: Sequence[MicroBatch]) -> None:
         """Keep a step, and forget those before it that were applied. Does not wait for the device."""
         self._watched.append((taken, micro_batches))
-        while self._watched and self._watched[0][0].results.arrived:
-            if not self._watched[0][0].report().applied:
+        while self._watched and self._watched[0][0].is_done:
+            if not self._watched[0][0].report.applied:
                 while len(self._watched) > 1:  # frozen like the first
                     self._watched.pop()
                 return
@@ -95,7 +79,8 @@ class StepGuard:
         """
         while self._watched and (last is None or self._watched[0][0].number <= last):
             taken, micro_batches = self._watched[0]
-            if not taken.report().applied:
-                found = f"loss {float(taken.totals().loss)}, gradient norm {float(taken.report().gradient_norm)}"
+            taken.wait()
+            if not taken.report.applied:
+                found = f"loss {float(taken.totals.loss)}, gradient norm {float(taken.report.gradient_norm)}"
                 raise TrainingError(f"step {taken.number}: {found}; {self._engine.diagnose(micro_batches, taken.plan)}")
             self._watched.popleft()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minimax_train.errors import require, require_choice, require_positive
-from minimax_train.progress import Progress
 
 if TYPE_CHECKING:
     from minimax_train.config import Config
@@ -88,6 +87,23 @@ class RecipeConfig:
         if self.decay_shape == "cosine":
             progress = 0.5 - 0.5 * math.cos(math.pi * progress)
         return peak + (floor - peak) * progress
+
+
+@dataclass
+class Progress:
+    """What a checkpoint says of a run beside its tensors; JSON values.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens trained on.
+        data: state of the data loader, all ranks' streams together.
+        policy: what the recipe has learned on the way (:meth:`Recipe.at`).
+    """
+
+    step: int = 0
+    tokens: int = 0
+    data: dict[str, Any] | None = None
+    policy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
+from minimax_train.engines import StepReport, StepSums
 from minimax_train.evaluation import Evaluation
-from minimax_train.guard import HostCopy, StepGuard, TakenStep
+from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.router import router_metrics
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallelize import build_engine
 from minimax_train.phases import Phases
-from minimax_train.progress import Progress
-from minimax_train.recipe import Recipe, StepPlan
+from minimax_train.recipe import Progress, Recipe, StepPlan
 from minimax_train.run_dir import prepare_run_dir
 
 
@@ -72,7 +72,7 @@ class Trainer:
                 evaluates = self.evaluation is not None and (step % recipe.eval_interval == 0 or last)
                 saves = last or (checkpoint.interval and step % checkpoint.interval == 0)
                 late = taken if step % self.config.logging.interval == 0 or last else None
-                if late is not None and (late.results.arrived or evaluates or saves):
+                if late is not None and (late.is_done or evaluates or saves):
                     self.report(late)
                     late = None
                 if evaluates:
@@ -103,8 +103,9 @@ class Trainer:
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
-        results, now = HostCopy(*totals, *report), time.perf_counter()
-        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, results)
+        results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report))
+        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        taken = TakenStep(self.progress.step, self.progress.tokens, time.perf_counter(), plan, *results, copied)
         self.guard.watch(taken, batches)
         return taken
 
@@ -126,7 +127,8 @@ class Trainer:
         model = self.config.model
         with self.phases("report"):
             self.guard.check(taken.number)
-            totals, gradient_norm = taken.totals(), float(taken.report().gradient_norm)
+            taken.wait()
+            totals = taken.totals
         router = router_metrics(
             totals.tokens_per_expert_LE,
             entropy=float(totals.entropy),
@@ -144,7 +146,7 @@ class Trainer:
             "loss": float(totals.loss),
             **balance,
             **router,
-            "grad_norm": gradient_norm,
+            "grad_norm": float(taken.report.gradient_norm),
             "learning_rate": taken.plan.learning_rate,
             "tokens": taken.tokens,
             "tokens_per_second": tokens / elapsed,

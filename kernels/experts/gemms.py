@@ -110,7 +110,7 @@ class SeparateGemms:
 
 
 @OnDemand
-def _triton():
+def triton_ops():
     from minimax_train.kernels.experts import triton
 
     return triton
@@ -126,8 +126,8 @@ def _quack(x: Tensor) -> SeparateGemms:
 
 # By name, for tokens like x: the GEMMs, and the module with what lies between them.
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], tuple[SeparateGemms, Any]]] = {
-    "quack": lambda x: (_quack(x), _triton),
-    "triton": lambda x: (SeparateGemms(GROUPED if _is_cuda_bf16(x) else BY_EXPERT, _triton), _triton),
+    "quack": lambda x: (_quack(x), triton_ops),
+    "triton": lambda x: (SeparateGemms(GROUPED if _is_cuda_bf16(x) else BY_EXPERT, triton_ops), triton_ops),
     "grouped": lambda x: (SeparateGemms(GROUPED, pytorch), pytorch),
     "torch": lambda x: (SeparateGemms(BY_EXPERT, pytorch), pytorch),
 }
@@ -152,7 +152,7 @@ def choose_implementation(x: Tensor, expert_hidden: int, implementation: str = A
     if _is_cuda_bf16(x) and x.shape[-1] % 8 == 0 and expert_hidden % 8 == 0:  # rows on 16 bytes, in both GEMMs
         best = "quack" if has_quack(x.device) else "triton"
     gemms, ops = choose("experts", IMPLEMENTATIONS, implementation, best)(x)
-    return gemms, _triton if implementation == AUTO and triton_takes(x) else ops
+    return gemms, triton_ops if implementation == AUTO and triton_takes(x) else ops
 
 
 @cache

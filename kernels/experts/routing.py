@@ -8,18 +8,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
+from minimax_train.kernels.dispatch import AUTO, choose, triton_or_torch
 from minimax_train.kernels.experts import pytorch
+from minimax_train.kernels.experts.gemms import triton_ops
 
-
-@OnDemand
-def _triton():
-    from minimax_train.kernels.experts import triton
-
-    return triton
-
-
-ROUTER_IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch}
+ROUTER_IMPLEMENTATIONS = {"triton": triton_ops, "torch": pytorch}
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minimax_train.errors import ConfigError, require
 from minimax_train.files import CONFIG, TOKENIZER, UNFINISHED
-from minimax_train.progress import Progress
+from minimax_train.recipe import Progress
 
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -89,11 +89,6 @@ class SequenceLoader:
         sequences = (p.sequence for p in packed)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 
-    @property
-    def epoch(self) -> int:
-        """Epochs that every stream of this rank has completed, by the sequences handed out."""
-        return min(state["epoch"] for state in self._handed_out.values())
-
     def state_dict(self) -> dict:
         """What was handed out, whatever was packed ahead: JSON values, a few integers per stream.
 

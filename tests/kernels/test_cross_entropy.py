@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from minimax_train.documents import IGNORE_INDEX
 from minimax_train.kernels import cross_entropy
 from minimax_train.kernels.cross_entropy import VocabularyShard, choose_block, linear_cross_entropy
-from minimax_train.kernels.cross_entropy.naive import linear_cross_entropy_naive
 from support.compare import relative_error
+from support.cross_entropy import linear_cross_entropy_naive
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

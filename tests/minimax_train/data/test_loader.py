@@ -196,13 +196,6 @@ def test_micro_batch_fields(json_config):
     assert batch.to("meta").tokens_T.device.type == batch.to("meta").documents.device.type == "meta"
 
 
-def test_epochs_are_counted(json_config):
-    rows = loader(json_config)
-    assert rows.epoch == 0
-    take(rows, TOTAL)
-    assert rows.epoch >= 2
-
-
 def test_another_sequence_length_goes_on_at_the_same_token(json_config):
     """In the same run, where sequences of the old length are packed ahead, and in one that resumes."""
     rows = loader(json_config)
