@@ -72,7 +72,8 @@ class Trainer:
                 evaluates = self.evaluation is not None and (step % recipe.eval_interval == 0 or last)
                 saves = last or (checkpoint.interval and step % checkpoint.interval == 0)
                 late = taken if step % self.config.logging.interval == 0 or last else None
-                if late is not None and (late.is_done or evaluates or saves):
+                # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
+                if late is not None and (self.device.type == "cpu" or evaluates or saves):
                     self.report(late)
                     late = None
                 if evaluates:
@@ -159,7 +160,7 @@ class Trainer:
         """Loss on the held-out documents, of a run that evaluates."""
         assert self.evaluation is not None
         self.guard.check()
-        with self.phases("evaluate"):
+        with self.between_steps("evaluate"):
             return self.evaluation.run(self.engine, plan)
 
     def save(self, plan: StepPlan) -> None:
