@@ -44,7 +44,7 @@ def _swiglu_gradients(gate, up, d_act):
 
 
 @gemm_epilogue()
-def _plain(acc):
+def _identity(acc):
     return {"D": acc}
 
 
@@ -178,7 +178,7 @@ class QuackGemms(SeparateGemms):
         return hidden_R2F, act_RF
 
     def down(self, act_RF, down_EDF, offsets_E):
-        return _tokens(_plain, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
+        return _tokens(_identity, WIDE, act_RF, down_EDF, act_RF.new_empty(len(act_RF), down_EDF.shape[1]), offsets_E)
 
     def d_hidden(self, dy_RD, hidden_R2F, down_EDF, offsets_E, weights_R, out=None):
         R, F = len(dy_RD), down_EDF.shape[2]
@@ -192,7 +192,7 @@ class QuackGemms(SeparateGemms):
 
     def dx(self, d_hidden_R2F, gate_up_E2FD, offsets_E):
         out_RD = d_hidden_R2F.new_empty(len(d_hidden_R2F), gate_up_E2FD.shape[2])
-        return _tokens(_plain, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
+        return _tokens(_identity, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
 
     def d_gate_up(self, d_hidden_R2F, x_RD, offsets_E):
         return _weights(WIDE, d_hidden_R2F, x_RD, offsets_E, interleave=True)

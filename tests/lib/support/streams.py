@@ -45,7 +45,7 @@ class Use(NamedTuple):
 
 @dataclass
 class Memory:
-    home: int
+    owner: int
     born: Use
     uses: list[Use] = field(default_factory=list)
 
@@ -148,7 +148,7 @@ class Streams(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         memory = self._memory.pop(key)
-        self._freed[memory.home] += memory.uses
+        self._freed[memory.owner] += memory.uses
 
     def _use(self, x: Tensor, writes: bool) -> None:
         use = self._note(x, writes)
