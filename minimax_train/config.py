@@ -234,9 +234,8 @@ def read_config(path: str | Path) -> Config:
     """
     try:
         saved, schema = _with_new_names(OmegaConf.load(path)), OmegaConf.structured(Config)
-        name = OmegaConf.select(saved, "engine.name")
-        require_choice("engine.name", name, tuple(ENGINES))
-        schema.engine = OmegaConf.structured(ENGINES[name].config_type)
+        name = OmegaConf.select(saved, "engine.name", default=EngineConfig.name)
+        schema.engine = OmegaConf.structured(ENGINES[name].config_type if name in ENGINES else EngineConfig)
         return _instantiate(OmegaConf.merge(schema, saved))
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error

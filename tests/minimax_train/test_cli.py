@@ -98,6 +98,9 @@ def test_what_is_saved_is_what_is_read(tmp_path):
         config = load_config(more)
         save_config(config, tmp_path / "config.yaml")
         assert read_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match=r"config.yaml: not a configuration: Key 'a' not in 'Config'"):
+        read_config(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"config.yaml: not a configuration"):
         read_config(tmp_path / "config.yaml")
