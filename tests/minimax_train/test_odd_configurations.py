@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from fuzz.odd_configurations import ask, command, random_ones, targeted, train, wrong, wrong_training
+
+from support.odd_configurations import ask, command, random_ones, targeted, train, wrong, wrong_training
 
 SHARES = 4  # so that several workers share them
 CASES = [*targeted(300, seed=0), *random_ones(300, seed=0)]

@@ -1,6 +1,6 @@
 """Odd configurations: what ``minimax-train`` is asked that nobody should ask, and what it may answer.
 
-    python tests/fuzz/odd_configurations.py [--targeted 5000] [--random 5000] [--trained 500] [--seed 1]
+    python tests/lib/support/odd_configurations.py [--targeted 5000] [--random 5000] [--trained 500] [--seed 1]
 
 *Targeted*: one field given an odd value of any type. *Random*: many fields at once, of plausible values. An answer is a
 configuration that holds what was typed, or one line that names the field. *Trained*: two steps of a small model; an
