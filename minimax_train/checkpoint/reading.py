@@ -46,8 +46,10 @@ class CheckpointFiles(dcp.FileSystemReader):
         """Fill a state dict in place, on all ranks together unless ``no_dist``.
 
         Raises:
-            ConfigError: the same on all ranks, naming the damaged file, or what the checkpoint does not hold.
+            ConfigError: naming the damaged file, or what the checkpoint does not hold. The same on all ranks, if only
+                one met it.
         """
+        self.read_metadata()  # not first inside dcp.load, which logs an error with its traceback
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
