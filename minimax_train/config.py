@@ -191,6 +191,9 @@ class Config:
         fitting = [number for number in range(1, streams + 1) if streams % number == 0]
         accepted = f"must be a multiple of the {ranks}; with it, {fitting} of them would do"
         require(streams % dp == 0, "data.num_streams", streams, accepted)
+        workers, own = self.data.num_workers, streams // dp
+        accepted = f"must be at most {own}, the streams of a data-parallel rank (data.num_streams={streams}), or 0"
+        require(workers <= own, "data.num_workers", workers, accepted)
         if self.model.capacity_scope == "global":
             self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
 

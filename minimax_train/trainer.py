@@ -35,11 +35,18 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir, config.checkpoint.keep, is_first=grid.is_first)
         self.tokenizer = prepare_run_dir(config, grid, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
+        # Before the model: worker processes open the data while it is built.
+        self.loader = build_train_loader(
+            config.data,
+            self.tokenizer,
+            dp_rank=grid.rank("dp"),
+            dp_size=grid.size("dp"),
+            seed=config.seed,
+            peers=grid.group("cp_tp"),
+            timeout_s=config.parallel.timeout_s,
+        )
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine)
-        self.loader = build_train_loader(
-            config.data, self.tokenizer, dp_rank=grid.rank("dp"), dp_size=grid.size("dp"), seed=config.seed
-        )
         self.progress = self._restore()
         self.evaluation: Evaluation | None = None
         if config.data.has_validation and config.recipe.eval_interval:

@@ -34,6 +34,9 @@ class DataConfig:
         sequence_length: tokens of a packed sequence, where a run begins.
         num_streams: streams the documents are dealt into, a multiple of the data-parallel size. It belongs to the
             run: another number is another order of the data.
+        num_workers: processes that read, tokenise and pack for a data-parallel rank, beside the trainer and one step
+            ahead of it; its tensor- and context-parallel ranks on one machine share them. Each takes some of the rank's
+            streams. 0 for none: the trainer does it between steps. The order of the data does not depend on it.
         shuffle_documents: block size of the shuffle in documents, per stream; 1 switches it off.
 
     Raises:
@@ -54,6 +57,7 @@ class DataConfig:
     tokenizer_documents: int = 1000
     sequence_length: int = 2048
     num_streams: int = 8
+    num_workers: int = 1
     shuffle_documents: int = 256
 
     def __post_init__(self) -> None:
@@ -63,6 +67,7 @@ class DataConfig:
             value = getattr(self, name)
             is_integer = isinstance(value, int) and not isinstance(value, bool)
             require(is_integer and value >= 1, f"data.{name}", value, "must be a positive integer")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be 0 or greater")
         for name in ("text_column", "tokenizer", "train_split"):
             require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "must not be empty")
         if self.source == "files":

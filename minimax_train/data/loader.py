@@ -6,44 +6,37 @@ size.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
-from minimax_train.data.background import Background
+import torch.distributed as dist
+
 from minimax_train.data.batch import MicroBatch
 from minimax_train.data.config import DataConfig
-from minimax_train.data.packing import PackedSequence, SequencePacker
-from minimax_train.data.sources import TRAIN, open_source
-from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.data.worker import InProcess, Opened, Packed, Streams, Worker, WorkerProcess, start_worker
 from minimax_train.errors import ConfigError
 from minimax_train.recipe import StepPlan
 
 
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    sequence: PackedSequence
-    stream: int
-    state: dict[str, int]  # the stream's, after this sequence
-
-
 class SequenceLoader:
-    """Hands out this rank's packed sequences in micro-batches; a background thread packs the next step meanwhile.
+    """Hands out this rank's packed sequences in micro-batches; worker processes pack the next step meanwhile.
 
     Args:
-        packers: this rank's streams: those whose index is ``dp_rank`` modulo ``dp_size``.
+        workers: the rank's k-th stream is packed by worker k modulo their number.
         source: name of the data source they read.
-        num_streams: streams of the run, a multiple of ``dp_size``.
+        num_streams: streams of the run, a multiple of ``dp_size``. This rank's are those whose index is ``dp_rank``
+            modulo ``dp_size``.
         dp_rank, dp_size: this rank among those that take different sequences.
-        identity: what the order of the data depends on, by configuration field. Saved, and compared when a state is
-            loaded: under other values the saved positions would mean other documents.
+        identity: what the order of the data depends on, by configuration field, beside the data itself. Saved, and
+            compared when a state is loaded: under other values the saved positions would mean other documents.
     """
 
     def __init__(
         self,
-        packers: dict[int, SequencePacker],
+        workers: Sequence[Worker],
         *,
         source: str,
         num_streams: int,
@@ -51,12 +44,12 @@ class SequenceLoader:
         dp_size: int,
         identity: dict[str, int | str],
     ) -> None:
-        self._packers, self._num_streams, self._identity = packers, num_streams, identity
+        self._workers, self._num_streams, self._settings = workers, num_streams, identity
         self._source, self._dp_rank, self._dp_size = source, dp_rank, dp_size
-        self._background = Background()
-        self._ready: deque[_Packed] = deque()
-        self._length = 0  # of the sequences that are ready
-        self._place_at(next_sequence=0)
+        self._next_sequence = 0
+        self._states: dict[int, dict[str, int]] = {}  # of the streams, after what was handed out
+        self._asked: tuple[int, int, int] | None = None  # first sequence, how many, their length
+        self._error: Exception | None = None
 
     def next_micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
         """The micro-batches of one optimizer step of this rank; plans may differ from step to step.
@@ -73,19 +66,19 @@ class SequenceLoader:
             )
         num_micro_batches, size = plan.micro_batches(self._dp_size), plan.micro_batch_size
         count = num_micro_batches * size
-        self._background.wait()
-        if self._length != plan.sequence_length:
-            for stream, state in self._handed_out.items():
-                self._packers[stream].load_state_dict(state)
-            self._place_at(self._next_sequence)
-            self._length = plan.sequence_length
-        if len(self._ready) < count:
-            self._pack_until(count)
-            self._background.wait()
-        packed = [self._ready.popleft() for _ in range(count)]
-        self._handed_out |= {p.stream: p.state for p in packed}
+        self._open()
+        if self._error is not None:
+            raise self._error
+        if self._asked != (self._next_sequence, count, plan.sequence_length):
+            self._place()
+            self._ask(count, plan.sequence_length)
+        try:
+            packed = self._receive()
+        except Exception as error:  # stays: the workers may be left half-way
+            self._error = error
+            raise
         self._next_sequence += count * self._dp_size
-        self._pack_until(count)
+        self._ask(count, plan.sequence_length)
         sequences = (p.sequence for p in packed)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 
@@ -94,8 +87,9 @@ class SequenceLoader:
 
         It covers this rank's streams; :func:`merge_states` makes one of all ranks'.
         """
-        streams = {str(stream): dict(state) for stream, state in self._handed_out.items()}
-        return {"identity": dict(self._identity), "next_row": self._next_sequence, "streams": streams}
+        identity = self._open()
+        streams = {str(stream): dict(state) for stream, state in self._states.items()}
+        return {"identity": identity, "next_row": self._next_sequence, "streams": streams}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on after the sequences that ``state`` says were handed out, whatever the data-parallel size was then.
@@ -106,51 +100,79 @@ class SequenceLoader:
         Raises:
             ValueError: when it lacks one of this rank's streams, or was saved under another order of the data.
         """
-        for name, value in self._identity.items():
+        for name, value in self._open().items():
             saved = state["identity"].get(name)
             if saved != value:
                 raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
-        missing = [stream for stream in self._packers if str(stream) not in state["streams"]]
+        missing = [stream for stream in self._states if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
-        self._background.stop()
-        for stream, packer in self._packers.items():
-            packer.load_state_dict(state["streams"][str(stream)])
-        self._place_at(state["next_row"])
+        self._states = {stream: state["streams"][str(stream)] for stream in self._states}
+        self._next_sequence = state["next_row"]
+        self._place()
 
     def close(self) -> None:
-        """Stops packing ahead. The loader can be used again only after ``load_state_dict``."""
-        self._background.stop()
-        self._ready.clear()
+        """Ends the worker processes."""
+        for worker in self._workers:
+            worker.close()
 
-    def _place_at(self, next_sequence: int) -> None:
-        self._next_sequence = next_sequence
-        self._to_pack = next_sequence + (self._dp_rank - next_sequence) % self._dp_size  # this rank's first from there
-        self._ready.clear()
-        self._handed_out = {stream: packer.state_dict() for stream, packer in self._packers.items()}
+    def _open(self) -> dict[str, int | str]:
+        """Waits until the workers have opened the data; what its order depends on."""
+        opened: list[Opened] = [worker.opened() for worker in self._workers]
+        if not self._states:
+            self._states = {stream: state for worker in opened for stream, state in worker.states.items()}
+        return {**self._settings, "fingerprint of the training data's files": opened[0].fingerprint}
 
-    def _pack_until(self, count: int) -> None:
-        """Starts packing until ``count`` sequences are ready."""
+    def _place(self) -> None:
+        """Tells the workers to go on after what was handed out."""
+        for worker in self._workers:
+            streams = (stream for stream in self._states if self._worker_of(stream) is worker)
+            worker.place({stream: self._states[stream] for stream in streams})
+        self._asked = self._error = None
 
-        def work(stopped: Callable[[], bool]) -> None:
-            while len(self._ready) < count and not stopped():
-                stream = self._to_pack % self._num_streams
-                packer = self._packers[stream]
-                sequence = packer.next_sequence(self._length)
-                assert sequence is not None, "streams that train repeat for ever"
-                self._ready.append(_Packed(sequence, stream, packer.state_dict()))
-                self._to_pack += self._dp_size
+    def _ask(self, count: int, length: int) -> None:
+        self._asked = self._next_sequence, count, length
+        streams = self._streams_asked()
+        for worker in self._workers:
+            worker.ask([stream for stream in streams if self._worker_of(stream) is worker], length)
 
-        self._background.start(work)
+    def _receive(self) -> list[Packed]:
+        """What was asked for, in the order of the run."""
+        packed = {id(worker): iter(worker.receive()) for worker in self._workers}
+        received = [(stream, next(packed[id(self._worker_of(stream))])) for stream in self._streams_asked()]
+        self._states |= {stream: p.state for stream, p in received}
+        return [p for _, p in received]
+
+    def _streams_asked(self) -> list[int]:
+        assert self._asked is not None
+        next_sequence, count, _ = self._asked
+        mine = next_sequence + (self._dp_rank - next_sequence) % self._dp_size  # this rank's first from there
+        return [(mine + i * self._dp_size) % self._num_streams for i in range(count)]
+
+    def _worker_of(self, stream: int) -> Worker:
+        return self._workers[stream // self._dp_size % len(self._workers)]
 
 
 def build_train_loader(
-    config: DataConfig, tokenizer: Tokenizer, *, dp_rank: int, dp_size: int, seed: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+    peers: dist.ProcessGroup | None = None,
+    timeout_s: float = 600.0,
 ) -> SequenceLoader:
     """The loader of one data-parallel rank over the configured training documents.
 
+    Args:
+        peers: the ranks that take the same sequences, this one among them; None for this one alone. Those on one
+            machine share ``data.num_workers`` processes, which the first of them starts.
+        timeout_s: seconds after which a worker process that gives nothing is taken to hang.
+
     Raises:
-        ConfigError: when ``data.num_streams`` is not a multiple of ``dp_size``, or the data set cannot be opened.
+        ConfigError: when ``data.num_streams`` is not a multiple of ``dp_size``. That the data set cannot be opened is
+            raised by the loader's methods.
     """
     num_streams = config.num_streams
     if num_streams % dp_size:
@@ -158,29 +180,46 @@ def build_train_loader(
             f"data.num_streams={num_streams}: must be a multiple of the data-parallel size {dp_size}: "
             f"{dp_size}, {2 * dp_size}, {3 * dp_size}, ..."
         )
-    source = open_source(config, TRAIN)
-    packers = {
-        stream: SequencePacker(
-            DocumentStream(
-                source,
-                tokenizer,
-                stream=stream,
-                num_streams=num_streams,
-                seed=seed,
-                shuffle_documents=config.shuffle_documents,
-            )
-        )
-        for stream in range(dp_rank, num_streams, dp_size)
-    }
-    identity = {
+    mine = range(dp_rank, num_streams, dp_size)
+    if config.num_workers:
+        dealt = [Streams(config, tokenizer, seed, mine[i :: config.num_workers]) for i in range(config.num_workers)]
+        workers: Sequence[Worker] = _share(dealt, peers, timeout_s)
+    else:
+        workers = [InProcess(Streams(config, tokenizer, seed, mine))]
+    identity: dict[str, int | str] = {
         "seed": seed,
         "data.num_streams": num_streams,
         "data.shuffle_documents": config.shuffle_documents,
-        "fingerprint of the training data's files": source.fingerprint,
     }
     return SequenceLoader(
-        packers, source=config.source, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity
+        workers, source=config.source, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity
     )
+
+
+def _share(dealt: Sequence[Streams], peers: dist.ProcessGroup | None, timeout_s: float) -> list[WorkerProcess]:
+    """Connections to worker processes, started by the first of the peers on each machine."""
+    rank, size = (0, 1) if peers is None else (dist.get_rank(peers), dist.get_world_size(peers))
+    machine = socket.gethostname()
+    machines = _told(machine, peers, size)
+    here = [peer for peer in range(size) if machines[peer] == machine]
+    started = [start_worker(streams, len(here)) for streams in dealt] if rank == here[0] else []
+    addresses = _told([worker.address for worker in started], peers, size)[here[0]]
+    processes = [worker.process for worker in started] or [None] * len(dealt)
+    connected = [
+        WorkerProcess(address, process, timeout_s) for address, process in zip(addresses, processes, strict=True)
+    ]
+    _told(None, peers, size)
+    for worker in started:
+        worker.forget_address()
+    return connected
+
+
+def _told(said: Any, peers: dist.ProcessGroup | None, size: int) -> list[Any]:
+    """What each of the peers said."""
+    told: list[Any] = [said] * size
+    if size > 1:
+        dist.all_gather_object(told, said, group=peers)
+    return told
 
 
 def merge_states(states: Sequence[dict]) -> dict:

@@ -39,6 +39,10 @@ class Tokenizer:
         self.eos_id = eos_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def __reduce__(self) -> tuple:
+        """For worker processes: what the constructor sets is not part of the backend's own pickle."""
+        return Tokenizer, (self._backend, self.eos_id)
+
     def encode_document(self, text: str) -> np.ndarray:
         """The ids of a text, then the end of text: int64 ``[tokens + 1]``."""
         (ids,) = self.encode_documents([text])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimax_train.data import MicroBatch
+from minimax_train.errors import ConfigError
 from minimax_train.recipe import StepPlan
 
 EOS = 0
@@ -27,6 +31,25 @@ class WordTokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode_document(text) for text in texts]
+
+
+class Troubled(WordTokenizer):
+    """Meets one kind of trouble after some documents."""
+
+    def __init__(self, trouble, after):
+        self.trouble, self.left = trouble, after
+
+    def encode_document(self, text):
+        self.left -= 1
+        if self.left < 0:
+            if self.trouble == "refused":
+                raise ConfigError("data.train_files: line 3 is broken")
+            if self.trouble == "failed":
+                raise KeyError("a mistake in the code")
+            if self.trouble == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return super().encode_document(text)
 
 
 def documents(lengths: Sequence[int]) -> list[str]:

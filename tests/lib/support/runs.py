@@ -55,6 +55,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         f"data.validation_files=[{held_out}]",
         "data.sequence_length=63",
         "data.num_streams=4",
+        "data.num_workers=0",
         "data.shuffle_documents=8",
         "recipe.steps=6",
         "recipe.global_batch_size=4",

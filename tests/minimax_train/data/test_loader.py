@@ -1,9 +1,6 @@
 """The loader on files: independence of the ranks, exact resume, prefetching."""
 
 import json
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 
 import pytest
@@ -52,6 +49,7 @@ def make_config(folder, file_format, num_shards):
         train_files=[pattern],
         sequence_length=LENGTH,
         num_streams=NUM_STREAMS,
+        num_workers=0,
         shuffle_documents=4,
     )
 
@@ -142,11 +140,9 @@ def test_resume_at_a_row_that_the_new_size_does_not_divide(json_config):
     assert merge_states([rows.state_dict() for rows in ranks])["next_row"] == 22
 
 
-def test_the_state_is_of_what_was_handed_out_not_of_what_was_packed_ahead(json_config):
+def test_the_state_is_of_what_was_handed_out(json_config):
     rows = loader(json_config)
     batches_of(rows, 2, 4)
-    rows._background.wait()
-    assert len(rows._ready) == 8, "nothing was packed ahead, so the test shows nothing"
     state = rows.state_dict()
     assert state["next_row"] == 8
     source = sources.open_source(json_config, sources.TRAIN)
@@ -197,7 +193,7 @@ def test_micro_batch_fields(json_config):
 
 
 def test_another_sequence_length_goes_on_at_the_same_token(json_config):
-    """In the same run, where sequences of the old length are packed ahead, and in one that resumes."""
+    """In the same run, which has asked for sequences of the old length, and in one that resumes."""
     rows = loader(json_config)
     take(rows, 8)
     state = rows.state_dict()
@@ -206,8 +202,6 @@ def test_another_sequence_length_goes_on_at_the_same_token(json_config):
     take(rows, 4)
     again = loader(json_config)
     again.load_state_dict(rows.state_dict())
-    rows._background.wait()
-    assert rows._ready, "nothing was packed ahead, so the test shows nothing"
     shorter = take(rows, 8, length=LENGTH // 2)
     assert shorter == take(again, 8, length=LENGTH // 2)
     for stream in range(4):
@@ -236,7 +230,7 @@ class FailingTokenizer(WordTokenizer):
         return super().encode_document(text)
 
 
-def test_an_error_in_the_background_reaches_the_caller_and_stays(json_config):
+def test_an_error_stays_until_a_state_is_loaded(json_config):
     tokenizer = FailingTokenizer(after=30)
     rows = loader(json_config, tokenizer=tokenizer)
     got = []
@@ -250,37 +244,6 @@ def test_an_error_in_the_background_reaches_the_caller_and_stays(json_config):
     tokenizer.left = -1
     rows.load_state_dict(state)
     assert got + take(rows, 8) == take(loader(json_config), len(got) + 8)
-
-
-def test_exit_does_not_wait_for_a_hung_read(tmp_path):
-    (tmp_path / "document.txt").write_text("1 2 3 4")
-    script = f"""
-        import time, numpy as np
-        from minimax_train.data import DataConfig, build_train_loader, background
-        from minimax_train.recipe import StepPlan
-        background._EXIT_TIMEOUT_S = 0.1
-        class Hangs:
-            calls = 0
-            def encode_documents(self, texts):
-                self.calls += 1
-                if self.calls > 1:
-                    print("hanging", flush=True)
-                    time.sleep(1000)
-                return [np.arange(4) for _ in texts]
-        config = DataConfig(source="files", train_files=[{str(tmp_path / "*.txt")!r}], sequence_length=4, num_streams=1)
-        loader = build_train_loader(config, Hangs(), dp_rank=0, dp_size=1, seed=0)
-        loader.next_micro_batches(StepPlan(1.0, 1, 1, 4, 1e4, {{"files": 1.0}}, "test"))
-        time.sleep(0.2)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "hanging\n"), done.stderr
-
-
-def test_close_stops_the_thread(json_config):
-    rows = loader(json_config)
-    batches_of(rows, 4, 1)
-    rows.close()
-    assert rows._background._shared.thread is None
 
 
 def test_streams_must_divide(json_config):

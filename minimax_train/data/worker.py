@@ -1,0 +1,354 @@
+"""Reading, tokenising and packing: in the trainer's process, or in a process beside it.
+
+In a process of its own it does not hold the interpreter that launches kernels. Ranks of one machine that take the same
+packed sequences (tensor- and context-parallel ones) share a process; each of them makes the same requests in the same
+order, and the process does each of them once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from minimax_train.data.config import DataConfig
+from minimax_train.data.packing import PackedSequence, SequencePacker
+from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.data.streams import DocumentStream
+from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.errors import ConfigError, TrainingError
+
+_PR_SET_PDEATHSIG = 1
+_EXIT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed sequence, and the state of its stream after it."""
+
+    sequence: PackedSequence
+    state: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Which of a run's streams to pack, and out of what; what a worker process is sent."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    seed: int
+    streams: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What opening the data set told: its fingerprint, and the states of the streams at the beginning."""
+
+    fingerprint: str
+    states: dict[int, dict[str, int]]
+
+
+class Worker(Protocol):
+    """Packs some of a rank's streams. One request for sequences is under way at a time."""
+
+    def opened(self) -> Opened:
+        """Wait until the data set is open.
+
+        Raises:
+            ConfigError: when it cannot be opened.
+        """
+        ...
+
+    def place(self, states: dict[int, dict[str, int]]) -> None:
+        """Go on from other positions, by stream; what was asked for is dropped."""
+        ...
+
+    def ask(self, streams: Sequence[int], length: int) -> None:
+        """Ask for the next sequence of ``length`` tokens of each of these streams, one after the other."""
+        ...
+
+    def receive(self) -> list[Packed]:
+        """What was asked for, in that order.
+
+        Raises:
+            ConfigError, TrainingError: what went wrong while reading; or that the worker process ended or hangs.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the process."""
+        ...
+
+
+class InProcess:
+    """A worker that is no process: it packs what was asked for when it is received."""
+
+    def __init__(self, streams: Streams) -> None:
+        config, source = streams.config, open_source(streams.config, TRAIN)
+        self._packers = {
+            stream: SequencePacker(
+                DocumentStream(
+                    source,
+                    streams.tokenizer,
+                    stream=stream,
+                    num_streams=config.num_streams,
+                    seed=streams.seed,
+                    shuffle_documents=config.shuffle_documents,
+                )
+            )
+            for stream in streams.streams
+        }
+        states = {stream: packer.state_dict() for stream, packer in self._packers.items()}
+        self._opened = Opened(source.fingerprint, states)
+        self._asked: tuple[Sequence[int], int] | None = None
+
+    def opened(self) -> Opened:
+        return self._opened
+
+    def place(self, states: dict[int, dict[str, int]]) -> None:
+        for stream, state in states.items():
+            self._packers[stream].load_state_dict(state)
+        self._asked = None
+
+    def ask(self, streams: Sequence[int], length: int) -> None:
+        self._asked = streams, length
+
+    def receive(self) -> list[Packed]:
+        assert self._asked is not None, "nothing was asked for"
+        streams, length = self._asked
+        packed = [self._pack(stream, length) for stream in streams]
+        self._asked = None
+        return packed
+
+    def _pack(self, stream: int, length: int) -> Packed:
+        sequence = self._packers[stream].next_sequence(length)
+        assert sequence is not None, "streams that train repeat for ever"
+        return Packed(sequence, self._packers[stream].state_dict())
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerProcess:
+    """One rank's connection to a worker process.
+
+    Args:
+        address: of the socket that the process accepts connections at.
+        process: the process, on the rank that started it.
+        timeout_s: seconds after which a worker that does not answer is taken to hang.
+    """
+
+    def __init__(self, address: str, process: subprocess.Popen | None, timeout_s: float) -> None:
+        self._process, self._timeout_s, self._pending = process, timeout_s, 0
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(address)
+        self._connection = Connection(client.detach())
+        self._opened: Opened | None = None
+        self._pid = 0
+
+    def opened(self) -> Opened:
+        if self._opened is None:
+            self._pid, self._opened = self._answer()
+        return self._opened
+
+    def place(self, states: dict[int, dict[str, int]]) -> None:
+        self.opened()
+        while self._pending:
+            self._pending -= 1
+            self._read()  # what was asked for, or why not
+        self._send(("place", states))
+
+    def ask(self, streams: Sequence[int], length: int) -> None:
+        self._pending += 1
+        self._send(("pack", list(streams), length))
+
+    def receive(self) -> list[Packed]:
+        self._pending -= 1
+        return self._answer()
+
+    def close(self) -> None:
+        self._connection.close()
+        if self._process is not None:
+            try:
+                self._process.wait(_EXIT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # it reads something that does not come
+                self._process.kill()
+                self._process.wait()
+
+    def _send(self, request: tuple) -> None:
+        with suppress(OSError):  # the process ended: the next answer says so
+            self._connection.send(request)
+
+    def _read(self) -> tuple[str, Any]:
+        try:
+            if not self._connection.poll(self._timeout_s):
+                if self._pid:
+                    os.kill(self._pid, signal.SIGUSR1)  # it writes to stderr where it is
+                raise _on_this_rank(
+                    f"data worker {self._pid or ''} gave no packed sequences for {self._timeout_s:g} s "
+                    "(parallel.timeout_s); above is where it was"
+                )
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise _on_this_rank(f"data worker {self._pid or ''} {self._end()}") from None
+
+    def _answer(self) -> Any:
+        kind, content = self._read()
+        if kind == "refused":
+            raise ConfigError(content)
+        if kind == "failed":
+            raise _on_this_rank(f"data worker {self._pid or ''} failed:\n{content}")
+        return content
+
+    def _end(self) -> str:
+        if self._process is None:
+            return "ended before this rank was done"
+        status = self._process.wait()
+        if status < 0:
+            memory = "; out of memory?" if -status == signal.SIGKILL else ""
+            return f"was ended by {signal.Signals(-status).name}{memory}"
+        return f"ended with status {status}"
+
+
+def _on_this_rank(message: str) -> TrainingError:
+    error = TrainingError(message)
+    error.on_all_ranks = False
+    return error
+
+
+@dataclass(frozen=True, eq=False)
+class Started:
+    """A worker process that was started: where the ranks connect."""
+
+    folder: Path
+    process: subprocess.Popen
+
+    @property
+    def address(self) -> str:
+        return str(self.folder / "socket")
+
+    def forget_address(self) -> None:
+        """Once all ranks are connected."""
+        Path(self.address).unlink()
+        self.folder.rmdir()
+
+
+def start_worker(streams: Streams, num_ranks: int) -> Started:
+    """Start a process that packs streams for as many ranks of this machine. It ends with the process that started it.
+
+    Raises:
+        ConfigError: when no socket can be made in the folder for temporary files.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="minimax-train-"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(str(folder / "socket"))
+        except OSError as error:
+            folder.rmdir()
+            raise ConfigError(f"TMPDIR={str(folder.parent)!r}: no socket can be made there: {error}") from error
+        listener.listen(num_ranks)
+        arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", *arguments],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it ended: the first answer says so
+        pickle.dump(streams, process.stdin)
+        process.stdin.close()
+    return Started(folder, process)
+
+
+def main() -> None:
+    """The worker process: file descriptor of the listening socket, number of ranks, process that started it."""
+    descriptor, num_ranks, parent = map(int, sys.argv[1:])
+    # It ends when its parent does, however that ends, and not before: Ctrl-C goes to all processes of a terminal.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    os.nice(10)  # threads that launch kernels go first
+    streams = pickle.load(sys.stdin.buffer)
+    with socket.socket(fileno=descriptor) as listener:
+        connections = [Connection(listener.accept()[0].detach()) for _ in range(num_ranks)]
+    serve(streams, connections)
+
+
+def serve(streams: Streams, connections: Iterable[Connection]) -> None:
+    """Answer requests until every rank has closed its connection.
+
+    The answer to a rank's n-th request is sent when all ranks have made theirs: one that is still at the step before
+    reads that step's first, and never waits for a rank that does not read yet.
+    """
+    worker: InProcess | None = None
+
+    def open_streams() -> tuple[int, Opened]:
+        nonlocal worker
+        worker = InProcess(streams)
+        return os.getpid(), worker.opened()
+
+    def pack(names: Sequence[int], length: int) -> list[Packed]:
+        assert worker is not None
+        worker.ask(names, length)
+        return worker.receive()
+
+    first = _attempt(open_streams)
+    made = dict.fromkeys(connections, 0)  # requests, by connection
+    for connection in made:
+        connection.send(first)
+    if first[0] != "done":
+        return
+    answers: deque[tuple[str, Any] | None] = deque()
+    started = answered = 0  # requests
+    while made:
+        for connection in wait(list(made)):
+            assert isinstance(connection, Connection)
+            try:
+                kind, *arguments = connection.recv()
+            except (EOFError, ConnectionResetError):
+                del made[connection]
+                continue
+            made[connection] += 1
+            if made[connection] <= started:
+                continue
+            started += 1
+            if kind == "place":
+                assert worker is not None
+                worker.place(*arguments)
+                answers.append(None)
+            else:
+                answers.append(_attempt(pack, *arguments))
+        while made and answered < min(made.values()):
+            answer = answers.popleft()
+            answered += 1
+            if answer is not None:
+                for connection in made:
+                    connection.send(answer)
+
+
+def _attempt(work: Any, *arguments: Any) -> tuple[str, Any]:
+    try:
+        return "done", work(*arguments)
+    except ConfigError as error:
+        return "refused", str(error)
+    except Exception:
+        return "failed", traceback.format_exc().rstrip()
