@@ -311,10 +311,17 @@ def serve(streams: Streams, connections: Iterable[Connection]) -> None:
         worker.ask(names, length)
         return worker.receive()
 
-    first = _attempt(open_streams)
     made = dict.fromkeys(connections, 0)  # requests, by connection
-    for connection in made:
-        connection.send(first)
+
+    def send(answer: tuple[str, Any]) -> None:
+        for connection in list(made):
+            try:
+                connection.send(answer)
+            except OSError:  # closed by its rank
+                del made[connection]
+
+    first = _attempt(open_streams)
+    send(first)
     if first[0] != "done":
         return
     answers: deque[tuple[str, Any] | None] = deque()
@@ -324,7 +331,7 @@ def serve(streams: Streams, connections: Iterable[Connection]) -> None:
             assert isinstance(connection, Connection)
             try:
                 kind, *arguments = connection.recv()
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 del made[connection]
                 continue
             made[connection] += 1
@@ -341,8 +348,7 @@ def serve(streams: Streams, connections: Iterable[Connection]) -> None:
             answer = answers.popleft()
             answered += 1
             if answer is not None:
-                for connection in made:
-                    connection.send(answer)
+                send(answer)
 
 
 def _attempt(work: Any, *arguments: Any) -> tuple[str, Any]:
