@@ -198,21 +198,24 @@ class WorkerProcess:
             if not self._connection.poll(self._timeout_s):
                 if self._pid:
                     os.kill(self._pid, signal.SIGUSR1)  # it writes to stderr where it is
-                raise _on_this_rank(
-                    f"data worker {self._pid or ''} gave no packed sequences for {self._timeout_s:g} s "
-                    "(parallel.timeout_s); above is where it was"
-                )
+                where = "; above is where it was" if self._pid else ""
+                waited = f"gave no answer for {self._timeout_s:g} s (parallel.timeout_s){where}"
+                raise _on_this_rank(f"{self._name} {waited}")
             return self._connection.recv()
         except (EOFError, OSError):
-            raise _on_this_rank(f"data worker {self._pid or ''} {self._end()}") from None
+            raise _on_this_rank(f"{self._name} {self._end()}") from None
 
     def _answer(self) -> Any:
         kind, content = self._read()
         if kind == "refused":
             raise ConfigError(content)
         if kind == "failed":
-            raise _on_this_rank(f"data worker {self._pid or ''} failed:\n{content}")
+            raise _on_this_rank(f"{self._name} failed:\n{content}")
         return content
+
+    @property
+    def _name(self) -> str:
+        return f"data worker {self._pid}" if self._pid else "a data worker"
 
     def _end(self) -> str:
         if self._process is None:

@@ -85,12 +85,14 @@ def test_context_parallel_ranks_share_a_process(config):
         ("refused", ConfigError, "^data.train_files: line 3 is broken$"),
         ("failed", TrainingError, "(?s)^data worker [0-9]+ failed:\nTraceback .*KeyError: 'a mistake in the code'$"),
         ("killed", TrainingError, "^data worker [0-9]+ was ended by SIGKILL; out of memory\\?$"),
-        ("hangs", TrainingError, r"^data worker [0-9]+ gave no packed sequences for 3 s \(parallel.timeout_s\)"),
+        ("hangs", TrainingError, r"^data worker [0-9]+ gave no answer for 2 s \(parallel.timeout_s\)"),
     ],
 )
 def test_trouble_is_told(config, capfd, trouble, kind, message):
     config.shuffle_documents = 1
-    rows = loader(config, 1, tokenizer=Troubled(trouble, after=12), timeout_s=3)
+    rows = loader(config, 1, tokenizer=Troubled(trouble, after=12))
+    steps(rows, 1)
+    rows._workers[0]._timeout_s = 2
     with pytest.raises(kind, match=message) as first:
         for _ in range(30):
             steps(rows, 1)
