@@ -19,9 +19,11 @@ class ValidationSequences:
     Args:
         sequences: all held-out ones, at least one.
         dp_rank, dp_size: sequence g belongs to rank g modulo the data-parallel size.
+        skipped: bad documents that were passed over to pack them.
     """
 
-    def __init__(self, sequences: list[PackedSequence], *, dp_rank: int, dp_size: int) -> None:
+    def __init__(self, sequences: list[PackedSequence], *, dp_rank: int, dp_size: int, skipped: int = 0) -> None:
+        self.skipped = skipped
         self.num_sequences = len(sequences)
         self._sequences, self._dp_size = sequences[dp_rank::dp_size], dp_size
         length = len(sequences[0].tokens_S)
@@ -56,4 +58,4 @@ def build_validation_sequences(
     packed: list[PackedSequence] = []
     while len(packed) < num_sequences and (sequence := packer.next_sequence(sequence_length)) is not None:
         packed.append(sequence)
-    return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size)
+    return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size, skipped=stream.skipped)
