@@ -86,7 +86,8 @@ class DataConfig:
             for name in names
         }
         if self.source == "stdlib" or (self.source == "files" and self.format == "text"):
-            unread["text_column"] = "data.source='hub', data.format='json' or data.format='parquet'"
+            with_columns = "data.source='hub', data.format='json' or data.format='parquet'"
+            unread |= dict.fromkeys(("text_column", "bad_documents"), with_columns)
         for name, reader in unread.items():
             value = getattr(self, name)
             require(value == defaults[name], f"data.{name}", value, f"is read only with {reader}; leave it out here")

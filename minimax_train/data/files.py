@@ -35,6 +35,8 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
     for file in files:
         if not os.access(file, os.R_OK):
             raise ConfigError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
+        if not os.path.isfile(file):
+            raise ConfigError(f"data.{field}: {file!r} must be a file on disk: it is read more than once")
     return list(files)
 
 

@@ -97,8 +97,8 @@ class SequencePacker:
                 skipped -= len(piece)
             else:
                 raise ConfigError(
-                    f"{self._stream.document}: the data changed: the saved position is {self._offset} tokens into this "
-                    f"document, which has {self._offset - skipped}"
+                    f"{self._stream.document}: the data changed: the saved position is {self._offset} tokens into it, "
+                    f"and it has {self._offset - skipped}"
                 )
         while len(self._left) < wanted and (piece := next(self._pieces, None)) is not None:
             self._left = np.concatenate([self._left, piece])

@@ -95,8 +95,11 @@ class Source:
 
     def digests(self) -> list[str]:
         """One per shard, which changes with a file's size, head or tail; of a remote file, with its name."""
-        with ThreadPoolExecutor(16) as pool:  # network file systems answer late, but many at a time
-            return list(pool.map(digest, self.shards))
+        try:
+            with ThreadPoolExecutor(16) as pool:  # network file systems answer late, but many at a time
+                return list(pool.map(digest, self.shards))
+        except OSError as error:
+            raise ConfigError(f"{self.description}: cannot read {error.filename!r}: {error.strerror}") from error
 
     def _rows(self, shard: int, start_row: int) -> Iterator[Row]:
         name = self.shards[shard]
