@@ -7,7 +7,7 @@ size.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -30,8 +30,8 @@ class SequenceLoader:
         num_streams: streams of the run, a multiple of ``dp_size``. This rank's are those whose index is ``dp_rank``
             modulo ``dp_size``.
         dp_rank, dp_size: this rank among those that take different sequences.
-        identity: what the order of the data depends on, by configuration field, beside the data itself. Saved, and
-            compared when a state is loaded: under other values the saved positions would mean other documents.
+        identity: what the order of the data depends on, by configuration field, beside what the source adds. Saved,
+            and compared when a state is loaded: under other values the saved positions would mean other documents.
     """
 
     def __init__(
@@ -42,12 +42,15 @@ class SequenceLoader:
         num_streams: int,
         dp_rank: int,
         dp_size: int,
-        identity: dict[str, int | str],
+        identity: Mapping[str, int | str | None],
     ) -> None:
         self._workers, self._num_streams, self._settings = workers, num_streams, identity
         self._source, self._dp_rank, self._dp_size = source, dp_rank, dp_size
+        self._opened: Opened | None = None
+        self._notes: list[str] = []
         self._next_sequence = 0
         self._states: dict[int, dict[str, int]] = {}  # of the streams, after what was handed out
+        self._skipped: dict[int, int] = {}  # bad documents, by stream
         self._asked: tuple[int, int, int] | None = None  # first sequence, how many, their length
         self._error: Exception | None = None
 
@@ -82,14 +85,26 @@ class SequenceLoader:
         sequences = (p.sequence for p in packed)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 
+    @property
+    def skipped(self) -> int:
+        """Bad documents that this rank's streams passed over since the beginning of the run."""
+        return sum(self._skipped.values())
+
+    def take_notes(self) -> list[str]:
+        """What the person watching should know about the data handed out or the state loaded since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def state_dict(self) -> dict:
         """What was handed out, whatever was packed ahead: JSON values, a few integers per stream.
 
-        It covers this rank's streams; :func:`merge_states` makes one of all ranks'.
+        It covers this rank's streams; :func:`merge_states` makes one of all ranks'. The first rank's holds the shards'
+        digests as well.
         """
-        identity = self._open()
+        opened = self._open()
         streams = {str(stream): dict(state) for stream, state in self._states.items()}
-        return {"identity": identity, "next_row": self._next_sequence, "streams": streams}
+        shards = {} if opened.digests is None else {"shards": list(opened.digests)}
+        return {"identity": self._identity(), "next_row": self._next_sequence, "streams": streams, **shards}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on after the sequences that ``state`` says were handed out, whatever the data-parallel size was then.
@@ -100,14 +115,20 @@ class SequenceLoader:
         Raises:
             ValueError: when it lacks one of this rank's streams, or was saved under another order of the data.
         """
-        for name, value in self._open().items():
-            saved = state["identity"].get(name)
+        opened = self._open()
+        if absent := {"identity", "next_row", "streams"} - state.keys():
+            raise ConfigError(f"the checkpoint's data position lacks {', '.join(sorted(absent))}; resume from another")
+        for name, value in self._identity().items():
+            saved = state["identity"].get(name, value)
             if saved != value:
                 raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
+        self._notes += compare_shards(opened, state)
         missing = [stream for stream in self._states if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
         self._states = {stream: state["streams"][str(stream)] for stream in self._states}
+        # Earlier versions did not count them.
+        self._skipped = {stream: state.get("skipped", 0) for stream, state in self._states.items()}
         self._next_sequence = state["next_row"]
         self._place()
 
@@ -116,12 +137,16 @@ class SequenceLoader:
         for worker in self._workers:
             worker.close()
 
-    def _open(self) -> dict[str, int | str]:
-        """Waits until the workers have opened the data; what its order depends on."""
-        opened: list[Opened] = [worker.opened() for worker in self._workers]
-        if not self._states:
-            self._states = {stream: state for worker in opened for stream, state in worker.states.items()}
-        return {**self._settings, "fingerprint of the training data's files": opened[0].fingerprint}
+    def _open(self) -> Opened:
+        """Waits until the workers have opened the data."""
+        if self._opened is None:
+            every = [worker.opened() for worker in self._workers]
+            self._states = {stream: state for opened in every for stream, state in opened.states.items()}
+            self._opened = every[0]
+        return self._opened
+
+    def _identity(self) -> dict[str, int | str | None]:
+        return {**self._settings, **self._open().identity}
 
     def _place(self) -> None:
         """Tells the workers to go on after what was handed out."""
@@ -141,6 +166,8 @@ class SequenceLoader:
         packed = {id(worker): iter(worker.receive()) for worker in self._workers}
         received = [(stream, next(packed[id(self._worker_of(stream))])) for stream in self._streams_asked()]
         self._states |= {stream: p.state for stream, p in received}
+        self._skipped |= {stream: p.skipped for stream, p in received}
+        self._notes += (note for _, p in received for note in p.notes)
         return [p for _, p in received]
 
     def _streams_asked(self) -> list[int]:
@@ -181,19 +208,60 @@ def build_train_loader(
             f"{dp_size}, {2 * dp_size}, {3 * dp_size}, ..."
         )
     mine = range(dp_rank, num_streams, dp_size)
+    digests = dp_rank == 0  # one rank looks into all files, not a thousand
     if config.num_workers:
-        dealt = [Streams(config, tokenizer, seed, mine[i :: config.num_workers]) for i in range(config.num_workers)]
+        dealt = [
+            Streams(config, tokenizer, seed, mine[i :: config.num_workers], digests=digests and i == 0)
+            for i in range(config.num_workers)
+        ]
         workers: Sequence[Worker] = _share(dealt, peers, timeout_s)
     else:
-        workers = [InProcess(Streams(config, tokenizer, seed, mine))]
-    identity: dict[str, int | str] = {
+        workers = [InProcess(Streams(config, tokenizer, seed, mine, digests))]
+    identity = {
         "seed": seed,
+        "data.source": config.source,
         "data.num_streams": num_streams,
         "data.shuffle_documents": config.shuffle_documents,
     }
     return SequenceLoader(
         workers, source=config.source, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity
     )
+
+
+def compare_shards(opened: Opened, state: dict) -> list[str]:
+    """Refuse other content than a saved position's; shards may have been added at the end. What there is to say of it.
+
+    Raises:
+        ConfigError: naming the file that differs.
+    """
+    saved, digests = state.get("shards"), opened.digests
+    if digests is None:  # another rank compares
+        return []
+    if saved is None:
+        name = "fingerprint of the training data's files"
+        fingerprint = state["identity"].get(name)
+        if fingerprint not in (None, opened.fingerprint):
+            raise ConfigError(
+                f"{name}: the saved data position is for files of other names or sizes, or in another order"
+            )
+        return ["data: the saved position does not say what the files held; only names and sizes were compared"]
+    for i, digest in enumerate(saved):
+        if i == len(digests):
+            raise ConfigError(
+                f"the training data's files: the saved data position is for {len(saved)}, and here are {i}"
+            )
+        if digest != digests[i]:
+            raise ConfigError(
+                f"{opened.shards[i]!r}: not file number {i + 1} of the saved data position: its size, head or tail "
+                "differs; files may be added, but only after the others"
+            )
+    added = opened.shards[len(saved) :]
+    if not added:
+        return []
+    return [
+        f"data: {len(added)} files were added after the {len(saved)} of the saved position, the first {added[0]!r}; "
+        "each stream reads them from its next epoch on"
+    ]
 
 
 def _share(dealt: Sequence[Streams], peers: dist.ProcessGroup | None, timeout_s: float) -> list[WorkerProcess]:

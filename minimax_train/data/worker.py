@@ -18,48 +18,69 @@ import sys
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from minimax_train.data.config import DataConfig
 from minimax_train.data.packing import PackedSequence, SequencePacker
-from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.data.sources import TRAIN, Source, open_source
 from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError, TrainingError
 
+_DOCUMENTS_SAMPLED, _CHARACTERS_SAMPLED = 1000, 1000
 _PR_SET_PDEATHSIG = 1
 _EXIT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed sequence, and the state of its stream after it."""
+    """A packed sequence, and of its stream: the state after it, the bad documents passed over since the beginning of
+    the run, and what there is to say of them."""
 
     sequence: PackedSequence
     state: dict[str, int]
+    skipped: int
+    notes: list[str]
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Which of a run's streams to pack, and out of what; what a worker process is sent."""
+    """Which of a run's streams to pack, and out of what; what a worker process is sent.
+
+    Attributes:
+        digests: whether to look into all shards for their digests.
+    """
 
     config: DataConfig
     tokenizer: Tokenizer
     seed: int
     streams: Sequence[int]
+    digests: bool
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What opening the data set told: its fingerprint, and the states of the streams at the beginning."""
+    """What opening the data set told.
 
-    fingerprint: str
+    Attributes:
+        states: of the streams at the beginning.
+        shards: the source's, by name.
+        digests: what each shard's content is told from another's by; None where nobody asked for them.
+        identity: what the documents depend on besides the shards' content, by configuration field.
+        fingerprint: of the shards in the states that earlier versions saved.
+    """
+
     states: dict[int, dict[str, int]]
+    shards: Sequence[str]
+    digests: Sequence[str] | None
+    identity: Mapping[str, str | None]
+    fingerprint: str
 
 
 class Worker(Protocol):
@@ -112,8 +133,14 @@ class InProcess:
             )
             for stream in streams.streams
         }
+        # With fewer shards than streams, the last stream is the first that has no document.
+        deals_shards = len(source.shards) >= config.num_streams
+        for stream in self._packers if deals_shards else [max(self._packers)]:
+            self._packers[stream].stream.check()
+        _check_targets(source, streams.tokenizer)
         states = {stream: packer.state_dict() for stream, packer in self._packers.items()}
-        self._opened = Opened(source.fingerprint, states)
+        digests = source.digests() if streams.digests else None
+        self._opened = Opened(states, source.shards, digests, source.identity, source.fingerprint)
         self._asked: tuple[Sequence[int], int] | None = None
 
     def opened(self) -> Opened:
@@ -135,12 +162,23 @@ class InProcess:
         return packed
 
     def _pack(self, stream: int, length: int) -> Packed:
-        sequence = self._packers[stream].next_sequence(length)
+        packer = self._packers[stream]
+        sequence = packer.next_sequence(length)
         assert sequence is not None, "streams that train repeat for ever"
-        return Packed(sequence, self._packers[stream].state_dict())
+        return Packed(sequence, packer.state_dict(), packer.stream.skipped, packer.stream.take_notes())
 
     def close(self) -> None:
         pass
+
+
+def _check_targets(source: Source, tokenizer: Tokenizer) -> None:
+    """Refuse documents of one token each, with which a model learns nothing but to end them."""
+    starts = (text[:_CHARACTERS_SAMPLED] for text in islice(source.documents(), _DOCUMENTS_SAMPLED))
+    if all(len(ids) <= 2 for start in starts for ids in tokenizer.encode_documents([start])):
+        raise ConfigError(
+            f"{source.description}: no document (of the first {_DOCUMENTS_SAMPLED}) is longer than one token: there is "
+            "nothing to learn but its end; is this the text to train on?"
+        )
 
 
 class WorkerProcess:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minimax_train.data import DataConfig, build_train_loader, merge_states, sources
+from minimax_train.data import DataConfig, build_train_loader, merge_states, readers, sources
 from minimax_train.data.packing import SequencePacker
 from minimax_train.data.streams import DocumentStream
 from minimax_train.parallel.context.layout import SequenceLayout
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch):
-    monkeypatch.setattr(sources, "_ROWS_PER_READ", 3)  # so that reads end and resume inside of tables
+    monkeypatch.setattr(readers, "_ROWS_PER_READ", 3)  # so that reads end and resume inside of tables
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -257,7 +257,7 @@ def test_streams_must_divide(json_config):
         ({"num_streams": 2}, "data.num_streams=2.*is for 4"),
         ({"shuffle_documents": 5}, "data.shuffle_documents=5.*is for 4"),
         ({"seed": 8}, "seed=8.*is for 7"),
-        ({"train_files": None}, "fingerprint"),
+        ({"train_files": None}, "0000.jsonl': not file number 1 of the saved data position"),
     ],
 )
 def test_a_state_of_another_order_is_refused(json_config, tmp_path, change, message):
