@@ -37,7 +37,8 @@ def train(folder, *more, timeout=60):
     arguments = [
         *(f"model.{key}={value}" for key, value in MODEL.items()),
         *("device=cpu", "data=files", "data.format=json", f"data.train_files=[{folder}/*.jsonl]"),
-        *("data.sequence_length=64", "data.num_streams=1", "recipe.global_batch_size=1", "recipe.micro_batch_size=1"),
+        *("data.sequence_length=64", "data.num_streams=1", "data.num_workers=0"),
+        *("recipe.global_batch_size=1", "recipe.micro_batch_size=1"),
         *("recipe.steps=2", "recipe.warmup_steps=0", "recipe.decay_steps=0", "recipe.eval_interval=0"),
         *(f"run_dir={folder}/run", *more),
     ]
@@ -55,7 +56,8 @@ def refused(folder, *more):
 
 
 def config_of(*files, file_format="json", **options):
-    return DataConfig(source="files", format=file_format, train_files=[str(file) for file in files], **options)
+    files = [str(file) for file in files]
+    return DataConfig(source="files", format=file_format, train_files=files, num_workers=0, **options)
 
 
 def loader_of(config, **options):

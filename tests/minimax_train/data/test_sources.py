@@ -15,7 +15,8 @@ from support.data import WordTokenizer, next_micro_batches, write_shards
 
 
 def files_config(*patterns, file_format="text", **options):
-    return DataConfig(source="files", format=file_format, train_files=[str(p) for p in patterns], **options)
+    files = [str(p) for p in patterns]
+    return DataConfig(source="files", format=file_format, train_files=files, **{"num_workers": 0} | options)
 
 
 def read(config, split=TRAIN):
