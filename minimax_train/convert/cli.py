@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.convert.from_hf import from_hf
 from minimax_train.convert.shards import parse_size
@@ -38,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"checkpoint.initial_weights={options.target}"
                 + (f" data.tokenizer={tokenizer}" if tokenizer.is_dir() else "")
             )
-    except (ConfigError, OSError, SafetensorError, CheckpointException) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        _report(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        _report(f"interrupted: {options.target} was not written")
+        return 130
     return 0
 
 
