@@ -106,7 +106,8 @@ def read_sequence_length(path: str | Path) -> int:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: data.sequence_length: {one_line(error)}") from error
     fits = isinstance(length, int) and not isinstance(length, bool) and length > 0
-    require(fits, f"{path}: data.sequence_length", length, "must be a whole number greater than 0")
+    accepted = f"must be a whole number greater than 0; only a converted checkpoint, with {ORIGIN}, has none"
+    require(fits, f"{path}: data.sequence_length", length, accepted)
     return length
 
 
@@ -139,28 +140,34 @@ def write_origin(origin: Origin, folder: Path) -> None:
 class CheckpointReader:
     """Parameters of a checkpoint, the last one kept: the host holds one at a time."""
 
-    def __init__(self, folder: Path, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the checkpoint's index.
 
         Raises:
-            ConfigError: when a file is missing or damaged, the checkpoint does not hold the parameters, or holds them
-                in other shapes or as no floating type.
+            ConfigError: when a file is missing or damaged.
         """
         self.folder = folder
         self._files = CheckpointFiles(folder, verify=True)
-        found = self._files.read_metadata().state_dict_metadata
-        self._dtypes = {}
+        self._found = self._files.read_metadata().state_dict_metadata
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def check(self, parameters: Iterable[Parameter]) -> None:
+        """Refuse a checkpoint that does not hold the parameters, or holds them in other shapes or as no floating type.
+
+        Raises:
+            ConfigError: naming the parameter.
+        """
         for parameter in parameters:
-            stored = found.get(PREFIX + parameter.name)
+            stored = self._found.get(PREFIX + parameter.name)
             if not isinstance(stored, TensorStorageMetadata) or stored.size != parameter.shape:
                 held = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else "none"
                 raise ConfigError(
-                    f"{folder}: {PREFIX}{parameter.name}: {CONFIG} wants {tuple(parameter.shape)}, it holds {held}"
+                    f"{self.folder}: {PREFIX}{parameter.name}: {CONFIG} wants {tuple(parameter.shape)}, it holds {held}"
                 )
             self._dtypes[parameter.name] = dtype = stored.properties.dtype
             accepted = f"weights must be one of {', '.join(map(str, DTYPES.values()))}"
-            require(dtype in DTYPES.values(), f"{folder}: {PREFIX}{parameter.name}", dtype, accepted)
-        self._last: tuple[str, Tensor] | None = None
+            require(dtype in DTYPES.values(), f"{self.folder}: {PREFIX}{parameter.name}", dtype, accepted)
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         return self._dtypes[parameter.name]
@@ -204,10 +211,15 @@ def write_parameters(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save({"model": planner.placeholders}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
+        cause: BaseException | None
         cause, _ = error.failures[min(error.failures)]
-        if isinstance(cause, ConfigError | OSError):
+        if isinstance(cause, ConfigError):
             raise cause from error
-        raise OSError(f"{folder}: cannot be written: {one_line(cause)}") from error
+        told = one_line(cause)
+        while cause is not None:  # torch's archive writer hides the system's error behind its own
+            told = str(cause) if isinstance(cause, OSError) else told
+            cause = cause.__context__
+        raise OSError(f"{folder}: cannot be written: {told}") from error
 
 
 class _ChunkPlanner(dcp.DefaultSavePlanner):

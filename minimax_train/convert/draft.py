@@ -44,6 +44,5 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(
-            f"{folder}: no space left on the device: {num_bytes / 1e9:.3f} GB to be written, {free / 1e9:.3f} GB free"
-        )
+        wanted, left = f"{num_bytes / 1e6:,.1f} MB to be written", f"{free / 1e6:,.1f} MB free"
+        raise OSError(f"{folder}: no space left on the device: {wanted}, {left}")

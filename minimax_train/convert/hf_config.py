@@ -165,9 +165,16 @@ def parse(raw: dict[str, Any]) -> MiniMaxConfig:
     from transformers import MiniMaxConfig
 
     require(raw.get("model_type") == MODEL_TYPE, "model_type", raw.get("model_type"), f"must be {MODEL_TYPE!r}")
-    layers = raw.get("num_hidden_layers", 1)
-    if isinstance(layers, int):  # before transformers makes a list as long
-        _require_within("num_hidden_layers", layers, *WHOLE["num_hidden_layers"])
+    for name in ("num_hidden_layers", "num_labels"):  # before transformers makes lists as long
+        if isinstance(raw.get(name), int):
+            _require_within(name, raw[name], *WHOLE["num_hidden_layers"])
+    for name in ("dtype", "torch_dtype"):  # what else transformers does not check
+        value = raw.get(name)
+        known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+        require(value is None or known, name, value, "must be the name of a dtype, or left out")
+    require(
+        isinstance(raw.get("auto_map", {}), dict), "auto_map", raw.get("auto_map"), "must be an object, or left out"
+    )
     experts = raw.get("num_local_experts")
     same = experts is None or raw.get("num_experts", experts) == experts
     require(same, "num_experts", raw.get("num_experts"), f"contradicts num_local_experts={experts!r}")
@@ -257,6 +264,8 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
         guess = theta ** (rotary_dim / head_dim)
         return rotary_dim, _invert(theta, guess, lambda base: _theta(base, rotary_dim, head_dim))
     if rotary_dim is not None:
+        fits = rotary_dim % 2 == 0 and 0 <= rotary_dim <= head_dim
+        require(fits, "--rotary-dim", rotary_dim, f"must be even and between 0 and head_dim={head_dim}")
         return rotary_dim, theta
     told = {
         "rope_parameters.partial_rotary_factor": (part, 1),

@@ -55,9 +55,10 @@ def to_hf(
     """
     with draft_of(Path(target)) as draft:
         checkpoint = find_checkpoint(source)
+        reader = CheckpointReader(checkpoint)
         model = read_model_config(checkpoint / CONFIG)
         parameters = correspondence(model)
-        reader = CheckpointReader(checkpoint, parameters)
+        reader.check(parameters)
         kept = reduce(torch.promote_types, {reader.dtype(parameter) for parameter in parameters})
         report(f"converting {checkpoint} as {_name(dtype or kept)}")
         block_size, decay_dtype = _write_surroundings(checkpoint, model, dtype or kept, draft, report)
