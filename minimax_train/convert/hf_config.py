@@ -141,6 +141,8 @@ def from_hf_config(raw: dict[str, Any], *, rotary_dim: int | None = None) -> Mod
     alpha = float(alphas[ALPHAS[0]])
     layers, experts = hf.num_hidden_layers, hf.num_local_experts
     rotary_dim, base = _from_rope(hf, values["head_dim"], rotary_dim)
+    theta, told = (hf.rope_parameters or {})["rope_theta"], raw.get("rope_theta")  # transformers takes the first
+    require(told in (None, theta), "rope_theta", told, f"contradicts rope_parameters.rope_theta={theta}")
     try:
         return ModelConfig(
             **values,
@@ -243,22 +245,19 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
     rope: dict[str, Any] = dict(hf.rope_parameters or {})
     unknown = [key for key in rope if key not in ROPE_KEYS]
     require(not unknown, "rope_parameters", rope, f"{', '.join(unknown)} not known here: accepted {sorted(ROPE_KEYS)}")
-    factor = rope.get("factor")
-    fits = factor is None or (_is_number(factor) and factor == 1)
-    require(fits, "rope_parameters.factor", factor, "must be 1, or left out")
+    factor = rope.get("factor", 1)
+    require(_is_number(factor) and factor == 1, "rope_parameters.factor", factor, "must be 1, or left out")
     _require_rope_number(rope, "rope_theta", 1.0, FLOAT32_MAX)
-    if rope.get("partial_rotary_factor") is not None:
+    if "partial_rotary_factor" in rope:
         _require_rope_number(rope, "partial_rotary_factor", 0.0, 1.0)
-    kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor")
-    told = getattr(hf, "rope_theta", None)  # beside rope_parameters; transformers ignores it
-    require(told in (None, theta), "rope_theta", told, f"contradicts rope_parameters.rope_theta={theta}")
+    kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor", 1.0)
     accepted = "must be 'default' or 'proportional'"
     require(kind in ("default", "proportional"), "rope_parameters.rope_type", kind, accepted)
     if kind == "proportional":
         accepted = "only for rope_type 'default'; 'proportional' is explicit"
         require(rotary_dim is None, "--rotary-dim", rotary_dim, accepted)
         # int() of it, as transformers has it.
-        rotary_dim = 2 * int((1.0 if part is None else part) * head_dim // 2)
+        rotary_dim = 2 * int(part * head_dim // 2)
         if rotary_dim == 0:
             return 0, theta
         guess = theta ** (rotary_dim / head_dim)
@@ -283,6 +282,7 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
 def _require_rope_number(rope: dict[str, Any], key: str, lowest: float, highest: float) -> None:
     value = rope.get(key)  # transformers checks no type here
     require(_is_number(value), f"rope_parameters.{key}", value, "must be a number")
+    highest = min(highest, 2**63 - 1) if isinstance(value, int) else highest  # torch's for a whole number
     _require_within(f"rope_parameters.{key}", value, lowest, highest)
 
 
