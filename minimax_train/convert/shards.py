@@ -89,11 +89,14 @@ def write_shards(
 
 
 def _write_shard(shard: list[Output], file: Path) -> None:
-    # A copy of each: parts of one parameter share storage, which safetensors refuses.
-    tensors = {o.name: o.make().to(o.dtype, memory_format=torch.contiguous_format, copy=True) for o in shard}
-    assert all(tensors[o.name].shape == o.shape for o in shard)
-    for name, tensor in tensors.items():
-        require_finite(tensor, name)
+    tensors = {}
+    for o in shard:
+        made = o.make()
+        assert made.shape == o.shape
+        # A copy: parts of one parameter share storage, which safetensors refuses.
+        tensors[o.name] = made.to(o.dtype, memory_format=torch.contiguous_format, copy=True)
+        if made.dtype != o.dtype:  # what is made is finite
+            require_finite(tensors[o.name], o.name)
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
