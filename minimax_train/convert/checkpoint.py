@@ -105,8 +105,8 @@ def read_sequence_length(path: str | Path) -> int:
         length = OmegaConf.select(_read_yaml(path), "data.sequence_length")
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: data.sequence_length: {one_line(error)}") from error
-    fits = isinstance(length, int) and not isinstance(length, bool) and length > 0
-    accepted = f"must be a whole number greater than 0; only a converted checkpoint, with {ORIGIN}, has none"
+    fits = isinstance(length, int) and not isinstance(length, bool) and 0 < length <= 2**40
+    accepted = f"must be a whole number from 1 to 2^40; only a converted checkpoint, with {ORIGIN}, has none"
     require(fits, f"{path}: data.sequence_length", length, accepted)
     return length
 
