@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from minimax_train.errors import require, require_choice
+from minimax_train.fields import PATH, Range, check_fields
 
 SOURCES = ("stdlib", "files", "hub")
 FORMATS = ("text", "json", "parquet")
@@ -42,29 +44,24 @@ class DataConfig:
 
     source: str = "stdlib"
     format: str = "text"
-    train_files: list[str] = field(default_factory=list)
-    validation_files: list[str] = field(default_factory=list)
+    train_files: Annotated[list[str], PATH] = field(default_factory=list)
+    validation_files: Annotated[list[str], PATH] = field(default_factory=list)
     name: str | None = None
     subset: str | None = None
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = None
     text_column: str = "text"
-    tokenizer: str = TRAIN_TOKENIZER
-    tokenizer_documents: int = 1000
-    sequence_length: int = 2048
-    num_streams: int = 8
-    shuffle_documents: int = 256
+    tokenizer: Annotated[str, PATH] = TRAIN_TOKENIZER
+    tokenizer_documents: Annotated[int, Range(1, 10**9)] = 1000
+    sequence_length: Annotated[int, Range(1, 2**31 - 1)] = 2048
+    num_streams: Annotated[int, Range(1, 2**20)] = 8
+    shuffle_documents: Annotated[int, Range(1, 2**24)] = 256
 
     def __post_init__(self) -> None:
+        check_fields("data", self)
         require_choice("data.source", self.source, SOURCES)
         require_choice("data.format", self.format, FORMATS)
-        for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            require(is_integer and value >= 1, f"data.{name}", value, "must be a positive integer")
-        for name in ("text_column", "tokenizer", "train_split"):
-            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "must not be empty")
         if self.source == "files":
             accepted = "data.source='files' needs at least one path or glob"
             require(bool(self.train_files), "data.train_files", self.train_files, accepted)
