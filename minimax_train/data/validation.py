@@ -8,6 +8,8 @@ from minimax_train.data.packing import PackedSequence, SequencePacker, filler
 from minimax_train.data.sources import VALIDATION, open_source
 from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.documents import IGNORE_INDEX
+from minimax_train.errors import ConfigError
 
 
 class ValidationSequences:
@@ -45,7 +47,7 @@ def build_validation_sequences(
     each other. A last one that the documents do not fill is completed by a document without targets.
 
     Raises:
-        ValueError: when no held-out documents are configured or found, or they cannot be read.
+        ValueError: when no held-out documents are configured or found, they cannot be read, or hold no target.
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences={num_sequences}: evaluation needs a positive number")
@@ -56,4 +58,10 @@ def build_validation_sequences(
     packed: list[PackedSequence] = []
     while len(packed) < num_sequences and (sequence := packer.next_sequence(sequence_length)) is not None:
         packed.append(sequence)
+    if not any((sequence.labels_S != IGNORE_INDEX).any() for sequence in packed):
+        raise ConfigError(
+            f"recipe.eval_sequences={num_sequences}: the first {len(packed)} held-out sequences of {sequence_length} "
+            "tokens hold no target, since each of their documents is a single token; hold out other documents, or pass "
+            "recipe.eval_interval=0"
+        )
     return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size)

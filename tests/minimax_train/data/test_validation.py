@@ -3,6 +3,7 @@
 import pytest
 
 from minimax_train.data import DataConfig, build_validation_sequences
+from minimax_train.errors import ConfigError
 from support.data import WordTokenizer, documents, random_documents, rows_of, write_shards
 
 
@@ -70,3 +71,9 @@ def test_a_rank_without_rows_gets_one_without_targets(tmp_path):
 def test_rows_must_be_positive(config):
     with pytest.raises(ValueError, match="num_sequences=0"):
         held_out_sequences(config, 0)
+
+
+def test_documents_of_a_single_token_are_refused(tmp_path):
+    """They have no target: a mean loss over them is 0 / 0."""
+    with pytest.raises(ConfigError, match=r"recipe.eval_sequences=3: the first 1 held-out sequences of 16 tokens hold"):
+        held_out_sequences(make_config(tmp_path, [" "] * 5), 3)
