@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minimax_train import configs
 from minimax_train.errors import ConfigError, require
-from minimax_train.fields import split_list, unquote
+from minimax_train.fields import show, split_list, unquote
 
 PACKAGED = Path(configs.__file__).parent
 EXPERIMENT = "experiment"
@@ -152,19 +152,20 @@ def compose_tree(
     folders.append(PACKAGED)
     choices, values, given = {}, {}, {}
     for override in overrides:
+        shown = show(override)
         if re.match(r"[+~]*hydra([./=@]|$)", override):
-            raise ConfigError(f"{override}: Hydra's own settings are not read here; --config-dir adds a search path")
+            raise ConfigError(f"{shown}: Hydra's own settings are not read here; --config-dir adds a search path")
         if override.startswith("~"):
-            raise ConfigError(f"{override}: keys cannot be removed; null stands for none where a key takes it")
+            raise ConfigError(f"{shown}: keys cannot be removed; null stands for none where a key takes it")
         match = _OVERRIDE.fullmatch(override)
         if match is None:
-            raise ConfigError(f"{override}: must be key=value, such as recipe.steps=100")
+            raise ConfigError(f"{shown}: must be key=value, such as recipe.steps=100")
         key = match["key"]
         if "." in key or not any((folder / key).is_dir() for folder in folders):
-            values[key], given[key] = unquote(match["value"]), override
+            values[key], given[key] = unquote(match["value"]), shown
         else:
             plus = "" if key in (*groups, EXPERIMENT) else "+"  # a group of one's own is new to the list of defaults
-            choices[key] = f"{plus}{key}={_choice(override, match['value'])}"
+            choices[key] = f"{plus}{key}={_choice(shown, match['value'])}"
     tree = _files(list(choices.values()), folders)
     for key, value in values.items():
         _set(tree, key, value)
@@ -183,7 +184,7 @@ def _files(choices: Sequence[str], folders: Sequence[Path]) -> Tree:
         raise
     except MissingConfigException as error:
         there = f"; there are {', '.join(error.options)}" if error.options else ""
-        raise ConfigError(f"{error.missing_cfg_file}: there is no such file of configuration{there}") from error
+        raise ConfigError(f"{show(error.missing_cfg_file)}: there is no such file of configuration{there}") from error
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
         raise ConfigError(one_line(error)) from error
     except RecursionError:

@@ -26,7 +26,7 @@ from minimax_train.errors import ConfigError, require
 NULLS = ("null", "Null", "NULL")
 # Marks strings that name files or folders: a leading ``~`` is the home folder.
 PATH = "path"
-_WORDS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
+_WORDS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
 _QUOTED = r"""'(?:\\'|[^'])*'|"(?:\\"|[^"])*\""""
 _ELEMENT = re.compile(rf"\s*(?P<element>{_QUOTED}|[^,]*?)\s*(?P<end>,|\Z)", re.DOTALL)
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: controls, lone surrogates, line and paragraph breaks
@@ -180,7 +180,7 @@ def unquote(text: str) -> str | None:
     """A value of the command line as it was meant: without the quotes around all of it; None for a null without."""
     if text in NULLS:
         return None
-    if re.fullmatch(_QUOTED, text, re.DOTALL):
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1].replace("\\" + text[0], text[0])
     return text
 
@@ -209,7 +209,7 @@ def show(given: Any) -> str:
         return f"[{', '.join(map(show, given))}]"
     if isinstance(given, dict):
         return f"{{{', '.join(f'{key}: {show(value)}' for key, value in given.items())}}}"
-    return str(given)
+    return str(given) if str(given).isprintable() else repr(given)  # all of it on one line
 
 
 def _is_list(text: str) -> bool:
