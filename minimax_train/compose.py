@@ -7,6 +7,7 @@ order they are merged. Values of the command line do not pass through its gramma
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,17 +32,23 @@ PACKAGED = Path(configs.__file__).parent
 EXPERIMENT = "experiment"
 Tree = dict[str, Any]
 # `recipe.steps=100`, `run_dir=x`, `model=tiny`; Hydra's `+` and `++` before it make no difference here.
-_OVERRIDE = re.compile(r"\+{0,2}(?P<key>[\w/-]+(?:\.[\w/-]+)*)=(?P<value>.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"\+{0,2}(?P<key>\w[\w-]*(?:[./]\w[\w-]*)*)=(?P<value>.*)", re.DOTALL)
 # `${now:...}`, `${oc.env:...}`: not `${recipe.steps}`.
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Leaves scalars as they were typed, but for null, and refuses a key given twice."""
+    """Leaves scalars as they were typed, but for null; refuses tags of other types, and a key given twice."""
 
     yaml_implicit_resolvers: ClassVar = {
         letter: [(tag, expression) for tag, expression in resolvers if tag.endswith((":null", ":merge"))]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    yaml_constructors: ClassVar = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.endswith((":null", ":str", ":seq", ":map"))
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -100,19 +107,19 @@ class TextSource(ConfigSource):
         return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", tree, header)
 
     def available(self) -> bool:
-        return Path(self.path).is_dir()
+        return os.path.isdir(self.path)
 
     def is_group(self, config_path: str) -> bool:
-        return Path(self.path, config_path).is_dir()
+        return os.path.isdir(Path(self.path, config_path))
 
     def is_config(self, config_path: str) -> bool:
         if "/" not in config_path:
             return False  # only groups: the file that names them all is no folder's
         path = self._file(config_path)
         other = path.with_suffix(".yml")
-        if other.is_file() and not path.is_file():
+        if os.path.isfile(other) and not os.path.isfile(path):
             raise ConfigError(f"{other}: is not read; call it {path.name}")
-        return path.is_file()
+        return os.path.isfile(path)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         found: list[str] = []
@@ -143,8 +150,8 @@ def compose_tree(
     """
     folders = []
     for name in config_dirs:
-        folder = Path(name)
-        require(name != "" and folder.is_dir(), "--config-dir", str(name), "must be a folder")
+        folder = Path(os.path.expanduser(name))
+        require(name != "" and os.path.isdir(folder), "--config-dir", str(name), "must be a folder")
         in_groups = any(folder.glob("*/*.yaml")) or not any(folder.glob("*.y*ml"))
         accepted = f"files are read from its groups' folders: {folder / 'model' / 'mine.yaml'} for model=mine"
         require(in_groups, "--config-dir", str(name), accepted)
@@ -161,7 +168,7 @@ def compose_tree(
         if match is None:
             raise ConfigError(f"{shown}: must be key=value, such as recipe.steps=100")
         key = match["key"]
-        if "." in key or not any((folder / key).is_dir() for folder in folders):
+        if "." in key or not any(os.path.isdir(folder / key) for folder in folders):
             values[key], given[key] = unquote(match["value"]), shown
         else:
             plus = "" if key in (*groups, EXPERIMENT) else "+"  # a group of one's own is new to the list of defaults
@@ -185,7 +192,7 @@ def _files(choices: Sequence[str], folders: Sequence[Path]) -> Tree:
     except MissingConfigException as error:
         there = f"; there are {', '.join(error.options)}" if error.options else ""
         raise ConfigError(f"{show(error.missing_cfg_file)}: there is no such file of configuration{there}") from error
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, AssertionError) as error:
         raise ConfigError(one_line(error)) from error
     except RecursionError:
         raise ConfigError(f"{' '.join(choices)}: files that name each other in their defaults") from None

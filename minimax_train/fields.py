@@ -158,7 +158,7 @@ def from_text(key: str, given: Any, field: Field) -> Any:
         if not all(isinstance(element, str) and not _is_list(element) for element in elements):
             raise refuse("must be a list of strings")
         return elements
-    if isinstance(given, (dict, list, bytes)):
+    if isinstance(given, (dict, list)):
         raise refuse("must be one value")
     text = str(given)
     if field.kind is str:

@@ -222,6 +222,8 @@ def test_divisors_are_found_in_no_time(ask):
     assert nearest_divisors(7, 100) == "7"
     started = time.perf_counter()
     ask("data.sequence_length=67108864", "recipe.micro_batch_size=8", "recipe.global_batch_size=8")
-    said = ask("data.sequence_length=134217727", "recipe.micro_batch_size=8", "parallel.tp=2", "model.vocab_size=16777213")
+    said = ask(
+        "data.sequence_length=134217727", "recipe.micro_batch_size=8", "parallel.tp=2", "model.vocab_size=16777213"
+    )
     assert "model.vocab_size=16777213; the nearest that do are 1 or 16777213" in said
     assert time.perf_counter() - started < 5
