@@ -185,8 +185,8 @@ class SequenceLoader:
                 )
         if added := self._shards[len(saved) :]:
             self._notes.append(
-                f"data: {len(added)} files were added after the {len(saved)} of the saved position, the first "
-                f"{added[0]!r}; each stream reads them from its next epoch on"
+                f"data: {len(added)} added after the {len(saved)} files of the saved position, the first {added[0]!r}; "
+                "each stream reads what was added from its next epoch on"
             )
 
     def _pack_until(self, count: int) -> None:

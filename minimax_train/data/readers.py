@@ -124,7 +124,7 @@ def _text_on_line(where: str, line: bytes, column: str) -> str | BadDocument | N
     except UnicodeDecodeError as error:
         return BadDocument(where, f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8")
     except json.JSONDecodeError as error:
-        return BadDocument(where, f"must be one JSON object: {error.msg} at character {error.pos + 1}")
+        return BadDocument(where, f"must be one JSON object: {error.msg.removesuffix(' at')} at character {error.pos + 1}")
     except RecursionError:
         return BadDocument(where, "must be one JSON object: nested too deeply")
     return _text_of(where, item, column)
