@@ -43,6 +43,8 @@ def test_required_fields_are_named(name, field):
         ({"train_files": ["a"]}, r"data.train_files=\['a'\]: is read only with data.source='files'"),
         ({"source": "files", "train_files": ["a"], "revision": "1"}, r"data.revision='1': .* data.source='hub'"),
         ({"text_column": "body"}, r"data.text_column='body': is read only with"),
+        ({"bad_documents": "skip"}, r"data.bad_documents='skip': is read only with"),
+        ({"bad_documents": "ignore"}, r"data.bad_documents='ignore': must be one of error, skip"),
     ],
 )
 def test_impossible_values_are_named(values, message):
