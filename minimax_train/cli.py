@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,15 +25,16 @@ experiment. Run by itself it is a run of one process; under torchrun or srun, on
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop."""
-    parser = argparse.ArgumentParser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE)
+    parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
-    parser.add_argument("--config-dir", help="a folder of your own configuration groups")
+    own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
+    parser.add_argument("--config-dir", action="append", default=[], help=own)
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_intermixed_args(arguments)
     environment = ProcessEnvironment()
     try:
         environment = _environment()
-        config = load_config(options.overrides, config_dir=options.config_dir)
+        config = load_config(options.overrides, config_dirs=options.config_dir)
         if options.cfg:
             print(to_yaml(config), end="")
             return 0
@@ -45,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help says what there is\n")
 
 
 def _environment() -> ProcessEnvironment:

@@ -14,5 +14,5 @@ UNFINISHED = ".writing"
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a run that resumes, never sees part of it."""
     draft = path.with_name(path.name + UNFINISHED)
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

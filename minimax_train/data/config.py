@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from minimax_train.errors import require, require_choice
+from minimax_train.fields import PATH, Range, check_fields
 
 SOURCES = ("stdlib", "files", "hub")
 FORMATS = ("text", "json", "parquet")
@@ -48,8 +50,8 @@ class DataConfig:
 
     source: str = "stdlib"
     format: str = "text"
-    train_files: list[str] = field(default_factory=list)
-    validation_files: list[str] = field(default_factory=list)
+    train_files: Annotated[list[str], PATH] = field(default_factory=list)
+    validation_files: Annotated[list[str], PATH] = field(default_factory=list)
     name: str | None = None
     subset: str | None = None
     revision: str | None = None
@@ -57,24 +59,18 @@ class DataConfig:
     validation_split: str | None = None
     text_column: str = "text"
     bad_documents: str = ERROR
-    tokenizer: str = TRAIN_TOKENIZER
-    tokenizer_documents: int = 1000
-    sequence_length: int = 2048
-    num_streams: int = 8
-    num_workers: int = 1
-    shuffle_documents: int = 256
+    tokenizer: Annotated[str, PATH] = TRAIN_TOKENIZER
+    tokenizer_documents: Annotated[int, Range(1, 10**9)] = 1000
+    sequence_length: Annotated[int, Range(1, 2**31 - 1)] = 2048
+    num_streams: Annotated[int, Range(1, 2**20)] = 8
+    num_workers: Annotated[int, Range(0, 2**10)] = 1
+    shuffle_documents: Annotated[int, Range(1, 2**24)] = 256
 
     def __post_init__(self) -> None:
+        check_fields("data", self)
         require_choice("data.source", self.source, SOURCES)
         require_choice("data.format", self.format, FORMATS)
         require_choice("data.bad_documents", self.bad_documents, (ERROR, SKIP))
-        for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            require(is_integer and value >= 1, f"data.{name}", value, "must be a positive integer")
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be 0 or greater")
-        for name in ("text_column", "tokenizer", "train_split"):
-            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "must not be empty")
         if self.source == "files":
             accepted = "data.source='files' needs at least one path or glob"
             require(bool(self.train_files), "data.train_files", self.train_files, accepted)

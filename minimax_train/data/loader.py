@@ -259,8 +259,8 @@ def compare_shards(opened: Opened, state: dict) -> list[str]:
     if not added:
         return []
     return [
-        f"data: {len(added)} files were added after the {len(saved)} of the saved position, the first {added[0]!r}; "
-        "each stream reads them from its next epoch on"
+        f"data: {len(added)} added after the {len(saved)} files of the saved position, the first {added[0]!r}; "
+        "each stream reads what was added from its next epoch on"
     ]
 
 

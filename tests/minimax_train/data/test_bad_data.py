@@ -258,7 +258,7 @@ def test_files_added_at_the_end_are_read_from_the_next_epoch_on(tmp_path, num_st
     resumed = loader_of(config)
     resumed.load_state_dict(state)
     (note,) = resumed.take_notes()
-    assert "6 files were added after the 3" in note and "3.jsonl" in note
+    assert "6 added after the 3 files" in note and "3.jsonl" in note
     if num_streams == 5:  # every stream holds 12 documents of the first epoch
         assert take(resumed, len(first_epoch), 3) == first_epoch
     rest = take(resumed, 18 * 20 * 2 // num_streams * num_streams, 3)
