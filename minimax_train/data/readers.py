@@ -27,7 +27,6 @@ _JSON_NAMES: dict[type, str] = {
     dict: "an object",
     list: "a list",
     str: "a string",
-    int: "a number",
     float: "a number",
     bool: "true or false",
     type(None): "null",
@@ -131,9 +130,8 @@ def _text_on_line(where: str, line: bytes, column: str) -> str | BadDocument | N
     except UnicodeDecodeError as error:
         return BadDocument(where, f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8")
     except json.JSONDecodeError as error:
-        return BadDocument(
-            where, f"must be one JSON object: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
-        )
+        reason = error.msg.removesuffix(" at")
+        return BadDocument(where, f"must be one JSON object: {reason} at character {error.pos + 1}")
     except RecursionError:
         return BadDocument(where, "must be one JSON object: nested too deeply")
     return _text_of(where, item, column)
