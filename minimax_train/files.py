@@ -7,6 +7,8 @@ from pathlib import Path
 
 # In a run's folder and in each of its checkpoints.
 CONFIG, TOKENIZER = "config.yaml", "tokenizer"
+# In a run's folder alone.
+LOCK, CHECKPOINTS, METRICS, PICTURE, WANDB_ID = "run.lock", "checkpoints", "metrics.jsonl", "loss.png", "wandb_id"
 # Ends the name of what is being written, or removed, and must not be taken for the finished thing.
 UNFINISHED = ".writing"
 
@@ -14,5 +16,5 @@ UNFINISHED = ".writing"
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader, or a run that resumes, never sees part of it."""
     draft = path.with_name(path.name + UNFINISHED)
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
