@@ -68,7 +68,8 @@ def one_interrupt() -> Iterator[None]:
     """Inside, the first SIGINT raises KeyboardInterrupt and others do nothing: torchrun repeats a Ctrl-C. A rank that
     waits for another, where Python cannot raise anything, ends after a while all the same.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # started in the background by a shell script
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -16,6 +16,7 @@ from minimax_train.errors import ConfigError, require
 from minimax_train.files import CHECKPOINTS, CONFIG, LOCK, METRICS, PICTURE, TOKENIZER, UNFINISHED, WANDB_ID
 from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
+from minimax_train.metrics.log import read_records
 from minimax_train.run_lock import is_marked, take_lock
 
 # What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
@@ -173,6 +174,7 @@ def _resume(config: Config, folder: Path, checkpoint: Path, store: CheckpointSto
     _refuse_changes(read_config(checkpoint / CONFIG), config)
     if os.path.lexists(folder / CONFIG):
         read_config(folder / CONFIG)  # which is written anew: not if it is something else
+    read_records(folder / METRICS)  # likewise
     own, theirs = folder / TOKENIZER, checkpoint / TOKENIZER
     if not own.exists():
         draft = own.with_name(own.name + UNFINISHED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ class MetricLog:
         def start() -> None:
             try:
                 self.lines = _Lines(run_dir / METRICS, first_step)
+                self.console = ConsoleReporter(total_steps, first_step)
+                self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
             except OSError as error:
-                raise ConfigError(f"run_dir={str(run_dir)!r}: {METRICS} cannot be written: {error}") from error
-            self.console = ConsoleReporter(total_steps, first_step)
-            self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
+                raise ConfigError(f"run_dir={str(run_dir)!r}: metrics cannot be written: {error}") from error
 
         on_first_rank(start)
 
@@ -72,7 +73,7 @@ class MetricLog:
         """Draw the loss curve."""
         if self.enabled:
             try:
-                plot_loss(_read(self.lines.path), self.run_dir / PICTURE)
+                plot_loss(read_records(self.lines.path), self.run_dir / PICTURE)
             except Exception as error:  # of a run that is saved
                 note(f"{self.run_dir / PICTURE} was not drawn: {type(error).__name__}: {error}")
 
@@ -100,10 +101,12 @@ class _Lines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
-        records = _read(path)
+        records = read_records(path)
         kept = [record for record in records if record["step"] <= last_step]
         if len(kept) < len(records):
-            note(f"{path}: {len(records) - len(kept)} records of steps after {last_step}, which are taken again, go")
+            note(
+                f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again"
+            )
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting, self._failed = b"", False
@@ -125,8 +128,12 @@ class _Lines:
         self._file.close()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+        ConfigError: naming the first line that is none.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):
@@ -145,6 +152,9 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
     except ImportError as error:
         raise ConfigError(f"logging.wandb={config.wandb!r}: wandb is not installed (pip install wandb)") from error
 
+    logging.raiseExceptions = (
+        False  # wandb logs into run_dir: a full disk would print a traceback for each of its lines
+    )
     # The id lives with the run, so that a resumed run goes on in the same place.
     id_file = run_dir / WANDB_ID
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ def plot_loss(records: Sequence[dict], path: Path) -> None:
     Args:
         records: the lines of ``metrics.jsonl``.
     """
+    os.environ["MPLBACKEND"] = "agg"  # read by the import, which fails for the one of a Jupyter kernel
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
