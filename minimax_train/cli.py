@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,15 +38,16 @@ experiment. Run by itself it is a run of one process; under torchrun or srun, on
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop."""
-    parser = argparse.ArgumentParser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE)
+    parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
-    parser.add_argument("--config-dir", help="a folder of your own configuration groups")
+    own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
+    parser.add_argument("--config-dir", action="append", default=[], help=own)
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
     options = parser.parse_intermixed_args(arguments)
     environment = ProcessEnvironment()
     try:
         environment = _environment()
-        config = load_config(options.overrides, config_dir=options.config_dir)
+        config = load_config(options.overrides, config_dirs=options.config_dir)
         if options.cfg:
             Output(sys.stdout).write(to_yaml(config))
             return 0
@@ -78,7 +80,9 @@ def one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def watch() -> None:
-        if signal.SIGINT in told.recv(1):
+        while (number := told.recv(1)) and signal.SIGINT not in number:
+            pass  # another signal
+        if number:
             time.sleep(_INTERRUPT_S)
             to_stderr(f"error: interrupted; what ran did not end within {_INTERRUPT_S:.0f} s and was left")
             os._exit(130)
@@ -92,6 +96,11 @@ def one_interrupt() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGINT, before)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help says what there is\n")
 
 
 def _environment() -> ProcessEnvironment:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
-from minimax_train import configs
 from minimax_train.checkpoint.config import CheckpointConfig
+from minimax_train.compose import Tree, compose_tree, read_yaml
 from minimax_train.data.config import DataConfig
 from minimax_train.engines import ENGINES, EngineConfig
-from minimax_train.errors import ConfigError, require, require_choice, require_positive
+from minimax_train.errors import ConfigError, require, require_choice
+from minimax_train.fields import PATH, Range, check_fields, fields_of, from_text, show
 from minimax_train.files import replace_text
 from minimax_train.kernels.dispatch import AUTO, RENAMED
 from minimax_train.metrics.config import LoggingConfig
@@ -31,13 +25,15 @@ from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
-from minimax_train.parallel.grid import check_sizes, nearest_divisors
+from minimax_train.parallel.grid import check_sizes, divisors, nearest_divisors
 from minimax_train.recipe import RecipeConfig, StepPlan
 
 # Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
 RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
-CONFIG_DIR = Path(configs.__file__).parent
-Tree = DictConfig | ListConfig
+# In a file: a key that must be given on the command line.
+MISSING = "???"
+# Offsets of tokens and documents are int32.
+MOST_TOKENS = 2**31 - 1
 
 
 @dataclass
@@ -59,18 +55,18 @@ class ParallelConfig:
         timeout_s: seconds after which a collective that has not finished ends the run with an error.
     """
 
-    tp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    token_groups: int = 1
+    tp: Annotated[int, Range(1, 2**16)] = 1
+    cp: Annotated[int, Range(1, 2**16)] = 1
+    ep: Annotated[int, Range(1, 2**16)] = 1
+    etp: Annotated[int, Range(1, 2**16)] = 1
+    token_groups: Annotated[int, Range(1, 2**16)] = 1
     layout: str = "zigzag"
     linear_cp: str = "auto"
     softmax_cp: str = "auto"
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Range(1, 10**7)] = 600.0
 
     def __post_init__(self) -> None:
-        require_positive("parallel", self, *self.sizes, "token_groups", "timeout_s")
+        check_fields("parallel", self)
         alone = self.ep * self.etp == 1
         accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the GEMMs"
         require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
@@ -90,7 +86,8 @@ class Config:
     """Everything a run is.
 
     Attributes:
-        run_dir: where the run keeps its configuration, tokenizer, checkpoints, metrics and pictures.
+        run_dir: where the run keeps its configuration, tokenizer, checkpoints, metrics and pictures; a leading ``~``,
+            here and in every other path, is the home folder.
         seed: of initial weights and data order.
         device: ``cuda``, ``cpu``, or ``auto`` for the GPU where there is one.
         kernels: which implementation of each op runs.
@@ -105,13 +102,16 @@ class Config:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     kernels: KernelConfig = field(default_factory=KernelConfig)
-    run_dir: str = "runs/default"
-    seed: int = 0
+    run_dir: Annotated[str, PATH] = "runs/default"
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        require(bool(self.run_dir), "run_dir", self.run_dir, "must be a path")
+        tokens = self.recipe.micro_batch_size * self.data.sequence_length
+        accepted = f"times data.sequence_length={self.data.sequence_length} must be at most {MOST_TOKENS} tokens"
+        require(tokens <= MOST_TOKENS, "recipe.micro_batch_size", self.recipe.micro_batch_size, accepted)
         try:
             self.layout.check_length(self.data.sequence_length)
         except ValueError as error:
@@ -164,8 +164,9 @@ class Config:
             ("etp", f"model.expert_hidden_size={model.expert_hidden_size}", model.expert_hidden_size),
         ]:
             ranks = parallel.sizes[axis]
-            accepted = f"must divide {what}; the nearest that do are {nearest_divisors(size, ranks)}"
-            require(size % ranks == 0, f"parallel.{axis}", ranks, accepted)
+            if size % ranks:
+                nearest = nearest_divisors(size, ranks)
+                raise ConfigError(f"parallel.{axis}={ranks}: must divide {what}; the nearest that do are {nearest}")
 
     @property
     def layout(self) -> SequenceLayout:
@@ -188,42 +189,27 @@ class Config:
         size, ranks = recipe.global_batch_size, f"{dp} data-parallel ranks"
         accepted = f"must be a multiple of {together}: {ranks} x recipe.micro_batch_size={recipe.micro_batch_size}"
         require(size % together == 0, "recipe.global_batch_size", size, accepted)
-        fitting = [number for number in range(1, streams + 1) if streams % number == 0]
-        accepted = f"must be a multiple of the {ranks}; with it, {fitting} of them would do"
+        accepted = f"must be a multiple of the {ranks}; with it, {divisors(streams)} of them would do"
         require(streams % dp == 0, "data.num_streams", streams, accepted)
         if self.model.capacity_scope == "global":
             self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
 
 
-ConfigStore.instance().store(name="schema", node=Config)
-for _name, _engine in ENGINES.items():
-    ConfigStore.instance().store(group="engine_schema", name=_name, node=_engine.config_type)
-
-
-def load_config(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> Config:
+def load_config(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> Config:
     """Compose the configuration from the defaults, Hydra overrides, and checks of every group.
 
     Args:
-        overrides: ``model=small``, ``recipe.steps=100``, ``experiment=demo`` and so on.
-        config_dir: a folder of your own groups and experiments, searched besides the package's.
+        overrides: ``model=small``, ``recipe.steps=100``, ``experiment=demo`` and so on. A string is taken as typed,
+            without the quotes around all of it if there are any; of a key given twice the last value counts.
+        config_dirs: folders of your own groups and experiments. A file there comes before the package's of the same
+            group and name, and before one in a later folder.
 
     Raises:
         ConfigError: naming the key, its value and what would be accepted.
     """
-    for override in overrides:
-        if re.match(r"[+~]*hydra[./=@]", override):
-            raise ConfigError(f"{override}: Hydra's own settings are not read here; --config-dir adds a search path")
-    if config_dir is not None:
-        require(Path(config_dir).is_dir(), "--config-dir", str(config_dir), "must be a folder")
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="minimax-train"):
-            return _instantiate(compose("config", list(overrides)))
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+    groups = [name for name, what in fields_of(Config).items() if dataclasses.is_dataclass(what.kind)]
+    tree, given = compose_tree(overrides, config_dirs, groups, _defaults(Config))
+    return _build(Config, tree, given)
 
 
 def read_config(path: str | Path) -> Config:
@@ -233,26 +219,28 @@ def read_config(path: str | Path) -> Config:
         ConfigError: when the file is missing or does not hold a configuration of this version.
     """
     try:
-        saved, schema = _with_new_names(OmegaConf.load(path)), OmegaConf.structured(Config)
-        name = OmegaConf.select(saved, "engine.name", default=EngineConfig.name)
-        schema.engine = OmegaConf.structured(ENGINES[name].config_type if name in ENGINES else EngineConfig)
-        return _instantiate(OmegaConf.merge(schema, saved))
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: not a configuration: {_first_line(error)}") from error
+        _, tree = read_yaml(Path(path))
+        return _build(Config, _with_new_names(tree), {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: not a configuration: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _with_new_names(saved: Tree) -> Tree:
     """What an earlier version saved, in the words of this one."""
     for old, new in RENAMED_KEYS.items():
         group, _, name = old.rpartition(".")
-        if name in (node := OmegaConf.select(saved, group, default={})):
+        if name in (node := _group(saved, group)):
             node[new.rpartition(".")[2]] = node.pop(name)
     for group, renamed in [("kernels", RENAMED), ("model", RENAMED_SCOPES)]:
-        node = OmegaConf.select(saved, group, default={})
+        node = _group(saved, group)
         for name, value in node.items():
-            if (group == "kernels" or name.endswith("_scope")) and value in renamed:
-                node[name] = renamed[value]
+            if (group == "kernels" or name.endswith("_scope")) and isinstance(value, str):
+                node[name] = renamed.get(value, value)
     return saved
+
+
+def _group(tree: Tree, name: str) -> Tree:
+    return node if isinstance(node := tree.get(name), dict) else {}
 
 
 def config_at(config: Config, plan: StepPlan) -> Config:
@@ -273,7 +261,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -287,62 +275,48 @@ def flatten(config: Config) -> dict[str, Any]:
     return walk(dataclasses.asdict(config), "")
 
 
-def _instantiate(tree: Tree) -> Config:
-    require_choice("engine.name", tree.engine.name, tuple(ENGINES))
-    _refuse_unknown(OmegaConf.to_container(tree), tree.engine.name)
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise ConfigError(f"{missing[0]}: no value given; it has no default, so pass {missing[0]}=...")
-    config: Any = OmegaConf.to_object(tree)
-    return config
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One message from Hydra's or OmegaConf's: key, value, what is accepted."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    text = "\n".join(str(cause) for cause in causes)
-    match = re.search(r"full_key: (\S+)", text)
-    if match is None:
-        return "\n".join(dict.fromkeys(line for line in str(error).splitlines() if line.strip()))
-    key = re.sub(r"\[.*", "", match[1])  # of a list, not of its element
-    given = next((item for item in overrides if re.split(r"=", item.lstrip("+~"), maxsplit=1)[0] == key), key)
-    parent, _, name = key.rpartition(".")
-    engines = [item.partition("=")[2] for item in overrides if item.startswith("engine=")]
-    engine = engines[-1] if engines else EngineConfig.name
-    fields = _fields_of(parent, engine)
-    if fields and name not in fields:
-        return _unknown_key(key, given, fields)
-    wanted = f" (accepted: {fields[name]})" if fields else ""
-    return f"{given}: {_first_line(causes[-1])}{wanted}"
-
-
-def _fields_of(path: str, engine: str) -> dict[str, str]:
-    """Field names and types of the group at a dotted path; nothing when there is no such group.
+def _build(kind: type, tree: Any, given: Mapping[str, str], path: str = "") -> Any:
+    """A dataclass from a tree of text.
 
     Args:
-        engine: the name of the run's.
+        given: the override that set a key, for messages.
+        path: of the tree in the whole.
     """
-    kind: Any = Config
-    for name in filter(None, path.split(".")):
-        kind = get_type_hints(kind).get(name)
-        if kind is EngineConfig:
-            kind = ENGINES[engine].config_type if engine in ENGINES else EngineConfig
-        if not dataclasses.is_dataclass(kind):
-            return {}
-    return {field.name: str(field.type) for field in dataclasses.fields(kind)}
-
-
-def _refuse_unknown(tree: Any, engine: str, path: str = "") -> None:
-    """Hydra's ``+key=value`` adds keys past the types; none of them would be read."""
-    fields = _fields_of(path, engine)
-    for name, value in tree.items():
+    fields, values = fields_of(kind), {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}={show(tree)}: is a group of keys: set them, as in {path}.{next(iter(fields))}=...")
+    for name in tree:
+        if name not in fields:
+            key = f"{path}.{name}".lstrip(".")
+            of_it = (text for set_key, text in given.items() if f"{set_key}.".startswith(f"{key}."))
+            raise ConfigError(_unknown_key(key, next(of_it, key), fields))
+    for name, what in fields.items():
         key = f"{path}.{name}".lstrip(".")
-        if fields and name not in fields:
-            raise ConfigError(_unknown_key(key, key, fields))
-        if isinstance(value, dict):
-            _refuse_unknown(value, engine, key)
+        if dataclasses.is_dataclass(what.kind):
+            values[name] = _build(_group_type(what.kind, tree.get(name)), tree.get(name, {}), given, key)
+        elif tree.get(name, what.default) in (dataclasses.MISSING, MISSING):
+            raise ConfigError(f"{key}: no value given; it has no default, so pass {key}=...")
+        elif name in tree:
+            values[name] = from_text(key, tree[name], what)
+    return kind(**values)
+
+
+def _group_type(kind: type, tree: Any) -> type:
+    """The dataclass of a group: an engine's own by its name."""
+    if kind is not EngineConfig:
+        return kind
+    name = str(tree.get("name", EngineConfig.name)) if isinstance(tree, dict) else EngineConfig.name
+    require_choice("engine.name", name, tuple(ENGINES))
+    return ENGINES[name].config_type
+
+
+def _defaults(kind: type) -> Tree:
+    """What the dataclasses say where nothing is given."""
+    return {
+        name: _defaults(what.kind) if dataclasses.is_dataclass(what.kind) else what.default
+        for name, what in fields_of(kind).items()
+        if dataclasses.is_dataclass(what.kind) or what.default is not dataclasses.MISSING
+    }
 
 
 def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
@@ -352,7 +326,3 @@ def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, fields, n=1)
     hint = f" Did you mean {f'{parent}.{close[0]}'.lstrip('.')}?" if close else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

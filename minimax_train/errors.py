@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the key, its value and what would be accepted.
@@ -40,13 +38,6 @@ def require(condition: bool, key: str, value: object, accepted: str) -> None:
     """
     if not condition:
         raise ConfigError(f"{key}={value!r}: {accepted}")
-
-
-def require_positive(group: str, config: object, *names: str) -> None:
-    """Refuse zero, less, infinity and NaN in any of the named fields of a configuration group."""
-    for name in names:
-        value = getattr(config, name)
-        require(0 < value < math.inf, f"{group}.{name}", value, "must be greater than 0, and finite")
 
 
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ class Evaluation:
         self.config, self.tokenizer, self.grid = config, tokenizer, grid
         self._packed_for: tuple[int, int] | None = None
         self._micro_batches: list[MicroBatch] = []
+        self.notes: list[str] = []  # what the person watching should know about the held-out documents
         self.micro_batches(plan)
 
     def micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
@@ -40,6 +41,8 @@ class Evaluation:
                 dp_rank=self.grid.rank("dp"),
                 dp_size=self.grid.size("dp"),
             )
+            if held_out.skipped:
+                self.notes = [f"held-out documents: {held_out.skipped} bad ones are passed over"]
             batches = held_out.micro_batches(plan.micro_batch_size)
             self._micro_batches = [batch.split(self.config.layout, self.grid.rank("cp")) for batch in batches]
             self._packed_for = wanted

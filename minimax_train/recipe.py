@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from minimax_train.errors import require, require_choice, require_positive
+from minimax_train.errors import require, require_choice
+from minimax_train.fields import Range, check_fields
 
 if TYPE_CHECKING:
     from minimax_train.config import Config
@@ -33,45 +34,39 @@ class RecipeConfig:
             never.
     """
 
-    steps: int
-    global_batch_size: int
-    micro_batch_size: int
-    learning_rate: float
-    min_learning_rate: float
-    warmup_steps: int
-    decay_steps: int
+    steps: Annotated[int, Range(1, 10**9)]
+    global_batch_size: Annotated[int, Range(1, 2**24)]
+    micro_batch_size: Annotated[int, Range(1, 2**24)]
+    # A rate too high shows: the weights or the loss are soon not finite, which stops the run.
+    learning_rate: Annotated[float, Range(1e-30, 1e30)]
+    min_learning_rate: Annotated[float, Range(0, 1e30)]
+    warmup_steps: Annotated[int, Range(0, 10**9)]
+    decay_steps: Annotated[int, Range(0, 10**9)]
     decay_shape: str = "exponential"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clip: float | None = 1.0
+    adam_beta1: Annotated[float, Range(0, 0.999999)] = 0.9
+    adam_beta2: Annotated[float, Range(0, 0.999999)] = 0.95
+    adam_eps: Annotated[float, Range(1e-20, 1e-2)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 100)] = 0.1
+    gradient_clip: Annotated[float | None, Range(1e-6, 1e6, null="no limit")] = 1.0
     activation_checkpointing: bool = False
-    eval_interval: int = 100
-    eval_sequences: int = 64
+    eval_interval: Annotated[int, Range(0, 10**9)] = 100
+    eval_sequences: Annotated[int, Range(1, 10**9)] = 64
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, accepted: str) -> None:
             require(holds, f"recipe.{name}", getattr(self, name), accepted)
 
-        sizes = ("steps", "global_batch_size", "micro_batch_size")
-        require_positive("recipe", self, *sizes, "learning_rate", "eval_sequences")
+        check_fields("recipe", self)
         fits = self.global_batch_size % self.micro_batch_size == 0
         check("micro_batch_size", fits, f"must divide recipe.global_batch_size={self.global_batch_size}")
         require_choice("recipe.decay_shape", self.decay_shape, DECAY_SHAPES)
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "eval_interval", "adam_eps"):
-            check(name, 0 <= getattr(self, name) < math.inf, "must be 0 or greater, and finite")
-        for name in ("adam_beta1", "adam_beta2"):
-            check(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        smallest = self.min_learning_rate > 0 if self.decay_shape == "exponential" else self.min_learning_rate >= 0
+        fits = self.min_learning_rate > 0 or self.decay_shape != "exponential"
         accepted = (
             f"must be at most recipe.learning_rate={self.learning_rate}, and greater than 0 for exponential decay"
         )
-        check("min_learning_rate", smallest and self.min_learning_rate <= self.learning_rate, accepted)
+        check("min_learning_rate", fits and self.min_learning_rate <= self.learning_rate, accepted)
         accepted = f"with recipe.warmup_steps={self.warmup_steps} must fit in recipe.steps={self.steps}"
         check("decay_steps", self.warmup_steps + self.decay_steps <= self.steps, accepted)
-        fits = self.gradient_clip is None or self.gradient_clip > 0
-        check("gradient_clip", fits, "must be greater than 0, or null for no limit")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step ``step``, counted from 0: warm-up, constant, decay."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
-from minimax_train.data import MicroBatch, build_train_loader, merge_states
+from minimax_train.data import SKIP, MicroBatch, build_train_loader, merge_states
 from minimax_train.engines import StepReport, StepSums
 from minimax_train.errors import ConfigError
 from minimax_train.evaluation import Evaluation
@@ -65,6 +65,9 @@ class Trainer:
             self.log.say("no held-out documents are configured: no evaluation")
         if self.progress.step == recipe.steps:
             self.log.say(f"all {recipe.steps} steps were taken before: nothing is left to train")
+        held_out = [] if self.evaluation is None else self.evaluation.notes
+        for note in [*self.loader.take_notes(), *held_out]:
+            self.log.say(note)
         late: TakenStep | None = None
         with closing(self.loader), self.log:
             while self.progress.step < recipe.steps:
@@ -117,8 +120,18 @@ class Trainer:
         return [batch.split(self.config.layout, self.grid.rank("cp")).to(self.device) for batch in batches]
 
     def report(self, taken: TakenStep) -> None:
-        """Log the metrics of a step."""
-        self.log.report(taken.number, self.metrics(taken))
+        """Log the metrics of a step, and what there is to say about its data."""
+        self.log.report(taken.number, self.metrics(taken) | self.skipped_documents())
+        for note in self.loader.take_notes():
+            self.log.say(note)
+
+    def skipped_documents(self) -> dict[str, int]:
+        """Bad documents passed over in the run so far, over all ranks; nothing where they are errors."""
+        if self.config.data.bad_documents != SKIP:
+            return {}
+        total = torch.tensor(self.loader.skipped)
+        dist.all_reduce(total, group=self.grid.group("dp"))
+        return {"skipped_documents": int(total)}
 
     def metrics(self, taken: TakenStep) -> dict[str, float]:
         """Of a step, when the device is done with it; its seconds are the mean since the step reported before.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MOST_PROCESSES = 2**20
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
 
 
@@ -35,16 +39,20 @@ class ProcessEnvironment:
         """Read torchrun's variables, else those of an srun task, else be a run of one process.
 
         Raises:
-            ValueError: when a launcher set only part of its variables.
+            ValueError: when a launcher set only part of its variables, or one to what it cannot be.
         """
         if "RANK" in environ or "WORLD_SIZE" in environ:
-            rank, world_size, local_rank, host, port = _read(environ, _TORCHRUN, "torchrun")
-            return cls(int(rank), int(world_size), int(local_rank), f"tcp://{host}:{port}")
+            host = _read(environ, _TORCHRUN, "torchrun")["MASTER_ADDR"]
+            if not re.fullmatch(r"[\w.:%-]+", host):
+                raise ValueError(f"MASTER_ADDR={host!r}: must be the name or address of a host")
+            port = _integer(environ, "MASTER_PORT", 1, 65535)
+            host = f"[{host}]" if ":" in host else host
+            return cls(*_places(environ, *_TORCHRUN[:3]), f"tcp://{host}:{port}")
         if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-            rank, world_size, local_rank, job, step, nodes = _read(environ, _SLURM, "srun")
+            node = _first_node(_read(environ, _SLURM, "srun")["SLURM_STEP_NODELIST"])
             # Every task of a step computes the same port; steps that share a node get different ones.
-            port = 20000 + (int(job) * 7 + int(step)) % 20000
-            return cls(int(rank), int(world_size), int(local_rank), f"tcp://{_first_node(nodes)}:{port}")
+            job, step = (_integer(environ, name, 0, 2**63) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+            return cls(*_places(environ, *_SLURM[:3]), f"tcp://{node}:{20000 + (job * 7 + step) % 20000}")
         return cls()
 
     def init_process_group(self, device_type: str, timeout: timedelta) -> torch.device:
@@ -53,7 +61,7 @@ class ProcessEnvironment:
         A collective that takes longer than the timeout ends the process with an error.
 
         Raises:
-            ValueError: when this machine has fewer GPUs than processes.
+            ValueError: when this machine has fewer GPUs than processes, or the processes cannot meet.
         """
         if device_type == "cuda":
             gpus = torch.cuda.device_count()
@@ -63,15 +71,21 @@ class ProcessEnvironment:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timeout,
-            device_id=device if device_type == "cuda" else None,
-            init_method=self.init_method,
-            store=None if self.init_method else dist.HashStore(),
-        )
+        if self.init_method and (host := urlsplit(self.init_method).hostname):
+            _check_host(host)
+        try:
+            dist.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+                device_id=device if device_type == "cuda" else None,
+                init_method=self.init_method,
+                store=None if self.init_method else dist.HashStore(),
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            what = f"the {self.world_size} processes did not meet at {self.init_method}"
+            raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
         return device
 
 
@@ -80,7 +94,8 @@ def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:
 
     A ``RAYON_NUM_THREADS`` that is set stays. srun binds tasks to their CPU cores itself.
     """
-    processes = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    given = environ.get("LOCAL_WORLD_SIZE", "")
+    processes = int(given) if given.isdecimal() else 1
     if processes > 1:
         environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
@@ -90,8 +105,39 @@ def _first_node(nodes: str) -> str:
     return "".join(re.findall(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)[0])
 
 
-def _read(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[str]:
+def _read(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> dict[str, str]:
     missing = [name for name in names if not environ.get(name)]
     if missing:
         raise ValueError(f"started by {launcher}, but {', '.join(missing)} not set; {launcher} sets {', '.join(names)}")
-    return [environ[name] for name in names]
+    return {name: environ[name] for name in names}
+
+
+def _places(environ: Mapping[str, str], rank: str, world_size: str, local_rank: str) -> tuple[int, int, int]:
+    """Rank, world size and local rank."""
+    size = _integer(environ, world_size, 1, MOST_PROCESSES)
+    among = f", for {world_size}={size}"
+    return _integer(environ, rank, 0, size - 1, among), size, _integer(environ, local_rank, 0, size - 1, among)
+
+
+def _integer(environ: Mapping[str, str], name: str, least: int, greatest: int, among: str = "") -> int:
+    value = environ[name].strip()
+    if not re.fullmatch(r"[0-9]{1,19}", value) or not least <= int(value) <= greatest:
+        raise ValueError(f"{name}={environ[name]!r}: must be an integer between {least} and {greatest}{among}")
+    return int(value)
+
+
+def _check_host(host: str) -> None:
+    """Refuse a host that has no address; PyTorch would look for it until its timeout."""
+    for attempts_left in (2, 1, 0):
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if attempts_left and getattr(error, "errno", None) == socket.EAI_AGAIN:
+                time.sleep(1)  # the name server is busy, as when many processes start
+                continue
+            problem = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"{host!r}, where the processes are to meet (MASTER_ADDR, or the first node of the Slurm step), "
+                f"has no address: {problem}"
+            ) from error

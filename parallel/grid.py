@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import torch.distributed as dist
@@ -149,9 +149,15 @@ def _check_side(world_size: int, **sizes: int) -> None:
     raise ValueError(f"{given}: {together}must divide the number of processes, {world_size}{remedy}")
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors in order, 1 and the number included, in the time of its square root."""
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def nearest_divisors(number: int, wanted: int) -> str:
     """The divisors of a number next to one that is none: ``"2 or 4"``."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    above = [d for d in divisors if d > wanted][:1]
+    found = divisors(number)
+    below = [d for d in found if d < wanted][-1:]
+    above = [d for d in found if d > wanted][:1]
     return " or ".join(map(str, below + above))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from minimax_train.errors import require, require_choice
+from minimax_train.errors import require_choice
+from minimax_train.fields import PATH, Range, check_fields
 
 
 @dataclass
@@ -19,12 +21,11 @@ class CheckpointConfig:
         initial_weights: a checkpoint, or a run, whose weights (not optimizer or data position) a new run starts from.
     """
 
-    interval: int = 500
-    keep: int = 2
+    interval: Annotated[int, Range(0, 10**9)] = 500
+    keep: Annotated[int, Range(0, 10**9)] = 2
     resume: str = "never"
-    initial_weights: str | None = None
+    initial_weights: Annotated[str | None, PATH] = None
 
     def __post_init__(self) -> None:
-        require(self.interval >= 0, "checkpoint.interval", self.interval, "must be 0 or greater")
-        require(self.keep >= 0, "checkpoint.keep", self.keep, "must be 0 (keep all) or greater")
+        check_fields("checkpoint", self)
         require_choice("checkpoint.resume", self.resume, ("auto", "never"))

@@ -46,8 +46,8 @@ class CheckpointFiles(dcp.FileSystemReader):
         """Fill a state dict in place, on all ranks together unless ``no_dist``.
 
         Raises:
-            ConfigError: naming the damaged file, or what the checkpoint does not hold. The same on all ranks, if only
-                one met it.
+            ConfigError: naming the damaged file, or what the checkpoint does not hold. The same on all ranks, even if
+                only one met it.
         """
         self.read_metadata()  # not first inside dcp.load, which logs an error with its traceback
         try:
@@ -56,7 +56,9 @@ class CheckpointFiles(dcp.FileSystemReader):
                 dcp.load(state, storage_reader=self, no_dist=no_dist)
         except CheckpointException as error:
             cause, _ = error.failures[min(error.failures)]
-            told = str(cause) if isinstance(cause, ConfigError) else f"{self._folder}: cannot be loaded: {_line(cause)}"
+            told = (
+                str(cause) if isinstance(cause, ConfigError) else f"{self._folder}: cannot be loaded: {one_line(cause)}"
+            )
             raise ConfigError(told) from error
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -71,7 +73,7 @@ class CheckpointFiles(dcp.FileSystemReader):
                         self._check_record(item.storage_index)
                 super().read_data(replace(plan, items=items), planner)
             except Exception as error:
-                raise ConfigError(f"{self._folder / name}: damaged: it cannot be read: {_line(error)}") from error
+                raise ConfigError(f"{self._folder / name}: damaged: it cannot be read: {one_line(error)}") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -100,7 +102,7 @@ class CheckpointFiles(dcp.FileSystemReader):
         except OSError:
             raise
         except Exception as error:  # unpickling damaged bytes may raise anything
-            raise ConfigError(f"{file}: damaged: not the index of a checkpoint: {_line(error)}") from error
+            raise ConfigError(f"{file}: damaged: not the index of a checkpoint: {one_line(error)}") from error
         for name, shard in shards.items():
             if not shard.is_file():
                 raise ConfigError(f"{shard}: missing, though {file} names it")
@@ -110,5 +112,6 @@ class CheckpointFiles(dcp.FileSystemReader):
         return metadata
 
 
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def one_line(error: BaseException) -> str:
+    """An error of another library's, its kind and what it says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

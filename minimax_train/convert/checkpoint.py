@@ -15,16 +15,16 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -34,8 +34,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from yaml import YAMLError
 
+from minimax_train.checkpoint.reading import CheckpointFiles, one_line
+from minimax_train.convert.json_file import read_json
 from minimax_train.convert.names import Chunk, Parameter
-from minimax_train.errors import ConfigError
+from minimax_train.convert.shards import DTYPES, require_finite
+from minimax_train.errors import ConfigError, require
 from minimax_train.files import CONFIG
 from minimax_train.model import ModelConfig
 
@@ -65,12 +68,24 @@ def read_model_config(path: str | Path) -> ModelConfig:
     Raises:
         ConfigError: when the file is missing or its model is not one.
     """
+    tree = _read_yaml(path)
     try:
-        tree = OmegaConf.select(OmegaConf.load(path), "model") or {}
-        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree))
-        return model
-    except (OSError, AttributeError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: no model configuration: {str(error).splitlines()[0]}") from error
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree.get("model") or {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # OmegaConf raises Python's own for values that are no configuration
+        raise ConfigError(f"{path}: no model configuration: {one_line(error)}") from error
+    return model
+
+
+def _read_yaml(path: str | Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: no configuration: {one_line(error)}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: no configuration: holds a list, must hold a mapping")
+    return tree
 
 
 def write_model_config(model: ModelConfig, folder: Path) -> None:
@@ -80,14 +95,42 @@ def write_model_config(model: ModelConfig, folder: Path) -> None:
     (folder / GROUP_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
-def read_sequence_length(path: str | Path) -> int | None:
-    """Tokens of the packed sequences that a ``config.yaml`` names, a run's or a checkpoint's."""
-    return OmegaConf.select(OmegaConf.load(path), "data.sequence_length")
+def read_sequence_length(path: str | Path) -> int:
+    """Tokens of the packed sequences that a ``config.yaml`` names, a run's or a checkpoint's.
+
+    Raises:
+        ConfigError: when it names none.
+    """
+    try:
+        length = OmegaConf.select(_read_yaml(path), "data.sequence_length")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: data.sequence_length: {one_line(error)}") from error
+    fits = isinstance(length, int) and not isinstance(length, bool) and 0 < length <= 2**40
+    accepted = f"must be a whole number from 1 to 2^40; only a converted checkpoint, with {ORIGIN}, has none"
+    require(fits, f"{path}: data.sequence_length", length, accepted)
+    return length
 
 
 def read_origin(folder: Path) -> Origin | None:
+    """What a converted checkpoint was made from; None for a run's.
+
+    Raises:
+        ConfigError: when the file is damaged.
+    """
     file = folder / ORIGIN
-    return Origin(**json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    names = [field.name for field in dataclasses.fields(Origin)]
+    require(sorted(content) == sorted(names), f"{file}: keys", sorted(content), f"must be {', '.join(names)}")
+    origin = Origin(**content)
+    require(isinstance(origin.config, dict), f"{file}: config", origin.config, "must be an object")
+    fits = isinstance(origin.generation_config, dict | None)
+    require(fits, f"{file}: generation_config", origin.generation_config, "must be an object or null")
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+    fits = origin.decay_dtype in dtypes
+    require(fits, f"{file}: decay_dtype", origin.decay_dtype, f"must be one of {', '.join(dtypes)}")
+    return origin
 
 
 def write_origin(origin: Origin, folder: Path) -> None:
@@ -97,37 +140,50 @@ def write_origin(origin: Origin, folder: Path) -> None:
 class CheckpointReader:
     """Parameters of a checkpoint, the last one kept: the host holds one at a time."""
 
-    def __init__(self, folder: Path, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the checkpoint's index.
 
         Raises:
-            ConfigError: when it does not hold the parameters, or holds them in other shapes or as no floating type.
+            ConfigError: when a file is missing or damaged.
         """
         self.folder = folder
-        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._files = CheckpointFiles(folder, verify=True)
+        self._found = self._files.read_metadata().state_dict_metadata
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def check(self, parameters: Iterable[Parameter]) -> None:
+        """Refuse a checkpoint that does not hold the parameters, or holds them in other shapes or as no floating type.
+
+        Raises:
+            ConfigError: naming the parameter.
+        """
         for parameter in parameters:
-            stored = found.get(PREFIX + parameter.name)
+            stored = self._found.get(PREFIX + parameter.name)
             if not isinstance(stored, TensorStorageMetadata) or stored.size != parameter.shape:
                 held = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else "none"
                 raise ConfigError(
-                    f"{folder}: {PREFIX}{parameter.name}: {CONFIG} wants {tuple(parameter.shape)}, it holds {held}"
+                    f"{self.folder}: {PREFIX}{parameter.name}: {CONFIG} wants {tuple(parameter.shape)}, it holds {held}"
                 )
-        self._dtypes = {
-            name.removeprefix(PREFIX): stored.properties.dtype
-            for name, stored in found.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        self._last: tuple[str, Tensor] | None = None
+            self._dtypes[parameter.name] = dtype = stored.properties.dtype
+            accepted = f"weights must be one of {', '.join(map(str, DTYPES.values()))}"
+            require(dtype in DTYPES.values(), f"{self.folder}: {PREFIX}{parameter.name}", dtype, accepted)
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         return self._dtypes[parameter.name]
 
     def read(self, parameter: Parameter) -> Tensor:
+        """A parameter, every element finite.
+
+        Raises:
+            ConfigError: when one is not, or the file that holds it is damaged.
+        """
         if self._last is None or self._last[0] != parameter.name:
             self._last = None  # let go of it before the next is made
-            tensor = torch.empty(parameter.shape, dtype=self.dtype(parameter))
-            with _one_process():
-                dcp.load({PREFIX + parameter.name: tensor}, checkpoint_id=self.folder, no_dist=True)
+            # NaN, so that a part of it that no shard has is found out too
+            tensor = torch.full(parameter.shape, torch.nan, dtype=self.dtype(parameter))
+            self._files.load({PREFIX + parameter.name: tensor}, no_dist=True)
+            require_finite(tensor, f"{self.folder}: {PREFIX}{parameter.name}")
             self._last = (parameter.name, tensor)
         return self._last[1]
 
@@ -142,12 +198,28 @@ def write_parameters(
 
     Args:
         make: the chunk's tensor, in the dtype of its parameter.
+
+    Raises:
+        ConfigError: when ``make`` raises it.
+        OSError: when the files cannot be written.
     """
     planner = _ChunkPlanner(parameters, dtype_of, make)
     # A file each: into a shared file torch would keep every tensor until the file is complete.
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
-    with _one_process():
-        dcp.save({"model": planner.placeholders}, storage_writer=writer, planner=planner, no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({"model": planner.placeholders}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause: BaseException | None
+        cause, _ = error.failures[min(error.failures)]
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        told = one_line(cause)
+        while cause is not None:  # torch's archive writer hides the system's error behind its own
+            told = str(cause) if isinstance(cause, OSError) else told
+            cause = cause.__context__
+        raise OSError(f"{folder}: cannot be written: {told}") from error
 
 
 class _ChunkPlanner(dcp.DefaultSavePlanner):
@@ -181,10 +253,3 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
                 size=placeholder.shape,
             ),
         )
-
-
-@contextmanager
-def _one_process():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.convert.from_hf import from_hf
 from minimax_train.convert.shards import parse_size
 from minimax_train.convert.to_hf import to_hf
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 from minimax_train.files import TOKENIZER
 
 KEEP = "keep"
@@ -26,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     dtype = DTYPES[options.dtype]
     try:
+        for name, path in (("SRC", options.source), ("DST", options.target)):
+            require(
+                path.isprintable() and path.strip() == path != "", name, path, "must be a path of printable characters"
+            )
         if options.direction == "to-hf":
             size = parse_size(options.max_shard_size)
             to_hf(options.source, options.target, dtype=dtype, max_shard_bytes=size, report=_report)
@@ -38,9 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"checkpoint.initial_weights={options.target}"
                 + (f" data.tokenizer={tokenizer}" if tokenizer.is_dir() else "")
             )
-    except (ConfigError, OSError, SafetensorError, CheckpointException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    except ConfigError as error:
+        _report(f"error: {error}")
+        return 2
+    except OSError as error:
+        # A write that fails names no file, unlike an open.
+        _report(f"error: {options.target}: {error}" if error.errno and not error.filename else f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _report(f"interrupted: {options.target} was not written")
+        return 130
     return 0
 
 

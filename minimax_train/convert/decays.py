@@ -30,7 +30,7 @@ def lightning_layers(config: ModelConfig) -> list[int]:
 
 
 def decay_outputs(config: ModelConfig, block_size: int, dtype: torch.dtype) -> Iterator[Output]:
-    """Every lightning layer's buffers, computed when they are written."""
+    """Every lightning layer's buffers, slopes first, computed when they are written or compared."""
     H, C = config.num_heads, block_size
     shapes = {SLOPES: (H, 1, 1), "query_decay": (H, C, 1), "key_decay": (H, C, 1), "diagonal_decay": (1, H, C, C)}
     for layer in lightning_layers(config):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import require
 from minimax_train.files import UNFINISHED
 
 
@@ -16,13 +17,18 @@ def draft_of(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which takes its place at the end and is removed after an error.
 
     Raises:
-        ConfigError: when the target is there already and not an empty folder.
+        ConfigError: when the target is there already and not an empty folder, or something has the new folder's name.
     """
-    target = target.absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"DST={str(target)!r}: exists already; must be a new or an empty folder")
+    # Where links lead: a folder can take the place of an empty folder, not of a link to one.
+    target = Path(os.path.realpath(target))
+    if os.path.lexists(target):
+        empty = target.is_dir() and not any(target.iterdir())
+        require(empty, "DST", str(target), "exists already; must be a new or an empty folder")
+        replaceable = not target.is_mount() and not target.samefile(".")
+        require(replaceable, "DST", str(target), "must be a new folder: this one is in use and cannot be replaced")
     draft = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(draft, ignore_errors=True)
+    accepted = "is in the way: left by a conversion that was killed, or one is running; remove it if none is"
+    require(not os.path.lexists(draft), "DST", str(target), f"{draft} {accepted}")
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -30,3 +36,13 @@ def draft_of(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raises:
+    OSError: when the file system of a folder has less than this free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        wanted, left = f"{num_bytes / 1e6:,.1f} MB to be written", f"{free / 1e6:,.1f} MB free"
+        raise OSError(f"{folder}: no space left on the device: {wanted}, {left}")

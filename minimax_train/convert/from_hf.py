@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimax_train.convert.checkpoint import Origin, write_model_config, write_origin, write_parameters
-from minimax_train.convert.decays import SLOPES, decay_name, decay_outputs, decays, lightning_layers
-from minimax_train.convert.draft import draft_of
-from minimax_train.convert.hf_config import from_hf_config
+from minimax_train.convert.decays import SLOPES, decay_outputs
+from minimax_train.convert.draft import draft_of, require_space
+from minimax_train.convert.hf_config import from_hf_config, parse
+from minimax_train.convert.json_file import read_json
 from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, fused_shape, put
-from minimax_train.convert.shards import TensorFolder
-from minimax_train.convert.tokenizer import copy_tokenizer
+from minimax_train.convert.shards import Output, TensorFolder, require_finite
+from minimax_train.convert.tokenizer import copy_tokenizer, note_of_added_tokens, open_tokenizer
 from minimax_train.errors import ConfigError, require
 from minimax_train.files import TOKENIZER
 from minimax_train.model import ModelConfig
 
-# Slopes stored in bfloat16 are this close to the ones they were rounded from.
-_SLOPE_TOLERANCE = 2.0**-8
+# Decays stored in bfloat16 are this close to the ones they were rounded from, and in float16 those near 0.
+_RELATIVE, _ABSOLUTE = 2.0**-8, 2.0**-23
 
 
 def from_hf(
@@ -49,15 +48,24 @@ def from_hf(
     """
     source = Path(source)
     with draft_of(Path(target)) as draft:
-        raw = _read_json(source / "config.json")
-        if raw is None:
+        if not (source / "config.json").is_file():
             raise ConfigError(f"{source}: not a Hugging Face model: there is no config.json")
-        model = from_hf_config(raw, rotary_dim=rotary_dim)
+        raw = read_json(source / "config.json")
+        try:
+            model, block_size = from_hf_config(raw, rotary_dim=rotary_dim), parse(raw).block_size
+        except ConfigError as error:
+            raise ConfigError(f"{source / 'config.json'}: {error}") from error
+        generation = source / "generation_config.json"
+        generation_config = read_json(generation) if generation.is_file() else None
+        if copy_tokenizer(source, draft / TOKENIZER):
+            note_of_added_tokens(open_tokenizer(draft / TOKENIZER, source, model.vocab_size), report)
+        tensors = _Tensors(TensorFolder(source))
+        tensors.check_sizes(model)
         # Weights that were trained to rotate the leading dimensions lie as ours do.
         parameters = correspondence(model, permute_rotary=rotary_dim is None)
-        tensors = _Tensors(TensorFolder(source))
-        tensors.check(parameters, model)
-        decay_dtype = tensors.check_slopes(model)
+        decays = list(decay_outputs(model, block_size, torch.float32))
+        tensors.check(parameters, model, decays)
+        decay_dtype = tensors.check_decays(decays)
         total = sum(parameter.shape.numel() for parameter in parameters)
         report(f"converting {source}: {total:,} parameters")
         done = 0
@@ -65,11 +73,14 @@ def from_hf(
         def dtype_of(parameter: Parameter) -> torch.dtype:
             return dtype or reduce(torch.promote_types, map(tensors.dtype, _parts(parameter)))
 
+        require_space(draft, sum(parameter.shape.numel() * dtype_of(parameter).itemsize for parameter in parameters))
+
         def make(parameter: Parameter, chunk: Chunk) -> Tensor:
             nonlocal done
             tensor = torch.empty(chunk.length, *parameter.shape[1:], dtype=dtype_of(parameter))
             for part in chunk.parts:
                 put(tensor, part, tensors.read)
+                require_finite(tensor[part.index], f"{source}: {part.name}")
             before, done = done, done + tensor.numel()
             if 10 * done // total > 10 * before // total:
                 report(f"{100 * done // total} % at {parameter.name}")
@@ -77,8 +88,7 @@ def from_hf(
 
         write_parameters(draft, parameters, dtype_of, make)
         write_model_config(model, draft)
-        write_origin(Origin(raw, _read_json(source / "generation_config.json"), decay_dtype), draft)
-        copy_tokenizer(source, draft / TOKENIZER)
+        write_origin(Origin(raw, generation_config, decay_dtype), draft)
 
 
 class _Tensors:
@@ -101,9 +111,19 @@ class _Tensors:
     def read(self, part: Part) -> Tensor:
         return self.folder.read(*self._find(part))
 
-    def check(self, parameters: list[Parameter], model: ModelConfig) -> None:
-        """Refuse missing tensors, tensors of another shape, and tensors that would be left behind."""
-        ignored = {output.name for output in decay_outputs(model, 1, torch.float32)}
+    def check_sizes(self, model: ModelConfig) -> None:
+        """Refuse another number of layers or experts, before lists are made of as many as the configuration says."""
+        layers = {name.split(".")[2] for name in self._stored if name.startswith("model.layers.")}
+        accepted = f"{self.folder.folder} holds tensors of {len(layers)} layers"
+        wanted = {str(layer) for layer in range(model.num_layers)}
+        require(layers == wanted, "num_hidden_layers", model.num_layers, accepted)
+        for layer in range(model.num_layers):
+            router = self._stored.get(f"model.layers.{layer}.block_sparse_moe.gate.weight")
+            if router is not None:
+                self._check_shape(router, (model.num_experts, model.hidden_size))
+
+    def check(self, parameters: list[Parameter], model: ModelConfig, decays: list[Output]) -> None:
+        """Refuse missing tensors, tensors of another shape or type, and tensors that would be left behind."""
         found = set()
         for parameter in parameters:
             for chunk in parameter.chunks:
@@ -111,43 +131,43 @@ class _Tensors:
                 for part in chunk.parts:
                     name, index = self._find(part)
                     found.add(name)
-                    stored = self.folder.shape(name)
+                    self.folder.dtype(name)
                     wanted = tuple(fused_shape(parameter) if index else empty[part.index].shape)
-                    if stored != wanted:
-                        raise ConfigError(
-                            f"{self.folder.folder}: {name} has shape {stored}, config.json wants {wanted}"
-                        )
-        unknown = sorted(self.folder.names() - found - ignored)
+                    self._check_shape(name, wanted)
+        unknown = sorted(self.folder.names() - found - {decay.name for decay in decays})
         if unknown:
             raise ConfigError(
                 f"{self.folder.folder}: {len(unknown)} tensors are not of a {model.num_layers}-layer model: "
                 f"{', '.join(unknown[:5])}"
             )
 
-    def check_slopes(self, model: ModelConfig) -> str:
+    def check_decays(self, decays: list[Output]) -> str:
         """Refuse decays that are not the architecture's. Returns the dtype in which they are stored."""
         dtype = "float32"
-        for layer in lightning_layers(model):
-            name = decay_name(layer, SLOPES)
-            if name not in self.folder.names():
+        for decay in decays:
+            if decay.name not in self.folder.names():
                 continue
-            expected, stored = decays(model, layer, SLOPES, 1), self.folder.read(name).float()
-            same = expected.shape == stored.shape and torch.allclose(stored, expected, rtol=_SLOPE_TOLERANCE, atol=0)
-            accepted = (
-                f"must be the slopes of MiniMax-01, {expected.flatten().tolist()}; a model that transformers "
-                "initialised in bfloat16 has others: initialise it in float32, then cast"
-            )
-            require(same, name, stored.flatten().tolist(), accepted)
-            dtype = str(self.folder.dtype(name)).removeprefix("torch.")
+            dtype = str(self.folder.dtype(decay.name)).removeprefix("torch.")
+            self._check_shape(decay.name, decay.shape)
+            expected, stored = decay.make(), self.folder.read(decay.name).float()
+            if torch.allclose(stored, expected, rtol=_RELATIVE, atol=_ABSOLUTE):
+                continue
+            if decay.name.endswith(SLOPES):
+                accepted = f"must be the slopes of MiniMax-01, {expected.flatten().tolist()}"
+                shown = stored.flatten().tolist()
+            else:
+                place = int((stored - expected).abs().nan_to_num(nan=torch.inf).argmax())
+                accepted = f"must be {expected.flatten()[place]:.4g} there, as slopes and block_size say"
+                shown = f"{stored.flatten()[place]:.4g} at {place}"
+            hint = "a model that transformers initialised in bfloat16 has others: initialise it in float32, then cast"
+            raise ConfigError(f"{self.folder.folder}: {decay.name}={shown}: {accepted}; {hint}")
         return dtype
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        stored = self.folder.shape(name)
+        if stored != wanted:
+            raise ConfigError(f"{self.folder.folder}: {name} has shape {stored}, config.json wants {wanted}")
 
 
 def _parts(parameter: Parameter) -> list[Part]:
     return [part for chunk in parameter.chunks for part in chunk.parts]
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error

@@ -5,15 +5,18 @@ What one side can say and the other cannot is refused by name, never dropped: th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimax_train.checkpoint.reading import one_line
 from minimax_train.convert.names import attention_names
 from minimax_train.errors import ConfigError, require
 from minimax_train.model import ModelConfig
@@ -52,6 +55,28 @@ WITHOUT_COUNTERPART = {
 }
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
 FLOAT32_MAX = torch.finfo(torch.float32).max
+# The range of every number, ends included; the largest sizes are far above any model's, and no product of them
+# overflows an int64.
+WHOLE = {
+    "vocab_size": (1, 2**31 - 1),
+    "hidden_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**14),
+    "num_key_value_heads": (1, 2**14),
+    "head_dim": (1, 2**14),
+    "num_local_experts": (1, 2**14),
+    "num_experts_per_tok": (1, 2**14),
+    "intermediate_size": (1, 2**24),
+    "max_position_embeddings": (1, 2**40),
+    "block_size": (1, 2**12),
+}
+NUMBERS = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "router_aux_loss_coef": (0.0, 1e6),
+    "initializer_range": (0.0, 1e6),
+    **dict.fromkeys(ALPHAS, (1e-6, 1e6)),
+}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -109,37 +134,73 @@ def from_hf_config(raw: dict[str, Any], *, rotary_dim: int | None = None) -> Mod
         value = getattr(hf, name, None)
         require(value in accepted, name, value, f"must be {' or '.join(map(str, accepted))}; there is no other here")
     values = {ours: getattr(hf, theirs) for theirs, ours in SAME.items()}
-    values["head_dim"] = hf.head_dim or hf.hidden_size // hf.num_attention_heads
+    values["head_dim"] = hf.hidden_size // hf.num_attention_heads if hf.head_dim is None else hf.head_dim
     alphas = {name: getattr(hf, name) for name in ALPHAS}
     for name, value in alphas.items():
         require(value == alphas[ALPHAS[0]], name, value, f"must equal {ALPHAS[0]}={alphas[ALPHAS[0]]!r}")
     alpha = float(alphas[ALPHAS[0]])
     layers, experts = hf.num_hidden_layers, hf.num_local_experts
     rotary_dim, base = _from_rope(hf, values["head_dim"], rotary_dim)
-    return ModelConfig(
-        **values,
-        layer_pattern=_pattern(hf),
-        rotary_dim=rotary_dim,
-        rope_base=base,
-        residual_scale=None if alpha == deep_norm_alpha(layers) else alpha,
-        aux_loss_coefficient=_our_aux(hf.router_aux_loss_coef, layers, experts),
-    )
+    theta, told = (hf.rope_parameters or {})["rope_theta"], raw.get("rope_theta")  # transformers takes the first
+    require(told in (None, theta), "rope_theta", told, f"contradicts rope_parameters.rope_theta={theta}")
+    try:
+        return ModelConfig(
+            **values,
+            layer_pattern=_pattern(hf),
+            rotary_dim=rotary_dim,
+            rope_base=base,
+            residual_scale=None if alpha == deep_norm_alpha(layers) else alpha,
+            aux_loss_coefficient=_our_aux(hf.router_aux_loss_coef, layers, experts),
+        )
+    except ConfigError as error:
+        names = {ours: theirs for theirs, ours in SAME.items()}
+        told = re.sub(r"\bmodel\.(\w+)", lambda match: names.get(match[1], match[0]), str(error))
+        raise ConfigError(told) from error
 
 
 def parse(raw: dict[str, Any]) -> MiniMaxConfig:
     """A ``config.json`` as transformers reads it, defaults filled in.
 
     Raises:
-        ConfigError: when it is another kind of model's, or transformers refuses it.
+        ConfigError: when it is another kind of model's, transformers refuses it, or a number is out of its range.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import MiniMaxConfig
 
     require(raw.get("model_type") == MODEL_TYPE, "model_type", raw.get("model_type"), f"must be {MODEL_TYPE!r}")
+    for name in ("num_hidden_layers", "num_labels"):  # before transformers makes lists as long
+        if isinstance(raw.get(name), int):
+            _require_within(name, raw[name], *WHOLE["num_hidden_layers"])
+    for name in ("dtype", "torch_dtype"):  # what else transformers does not check
+        value = raw.get(name)
+        known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+        require(value is None or known, name, value, "must be the name of a dtype, or left out")
+    require(
+        isinstance(raw.get("auto_map", {}), dict), "auto_map", raw.get("auto_map"), "must be an object, or left out"
+    )
+    experts = raw.get("num_local_experts")
+    same = experts is None or raw.get("num_experts", experts) == experts
+    require(same, "num_experts", raw.get("num_experts"), f"contradicts num_local_experts={experts!r}")
     try:
-        return MiniMaxConfig.from_dict(raw)
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.json: transformers refuses it: {error}") from error
+        hf = MiniMaxConfig.from_dict(copy.deepcopy(raw))  # a copy, for it changes what it is given
+    except Exception as error:  # it checks types, and raises whatever comes of those that it does not check
+        raise ConfigError(f"transformers refuses it: {one_line(error)}") from error
+    for name, ends in (WHOLE | NUMBERS).items():
+        if getattr(hf, name) is not None:
+            _require_within(name, getattr(hf, name), *ends)
+    for name in TOKEN_IDS:
+        _require_token_ids(name, getattr(hf, name), hf.vocab_size)
+    return hf
+
+
+def _require_within(name: str, value: Any, lowest: float, highest: float) -> None:
+    kind = "whole number" if isinstance(lowest, int) else "number"
+    require(lowest <= value <= highest, name, value, f"must be a {kind} from {lowest} to {highest}")
+
+
+def _require_token_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    fits = all(0 <= i < vocab_size for i in ids) and value != []
+    require(fits, name, value, f"must be null, or an id from 0 to {vocab_size - 1}: vocab_size is {vocab_size}")
 
 
 def _pattern(hf: MiniMaxConfig) -> str:
@@ -184,20 +245,26 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
     rope: dict[str, Any] = dict(hf.rope_parameters or {})
     unknown = [key for key in rope if key not in ROPE_KEYS]
     require(not unknown, "rope_parameters", rope, f"{', '.join(unknown)} not known here: accepted {sorted(ROPE_KEYS)}")
-    require(rope.get("factor") in (None, 1), "rope_parameters.factor", rope.get("factor"), "must be 1, or left out")
-    kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor")
+    factor = rope.get("factor", 1)
+    require(_is_number(factor) and factor == 1, "rope_parameters.factor", factor, "must be 1, or left out")
+    _require_rope_number(rope, "rope_theta", 1.0, FLOAT32_MAX)
+    if "partial_rotary_factor" in rope:
+        _require_rope_number(rope, "partial_rotary_factor", 0.0, 1.0)
+    kind, theta, part = rope["rope_type"], float(rope["rope_theta"]), rope.get("partial_rotary_factor", 1.0)
     accepted = "must be 'default' or 'proportional'"
     require(kind in ("default", "proportional"), "rope_parameters.rope_type", kind, accepted)
     if kind == "proportional":
         accepted = "only for rope_type 'default'; 'proportional' is explicit"
         require(rotary_dim is None, "--rotary-dim", rotary_dim, accepted)
         # int() of it, as transformers has it.
-        rotary_dim = 2 * int((1.0 if part is None else part) * head_dim // 2)
+        rotary_dim = 2 * int(part * head_dim // 2)
         if rotary_dim == 0:
             return 0, theta
         guess = theta ** (rotary_dim / head_dim)
         return rotary_dim, _invert(theta, guess, lambda base: _theta(base, rotary_dim, head_dim))
     if rotary_dim is not None:
+        fits = rotary_dim % 2 == 0 and 0 <= rotary_dim <= head_dim
+        require(fits, "--rotary-dim", rotary_dim, f"must be even and between 0 and head_dim={head_dim}")
         return rotary_dim, theta
     told = {
         "rope_parameters.partial_rotary_factor": (part, 1),
@@ -210,6 +277,17 @@ def _from_rope(hf: MiniMaxConfig, head_dim: int, rotary_dim: int | None) -> tupl
     for key, (value, whole) in told.items():
         require(value in (None, whole), key, value, accepted)
     return head_dim, theta
+
+
+def _require_rope_number(rope: dict[str, Any], key: str, lowest: float, highest: float) -> None:
+    value = rope.get(key)  # transformers checks no type here
+    require(_is_number(value), f"rope_parameters.{key}", value, "must be a number")
+    highest = min(highest, 2**63 - 1) if isinstance(value, int) else highest  # torch's for a whole number
+    _require_within(f"rope_parameters.{key}", value, lowest, highest)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _theta(base: float, rotary_dim: int, head_dim: int) -> float:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimax_train.convert.json_file import read_json
 from minimax_train.errors import ConfigError, require
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,10 +45,11 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: when it is not such a size, or less than one byte.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    require(size > 0, "--max-shard-size", text, "must be a size such as 5GB or 500MB")
-    return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    size = Decimal(match[1]) * _UNITS[(match[2] or "").upper()] if match else Decimal(0)
+    accepted = "must be a size such as 5GB or 500MB, at least one byte and less than 2^63"
+    require(1 <= size < 2**63, "--max-shard-size", text, accepted)
+    return int(size)
 
 
 def write_shards(
@@ -86,10 +89,31 @@ def write_shards(
 
 
 def _write_shard(shard: list[Output], file: Path) -> None:
-    # A copy of each: parts of one parameter share storage, which safetensors refuses.
-    tensors = {o.name: o.make().to(o.dtype, memory_format=torch.contiguous_format, copy=True) for o in shard}
-    assert all(tensors[o.name].shape == o.shape for o in shard)
-    save_file(tensors, file, metadata={"format": "pt"})
+    tensors = {}
+    for o in shard:
+        made = o.make()
+        assert made.shape == o.shape
+        # A copy: parts of one parameter share storage, which safetensors refuses.
+        tensors[o.name] = made.to(o.dtype, memory_format=torch.contiguous_format, copy=True)
+        if made.dtype != o.dtype:  # what is made is finite
+            require_finite(tensors[o.name], o.name)
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written: {error}") from error
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and infinity: a model that computes nothing, or a number too large for the dtype it was cast to.
+
+    Raises:
+        ConfigError: with their number.
+    """
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        count = tensor.numel() - int(finite.sum())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ConfigError(f"{what}: {count} of {tensor.numel()} values are NaN or infinite as {dtype}; must be finite")
 
 
 class TensorFolder:
@@ -99,20 +123,28 @@ class TensorFolder:
         """Read the index.
 
         Raises:
-            ConfigError: when there are no safetensors, or a file that the index names is missing or broken.
+            ConfigError: when there are no safetensors, a file that the index names is missing or broken, or the index
+                and the files disagree about a tensor.
         """
         self.folder = folder
-        if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        else:
-            files = [WEIGHTS]
+        weight_map = _read_index(folder)
         self._files, self._file_of = {}, {}
-        for file in files:
+        for file in sorted(set(weight_map.values())) if weight_map else [WEIGHTS]:
             try:
                 self._files[file] = safe_open(folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{folder / file}: not a readable safetensors file: {error}") from error
-            self._file_of |= dict.fromkeys(self._files[file].keys(), file)
+            names = self._files[file].keys()
+            for name in names:
+                other = self._file_of.setdefault(name, file)
+                if other != file:
+                    raise ConfigError(f"{folder / file}: holds {name}, as {other} does; a tensor must be in one file")
+        if weight_map:
+            for name in sorted(weight_map.keys() | self._file_of.keys()):
+                said, found = weight_map.get(name), self._file_of.get(name)
+                if said != found:
+                    where = "no file has it" if found is None else f"it is in {found}"
+                    raise ConfigError(f"{folder / INDEX}: weight_map[{name!r}]={said!r}: {where}")
 
     def names(self) -> set[str]:
         return set(self._file_of)
@@ -136,3 +168,22 @@ class TensorFolder:
 
     def _slice(self, name: str):
         return self._files[self._file_of[name]].get_slice(name)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File names by tensor; empty where there is one file, without an index."""
+    index, whole = folder / INDEX, folder / WEIGHTS
+    if not index.is_file():
+        if not whole.is_file():
+            raise ConfigError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; weights must be safetensors")
+        return {}
+    if whole.is_file():
+        raise ConfigError(f"{folder}: holds both {WEIGHTS} and {INDEX}; remove the one that is not the model")
+    weight_map = read_json(index).get("weight_map")
+    accepted = 'must be an object of tensors\' names and file names, {"name": "file"}'
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: weight_map={str(weight_map)[:80]}: {accepted}")
+    for name, file in weight_map.items():
+        fits = isinstance(file, str) and file == Path(file).name
+        require(fits, f"{index}: weight_map[{name!r}]", file, "must be the name of a file beside the index")
+    return weight_map

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minimax_train.checkpoint.store import find_checkpoint
 from minimax_train.convert.checkpoint import (
+    ORIGIN,
     CheckpointReader,
     Origin,
     read_model_config,
@@ -20,11 +21,11 @@ from minimax_train.convert.checkpoint import (
     read_sequence_length,
 )
 from minimax_train.convert.decays import decay_outputs
-from minimax_train.convert.draft import draft_of
+from minimax_train.convert.draft import draft_of, require_space
 from minimax_train.convert.hf_config import Surroundings, from_hf_config, parse, to_hf_config
 from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, take
 from minimax_train.convert.shards import Output, write_shards
-from minimax_train.convert.tokenizer import copy_tokenizer, special_token_ids
+from minimax_train.convert.tokenizer import copy_tokenizer, open_tokenizer, write_trained_tokenizer
 from minimax_train.errors import ConfigError
 from minimax_train.files import CONFIG, TOKENIZER
 from minimax_train.model import ModelConfig
@@ -54,15 +55,15 @@ def to_hf(
     """
     with draft_of(Path(target)) as draft:
         checkpoint = find_checkpoint(source)
+        reader = CheckpointReader(checkpoint)
         model = read_model_config(checkpoint / CONFIG)
         parameters = correspondence(model)
-        reader = CheckpointReader(checkpoint, parameters)
+        reader.check(parameters)
         kept = reduce(torch.promote_types, {reader.dtype(parameter) for parameter in parameters})
         report(f"converting {checkpoint} as {_name(dtype or kept)}")
-        copy_tokenizer(checkpoint / TOKENIZER, draft)
-        origin = read_origin(checkpoint)
-        block_size, decay_dtype = _write_config(checkpoint, model, origin, dtype or kept, draft)
+        block_size, decay_dtype = _write_surroundings(checkpoint, model, dtype or kept, draft, report)
         outputs = [*_weights(parameters, reader, dtype), *decay_outputs(model, block_size, decay_dtype)]
+        require_space(draft, sum(output.num_bytes for output in outputs))
         write_shards(outputs, draft, max_shard_bytes, report)
     if model.capacity_factor is not None:
         report(
@@ -86,21 +87,39 @@ def _maker(reader: CheckpointReader, parameter: Parameter, chunk: Chunk, part: P
     return lambda: take(reader.read(parameter)[chunk.start : chunk.start + chunk.length], part)
 
 
-def _write_config(
-    checkpoint: Path, model: ModelConfig, origin: Origin | None, dtype: torch.dtype, draft: Path
+def _write_surroundings(
+    checkpoint: Path, model: ModelConfig, dtype: torch.dtype, draft: Path, report: Callable[[str], None]
 ) -> tuple[int, torch.dtype]:
-    """Write ``config.json`` and ``generation_config.json``; returns block size and dtype of the decays."""
-    if origin is not None and _describes(origin, model):
-        # The very configuration it came with, block size, positions and special tokens included.
-        raw = {key: value for key, value in origin.config.items() if key != "torch_dtype"}
-        _write_json(raw | {"dtype": _name(dtype)}, draft / "config.json")
-        if origin.generation_config is not None:
-            _write_json(origin.generation_config, draft / "generation_config.json")
-        return parse(raw).block_size, getattr(torch, origin.decay_dtype)
-
+    """Write tokenizer, ``config.json`` and ``generation_config.json``; returns block size and dtype of the decays."""
     from transformers import GenerationConfig
 
-    config = to_hf_config(model, _surroundings(checkpoint, origin), dtype)
+    origin, tokenizer = read_origin(checkpoint), checkpoint / TOKENIZER
+    if origin is None:  # a run's
+        length = read_sequence_length(checkpoint / CONFIG)
+        if tokenizer.is_dir():
+            ids = write_trained_tokenizer(tokenizer, draft, model.vocab_size)
+        else:
+            ids = {}
+            report(f"note: {checkpoint} has no tokenizer: the export has none, and no end-of-text id")
+        surroundings = Surroundings(max_position_embeddings=length, **ids)
+    else:
+        try:
+            theirs, describes = parse(origin.config), _describes(origin, model)
+        except ConfigError as error:
+            raise ConfigError(f"{checkpoint / ORIGIN}: config: {error}") from error
+        copied = copy_tokenizer(tokenizer, draft)
+        if describes:
+            # The very configuration it came with, block size, positions and special tokens included.
+            raw = {key: value for key, value in origin.config.items() if key != "torch_dtype"}
+            _write_json(raw | {"dtype": _name(dtype)}, draft / "config.json")
+            if origin.generation_config is not None:
+                _write_json(origin.generation_config, draft / "generation_config.json")
+        if copied:
+            open_tokenizer(draft, tokenizer, model.vocab_size)
+        if describes:
+            return theirs.block_size, getattr(torch, origin.decay_dtype)
+        surroundings = Surroundings.of(theirs)
+    config = to_hf_config(model, surroundings, dtype)
     config.save_pretrained(draft)
     GenerationConfig.from_model_config(config).save_pretrained(draft)
     # float32 whatever the weights: from_pretrained casts them to what it loads, and nothing is lost if that is float32
@@ -112,16 +131,6 @@ def _describes(origin: Origin, model: ModelConfig) -> bool:
         return from_hf_config(origin.config) == model
     except ConfigError:  # imported with --rotary-dim
         return False
-
-
-def _surroundings(checkpoint: Path, origin: Origin | None) -> Surroundings:
-    if origin is not None:
-        return Surroundings.of(parse(origin.config))
-    length = read_sequence_length(checkpoint / CONFIG)
-    if length is None:
-        raise ConfigError(f"{checkpoint / CONFIG}: data.sequence_length is missing")
-    ids = special_token_ids(checkpoint / TOKENIZER) if (checkpoint / TOKENIZER).is_dir() else {}
-    return Surroundings(max_position_embeddings=length, **ids)
 
 
 def _name(dtype: torch.dtype) -> str:

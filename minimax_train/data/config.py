@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
 from minimax_train.errors import require, require_choice
+from minimax_train.fields import PATH, Range, check_fields
 
 SOURCES = ("stdlib", "files", "hub")
 FORMATS = ("text", "json", "parquet")
 TRAIN_TOKENIZER = "train"
+ERROR, SKIP = "error", "skip"
 
 # Fields that only one source reads: setting one under another source is an error, not silence.
 _READ_ONLY_BY = {
@@ -29,6 +32,8 @@ class DataConfig:
         name, subset, revision: hub: the data set, its configuration and its git revision.
         train_split, validation_split: hub: split names; without a validation split there is no evaluation.
         text_column: the column that holds the text (json, parquet, hub).
+        bad_documents: what a document that cannot be used does, such as a line that is no JSON: ``error`` ends the run
+            and names file, line and reason; ``skip`` passes over it, and the metrics count it.
         tokenizer: ``train`` for a byte-level BPE trained on the training documents, or a Hugging Face name or folder.
         tokenizer_documents: how many documents the BPE is trained on.
         sequence_length: tokens of a packed sequence, where a run begins.
@@ -42,29 +47,26 @@ class DataConfig:
 
     source: str = "stdlib"
     format: str = "text"
-    train_files: list[str] = field(default_factory=list)
-    validation_files: list[str] = field(default_factory=list)
+    train_files: Annotated[list[str], PATH] = field(default_factory=list)
+    validation_files: Annotated[list[str], PATH] = field(default_factory=list)
     name: str | None = None
     subset: str | None = None
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = None
     text_column: str = "text"
-    tokenizer: str = TRAIN_TOKENIZER
-    tokenizer_documents: int = 1000
-    sequence_length: int = 2048
-    num_streams: int = 8
-    shuffle_documents: int = 256
+    bad_documents: str = ERROR
+    tokenizer: Annotated[str, PATH] = TRAIN_TOKENIZER
+    tokenizer_documents: Annotated[int, Range(1, 10**9)] = 1000
+    sequence_length: Annotated[int, Range(1, 2**31 - 1)] = 2048
+    num_streams: Annotated[int, Range(1, 2**20)] = 8
+    shuffle_documents: Annotated[int, Range(1, 2**24)] = 256
 
     def __post_init__(self) -> None:
+        check_fields("data", self)
         require_choice("data.source", self.source, SOURCES)
         require_choice("data.format", self.format, FORMATS)
-        for name in ("tokenizer_documents", "sequence_length", "num_streams", "shuffle_documents"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            require(is_integer and value >= 1, f"data.{name}", value, "must be a positive integer")
-        for name in ("text_column", "tokenizer", "train_split"):
-            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "must not be empty")
+        require_choice("data.bad_documents", self.bad_documents, (ERROR, SKIP))
         if self.source == "files":
             accepted = "data.source='files' needs at least one path or glob"
             require(bool(self.train_files), "data.train_files", self.train_files, accepted)
@@ -81,7 +83,8 @@ class DataConfig:
             for name in names
         }
         if self.source == "stdlib" or (self.source == "files" and self.format == "text"):
-            unread["text_column"] = "data.source='hub', data.format='json' or data.format='parquet'"
+            with_columns = "data.source='hub', data.format='json' or data.format='parquet'"
+            unread |= dict.fromkeys(("text_column", "bad_documents"), with_columns)
         for name, reader in unread.items():
             value = getattr(self, name)
             require(value == defaults[name], f"data.{name}", value, f"is read only with {reader}; leave it out here")

@@ -6,6 +6,7 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from glob import glob
+from hashlib import blake2b
 from pathlib import Path
 
 from minimax_train.data.shuffle import stable_hash
@@ -14,6 +15,7 @@ from minimax_train.errors import ConfigError
 # Third-party packages are not the standard library; test folders hold files that are broken on purpose.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 _HELD_OUT_ONE_IN = 20
+_DIGESTED_BYTES = 1 << 16
 
 
 def match_files(field: str, patterns: Sequence[str]) -> list[str]:
@@ -33,7 +35,22 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
     for file in files:
         if not os.access(file, os.R_OK):
             raise ConfigError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
+        if not os.path.isfile(file):
+            raise ConfigError(f"data.{field}: {file!r} must be a file on disk: it is read more than once")
     return list(files)
+
+
+def digest(file: str) -> str:
+    """Of a file's size, its first and its last 64 KiB; of its name where it is not on this machine."""
+    if not os.path.exists(file):
+        return f"{stable_hash(os.path.basename(file)):016x}"
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        found = blake2b(str(size).encode(), digest_size=8)
+        found.update(opened.read(_DIGESTED_BYTES))
+        opened.seek(max(_DIGESTED_BYTES, size - _DIGESTED_BYTES))
+        found.update(opened.read(_DIGESTED_BYTES))
+    return found.hexdigest()
 
 
 def stdlib_files(held_out: bool) -> list[str]:

@@ -15,11 +15,13 @@ from minimax_train.data.background import Background
 from minimax_train.data.batch import MicroBatch
 from minimax_train.data.config import DataConfig
 from minimax_train.data.packing import PackedSequence, SequencePacker
-from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.data.sources import TRAIN, Source, open_source
 from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError
 from minimax_train.recipe import StepPlan
+
+_DOCUMENTS_SAMPLED, _CHARACTERS_SAMPLED = 1000, 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,8 @@ class _Packed:
     sequence: PackedSequence
     stream: int
     state: dict[str, int]  # the stream's, after this sequence
+    skipped: int
+    notes: list[str]
 
 
 class SequenceLoader:
@@ -39,6 +43,9 @@ class SequenceLoader:
         dp_rank, dp_size: this rank among those that take different sequences.
         identity: what the order of the data depends on, by configuration field. Saved, and compared when a state is
             loaded: under other values the saved positions would mean other documents.
+        digests: of the source's shards, in order: what their content is told from another's by.
+        fingerprint: of the shards in the states that earlier versions saved.
+
     """
 
     def __init__(
@@ -49,10 +56,15 @@ class SequenceLoader:
         num_streams: int,
         dp_rank: int,
         dp_size: int,
-        identity: dict[str, int | str],
+        identity: dict[str, int | str | None],
+        shards: Sequence[str],
+        digests: Sequence[str],
+        fingerprint: str,
     ) -> None:
         self._packers, self._num_streams, self._identity = packers, num_streams, identity
         self._source, self._dp_rank, self._dp_size = source, dp_rank, dp_size
+        self._shards, self._digests, self._fingerprint = shards, digests, fingerprint
+        self._notes: list[str] = []
         self._background = Background()
         self._ready: deque[_Packed] = deque()
         self._length = 0  # of the sequences that are ready
@@ -84,18 +96,32 @@ class SequenceLoader:
             self._background.wait()
         packed = [self._ready.popleft() for _ in range(count)]
         self._handed_out |= {p.stream: p.state for p in packed}
+        self._skipped |= {p.stream: p.skipped for p in packed}
+        self._notes += (note for p in packed for note in p.notes)
         self._next_sequence += count * self._dp_size
         self._pack_until(count)
         sequences = (p.sequence for p in packed)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 
+    @property
+    def skipped(self) -> int:
+        """Bad documents that this rank's streams passed over since the beginning of the run."""
+        return sum(self._skipped.values())
+
+    def take_notes(self) -> list[str]:
+        """What the person watching should know about the data handed out or the state loaded since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def state_dict(self) -> dict:
         """What was handed out, whatever was packed ahead: JSON values, a few integers per stream.
 
-        It covers this rank's streams; :func:`merge_states` makes one of all ranks'.
+        It covers this rank's streams; :func:`merge_states` makes one of all ranks'. The first rank's holds the shards'
+        digests as well.
         """
         streams = {str(stream): dict(state) for stream, state in self._handed_out.items()}
-        return {"identity": dict(self._identity), "next_row": self._next_sequence, "streams": streams}
+        shards = {"shards": list(self._digests)} if self._dp_rank == 0 else {}
+        return {"identity": dict(self._identity), "next_row": self._next_sequence, "streams": streams, **shards}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on after the sequences that ``state`` says were handed out, whatever the data-parallel size was then.
@@ -106,10 +132,13 @@ class SequenceLoader:
         Raises:
             ValueError: when it lacks one of this rank's streams, or was saved under another order of the data.
         """
+        if absent := {"identity", "next_row", "streams"} - state.keys():
+            raise ConfigError(f"the checkpoint's data position lacks {', '.join(sorted(absent))}; resume from another")
         for name, value in self._identity.items():
-            saved = state["identity"].get(name)
+            saved = state["identity"].get(name, value)
             if saved != value:
                 raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
+        self._check_shards(state)
         missing = [stream for stream in self._packers if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
@@ -128,6 +157,37 @@ class SequenceLoader:
         self._to_pack = next_sequence + (self._dp_rank - next_sequence) % self._dp_size  # this rank's first from there
         self._ready.clear()
         self._handed_out = {stream: packer.state_dict() for stream, packer in self._packers.items()}
+        self._skipped = {stream: packer.stream.skipped for stream, packer in self._packers.items()}
+
+    def _check_shards(self, state: dict) -> None:
+        """Refuse other content than the saved position's; shards may have been added at the end."""
+        saved = state.get("shards")
+        if saved is None:
+            name = "fingerprint of the training data's files"
+            fingerprint = state["identity"].get(name)
+            if fingerprint not in (None, self._fingerprint):
+                raise ConfigError(
+                    f"{name}: the saved data position is for files of other names or sizes, or in another order"
+                )
+            self._notes.append(
+                "data: the saved position does not say what the files held; only names and sizes were compared"
+            )
+            return
+        for i, digest in enumerate(saved):
+            if i == len(self._digests):
+                raise ConfigError(
+                    f"the training data's files: the saved data position is for {len(saved)}, and here are {i}"
+                )
+            if digest != self._digests[i]:
+                raise ConfigError(
+                    f"{self._shards[i]!r}: not file number {i + 1} of the saved data position: its size, head or tail "
+                    "differs; files may be added, but only after the others"
+                )
+        if added := self._shards[len(saved) :]:
+            self._notes.append(
+                f"data: {len(added)} added after the {len(saved)} files of the saved position, the first {added[0]!r}; "
+                "each stream reads what was added from its next epoch on"
+            )
 
     def _pack_until(self, count: int) -> None:
         """Starts packing until ``count`` sequences are ready."""
@@ -138,7 +198,10 @@ class SequenceLoader:
                 packer = self._packers[stream]
                 sequence = packer.next_sequence(self._length)
                 assert sequence is not None, "streams that train repeat for ever"
-                self._ready.append(_Packed(sequence, stream, packer.state_dict()))
+                documents = packer.stream
+                self._ready.append(
+                    _Packed(sequence, stream, packer.state_dict(), documents.skipped, documents.take_notes())
+                )
                 self._to_pack += self._dp_size
 
         self._background.start(work)
@@ -150,7 +213,8 @@ def build_train_loader(
     """The loader of one data-parallel rank over the configured training documents.
 
     Raises:
-        ConfigError: when ``data.num_streams`` is not a multiple of ``dp_size``, or the data set cannot be opened.
+        ConfigError: when ``data.num_streams`` is not a multiple of ``dp_size``, the data set cannot be opened, a stream
+            has no document, or the documents have nothing to predict.
     """
     num_streams = config.num_streams
     if num_streams % dp_size:
@@ -172,15 +236,39 @@ def build_train_loader(
         )
         for stream in range(dp_rank, num_streams, dp_size)
     }
+    # With fewer shards than streams, the last stream is the first that has no document.
+    deals_shards = len(source.shards) >= num_streams
+    for stream in packers if deals_shards else [max(packers)]:
+        packers[stream].stream.check()
+    _check_targets(source, tokenizer)
     identity = {
         "seed": seed,
+        "data.source": config.source,
         "data.num_streams": num_streams,
         "data.shuffle_documents": config.shuffle_documents,
-        "fingerprint of the training data's files": source.fingerprint,
+        **source.identity,
     }
     return SequenceLoader(
-        packers, source=config.source, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity
+        packers,
+        source=config.source,
+        num_streams=num_streams,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        identity=identity,
+        shards=source.shards,
+        digests=source.digests(),
+        fingerprint=source.fingerprint,
     )
+
+
+def _check_targets(source: Source, tokenizer: Tokenizer) -> None:
+    """Refuse documents of one token each, with which a model learns nothing but to end them."""
+    starts = (text[:_CHARACTERS_SAMPLED] for text in islice(source.documents(), _DOCUMENTS_SAMPLED))
+    if all(len(ids) <= 2 for start in starts for ids in tokenizer.encode_documents([start])):
+        raise ConfigError(
+            f"{source.description}: no document (of the first {_DOCUMENTS_SAMPLED}) is longer than one token: there is "
+            "nothing to learn but its end; is this the text to train on?"
+        )
 
 
 def merge_states(states: Sequence[dict]) -> dict:

@@ -5,12 +5,14 @@ Shape legend: S tokens of a packed sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from minimax_train.data.streams import DocumentStream
 from minimax_train.documents import IGNORE_INDEX
+from minimax_train.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,26 +39,28 @@ class SequencePacker:
     def __init__(self, stream: DocumentStream) -> None:
         self._stream = stream
         self._before = stream.state_dict()  # the position that gives the current document again
-        self._document: np.ndarray | None = None
-        self._offset = 0  # tokens of the current document already packed
+        self._pieces: Iterator[np.ndarray] | None = None  # of the current document, those that were not encoded yet
+        self._left = np.empty(0, dtype=np.int64)  # its tokens that are encoded and not packed
+        self._offset = 0  # its tokens that are packed
 
     def next_sequence(self, length: int) -> PackedSequence | None:
         """The next ``length`` tokens; None when the stream ended. Where it ends before: completed by :func:`filler`."""
         pieces, missing = [], length
         while missing:
-            document = self._current()
-            if document is None:
+            left = self._current(missing + 1)  # with the label of the last one
+            if left is None:
                 if not pieces:
                     return None
                 pieces.append(filler(missing, pieces[-1][0][-1]))
                 break
-            tokens = document[self._offset : self._offset + missing]
-            labels = np.append(document[self._offset + 1 : self._offset + missing + 1], IGNORE_INDEX)[: len(tokens)]
+            tokens = left[:missing]
+            labels = np.append(left[1 : missing + 1], IGNORE_INDEX)[: len(tokens)]
             pieces.append((tokens, labels))
             missing -= len(tokens)
+            self._left = left[len(tokens) :]
             self._offset += len(tokens)
-            if self._offset == len(document):
-                self._before, self._document, self._offset = self._stream.state_dict(), None, 0
+            if not len(self._left):
+                self._before, self._pieces, self._offset = self._stream.state_dict(), None, 0
         tokens_S, labels_S = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         return PackedSequence(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces])
 
@@ -68,12 +72,37 @@ class SequencePacker:
         """Goes on from a position that ``state_dict`` gave."""
         self._before = {name: value for name, value in state.items() if name != "offset"}
         self._stream.load_state_dict(self._before)
-        self._document, self._offset = None, state["offset"]
+        self._pieces, self._left, self._offset = None, self._left[:0], state["offset"]
 
-    def _current(self) -> np.ndarray | None:
-        if self._document is None:
-            self._document = self._stream.next_document()
-        return self._document
+    @property
+    def stream(self) -> DocumentStream:
+        """The documents it packs."""
+        return self._stream
+
+    def _current(self, wanted: int) -> np.ndarray | None:
+        """What is left of the current document: as many tokens as wanted, or all that there are; at least one.
+
+        Raises:
+            ConfigError: when a loaded position is past the document's end.
+        """
+        if self._pieces is None:
+            self._pieces = self._stream.next_document()
+            if self._pieces is None:
+                return None
+            skipped = self._offset
+            for piece in self._pieces:
+                if skipped < len(piece):
+                    self._left = piece[skipped:]
+                    break
+                skipped -= len(piece)
+            else:
+                raise ConfigError(
+                    f"{self._stream.document}: the data changed: the saved position is {self._offset} tokens into it, "
+                    f"and it has {self._offset - skipped}"
+                )
+        while len(self._left) < wanted and (piece := next(self._pieces, None)) is not None:
+            self._left = np.concatenate([self._left, piece])
+        return self._left
 
 
 def filler(length: int, token: int) -> tuple[np.ndarray, np.ndarray]:

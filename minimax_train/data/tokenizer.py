@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,17 @@ END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257  # every byte and the end of text
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
+
+LONG_DOCUMENT = 1 << 20  # characters; a longer one is encoded in pieces
+_PIECE, _PIECES_TOGETHER = 1 << 16, 16
+# Where a piece may end without another token than in the whole text: the pre-tokenizers of byte-level BPEs begin a
+# token at a space between words, and at a line's first character.
+_BETWEEN_TOKENS = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
+_SEARCHED = 4096
+
+# A word's share of BPE training grows with the square of its length: words longer than this are cut.
+_LONG_WORD = 256
+_ONE_WORD = re.compile(rf"[^\W_]{{{_LONG_WORD}}}|(?:[^\w\s]|_){{{_LONG_WORD}}}|\s{{{_LONG_WORD}}}")
 
 
 class Tokenizer:
@@ -51,6 +63,20 @@ class Tokenizer:
         """
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+
+    def encode_in_pieces(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of :meth:`encode_document` one part after the other, int64, for documents of any length.
+
+        A text longer than ``LONG_DOCUMENT`` is cut where byte-level BPEs begin a token anyway. Where there is no such
+        place, as in an unbroken word, or with a tokenizer of another kind, the tokens at a cut may differ.
+        """
+        if len(text) <= LONG_DOCUMENT:
+            yield self.encode_document(text)
+            return
+        pieces = _pieces(text)
+        while together := list(islice(pieces, _PIECES_TOGETHER)):
+            yield np.concatenate([ids[:-1] for ids in self.encode_documents(together)])
+        yield np.array([self.eos_id], dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids, special tokens left out."""
@@ -116,6 +142,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """A byte-level BPE: every byte is a token, so any text comes back exactly. The same documents give the same BPE.
 
+    Of a document the first ``LONG_DOCUMENT`` characters count; words of more than 256 characters are cut.
+
     Raises:
         ConfigError: when ``vocab_size`` cannot hold the 256 bytes and the end of text.
     """
@@ -130,15 +158,36 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    backend.train_from_iterator(chain.from_iterable(map(_without_long_words, documents)), trainer)
     return backend
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + _PIECE
+        if end < len(text):
+            for place in _BETWEEN_TOKENS.finditer(text, end - _SEARCHED, end):
+                end = place.start()
+        yield text[start:end]
+        start = end
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """A text cut inside of runs of letters and digits, of other signs, or of white space."""
+    start, text = 0, text[:LONG_DOCUMENT]
+    for at in range(0, len(text) - _LONG_WORD, _LONG_WORD):
+        if _ONE_WORD.match(text, at):
+            yield text[start : at + _LONG_WORD]
+            start = at + _LONG_WORD
+    yield text[start:]
 
 
 def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
     source = open_source(config, TRAIN)
     # Shards in a drawn order: the first documents of a sorted list of files are all of a kind.
     order = permutation(len(source.shards), "tokenizer")
-    documents = (text for shard in order for _, text in source.read(shard))
+    documents = (text for shard in order for _, text in source.read(shard) if isinstance(text, str))
     first = next(documents, None)
     if first is None:
         raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")

@@ -21,9 +21,11 @@ class ValidationSequences:
     Args:
         sequences: all held-out ones, at least one.
         dp_rank, dp_size: sequence g belongs to rank g modulo the data-parallel size.
+        skipped: bad documents that were passed over to pack them.
     """
 
-    def __init__(self, sequences: list[PackedSequence], *, dp_rank: int, dp_size: int) -> None:
+    def __init__(self, sequences: list[PackedSequence], *, dp_rank: int, dp_size: int, skipped: int = 0) -> None:
+        self.skipped = skipped
         self.num_sequences = len(sequences)
         self._sequences, self._dp_size = sequences[dp_rank::dp_size], dp_size
         length = len(sequences[0].tokens_S)
@@ -64,4 +66,4 @@ def build_validation_sequences(
             "tokens hold no target, since each of their documents is a single token; hold out other documents, or pass "
             "recipe.eval_interval=0"
         )
-    return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size)
+    return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size, skipped=stream.skipped)

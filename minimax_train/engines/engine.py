@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minimax_train.errors import require_choice
+from minimax_train.fields import check_fields
 
 if TYPE_CHECKING:
     from minimax_train.config import Config
@@ -44,6 +45,7 @@ class EngineConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields("engine", self)
         require_choice("engine.precision", self.precision, ("auto", *PRECISIONS))
 
     def compute_dtype(self, device_type: str) -> torch.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from minimax_train.errors import require, require_choice
+from minimax_train.errors import require_choice
+from minimax_train.fields import Range, check_fields
 
 
 @dataclass
@@ -18,12 +20,12 @@ class LoggingConfig:
         wandb_project, wandb_name: where the run appears; the name is that of ``run_dir`` if null.
     """
 
-    interval: int = 1
+    interval: Annotated[int, Range(1, 10**9)] = 1
     expert_load: bool = False
     wandb: str = "off"
     wandb_project: str = "minimax-train"
     wandb_name: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.interval > 0, "logging.interval", self.interval, "must be greater than 0")
+        check_fields("logging", self)
         require_choice("logging.wandb", self.wandb, ("online", "offline", "off"))

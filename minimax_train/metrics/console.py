@@ -17,6 +17,7 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tok/s",
     "validation_loss": "held-out loss {:.4f}",
     "unigram_loss": "unigram {:.4f}",
+    "skipped_documents": "skipped {:,} documents",
 }
 
 

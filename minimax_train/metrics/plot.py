@@ -13,9 +13,14 @@ def plot_loss(records: Sequence[dict], path: Path) -> None:
     Args:
         records: the lines of ``metrics.jsonl``.
     """
-    os.environ["MPLBACKEND"] = "agg"  # read by the import, which fails for the one of a Jupyter kernel
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    # Matplotlib reads MPLBACKEND when it is imported. Jupyter names a backend there that only its own kernel has.
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from minimax_train.errors import require, require_choice, require_positive
+from minimax_train.errors import require, require_choice
+from minimax_train.fields import Range, check_fields
 from minimax_train.model.attention import ATTENTIONS, AttentionKind
 
 SCOPES = ("sequence", "global", "rank")
@@ -47,31 +49,30 @@ class ModelConfig:
             ``(2 num_layers)^(1/4)`` (arXiv 2203.00555, decoder-only). Initial weights do not depend on it.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    hidden_size: Annotated[int, Range(1, 2**20)]
+    num_layers: Annotated[int, Range(1, 2**12)]
     layer_pattern: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    rope_base: float
-    num_experts: int
-    experts_per_token: int
-    expert_hidden_size: int
-    capacity_factor: float | None = None
+    num_heads: Annotated[int, Range(1, 2**16)]
+    num_kv_heads: Annotated[int, Range(1, 2**16)]
+    head_dim: Annotated[int, Range(1, 2**16)]
+    rotary_dim: Annotated[int, Range(0, 2**16)]
+    rope_base: Annotated[float, Range(1, 1e12)]
+    num_experts: Annotated[int, Range(1, 2**16)]
+    experts_per_token: Annotated[int, Range(1, 2**16)]
+    expert_hidden_size: Annotated[int, Range(1, 2**20)]
+    capacity_factor: Annotated[float | None, Range(1e-6, 1e6, null="no limit")] = None
     capacity_scope: str = "sequence"
-    aux_loss_coefficient: float = 0.01
+    aux_loss_coefficient: Annotated[float, Range(0, 1e6)] = 0.01
     aux_loss_scope: str = "sequence"
-    norm_eps: float = 1e-5
-    residual_scale: float | None = None
+    norm_eps: Annotated[float, Range(1e-20, 1)] = 1e-5
+    residual_scale: Annotated[float | None, Range(1e-6, 1e6, null="DeepNorm's (2 num_layers)^(1/4)")] = None
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, accepted: str) -> None:
             require(holds, f"model.{name}", getattr(self, name), accepted)
 
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "rope_base")
-        require_positive("model", self, *sizes, "num_experts", "experts_per_token", "expert_hidden_size", "norm_eps")
+        check_fields("model", self)
         length, layers = len(self.layer_pattern), self.num_layers
         fits = set(self.layer_pattern) <= set(ATTENTIONS) and 0 < length <= layers and layers % length == 0
         kinds = " and ".join(map(str, ATTENTIONS.values()))
@@ -83,20 +84,14 @@ class ModelConfig:
         check("rotary_dim", fits, f"must be even and between 0 and model.head_dim={self.head_dim}")
         fits = self.experts_per_token <= self.num_experts
         check("experts_per_token", fits, f"must be at most model.num_experts={self.num_experts}")
-        fits = self.capacity_factor is None or self.capacity_factor > 0
-        check("capacity_factor", fits, "must be greater than 0, or null for no limit")
         for name in ("capacity_scope", "aux_loss_scope"):
             check(name, getattr(self, name) not in RENAMED_SCOPES, "renamed: use 'sequence'")
             require_choice(f"model.{name}", getattr(self, name), SCOPES)
-        check("aux_loss_coefficient", self.aux_loss_coefficient >= 0, "must be 0 or greater")
         without = f"must be {SCOPES[0]} with model"
         fits = self.capacity_factor is not None or self.capacity_scope == SCOPES[0]
         check("capacity_scope", fits, f"{without}.capacity_factor=null: nothing is dropped")
         fits = self.aux_loss_coefficient > 0 or self.aux_loss_scope == SCOPES[0]
         check("aux_loss_scope", fits, f"{without}.aux_loss_coefficient=0: there is no such loss")
-        fits = self.residual_scale is None or self.residual_scale > 0
-        default = f"{deep_norm_alpha(layers):.4f}"
-        check("residual_scale", fits, f"must be greater than 0, or null for DeepNorm's {default}")
 
     @property
     def attentions(self) -> list[AttentionKind]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minimax_train.errors import require
+from minimax_train.fields import check_fields
 from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, silu, softmax
 from minimax_train.kernels.dispatch import NEEDS_CUDA, refusal
 
@@ -34,6 +35,7 @@ class KernelConfig:
     loss: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields("kernels", self)
         for op, implementations in self._implementations().items():
             problem = refusal(getattr(self, op), implementations)
             require(not problem, f"kernels.{op}", getattr(self, op), problem)

@@ -97,6 +97,7 @@ def test_processes_share_a_machine(monkeypatch):
     for given, expected in [
         ({}, {}),
         ({"LOCAL_WORLD_SIZE": "1"}, {}),
+        ({"LOCAL_WORLD_SIZE": "many"}, {}),
         ({"LOCAL_WORLD_SIZE": "8"}, {"RAYON_NUM_THREADS": "12"}),
         ({"LOCAL_WORLD_SIZE": "300"}, {"RAYON_NUM_THREADS": "1"}),
         ({"LOCAL_WORLD_SIZE": "8", "RAYON_NUM_THREADS": "5"}, {"RAYON_NUM_THREADS": "5"}),
@@ -121,6 +122,8 @@ def test_environments():
     for nodes, first in [("n1", "n1"), ("n1,n2", "n1"), ("rack[1-2]-n", "rack1-n"), ("a-[3,5].local,b", "a-3.local")]:
         assert ProcessEnvironment.detect({**slurm, "SLURM_STEP_NODELIST": nodes}).init_method == f"tcp://{first}:24192"
     assert ProcessEnvironment.detect({}) == ProcessEnvironment()
+    six = ProcessEnvironment.detect({**torchrun, "MASTER_ADDR": "fd00::1"})
+    assert six.init_method == "tcp://[fd00::1]:29400"
     # Inside a batch script, but not started by srun: a run of its own.
     assert ProcessEnvironment.detect({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) == ProcessEnvironment()
     del torchrun["MASTER_PORT"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 
@@ -32,13 +34,13 @@ from support.runs import overrides
         ("model.num_kv_heads=3", r"model.num_kv_heads=3: must divide model.num_heads=4"),
         ("model.rotary_dim=33", r"model.rotary_dim=33: must be even and between 0 and model.head_dim=32"),
         ("model.experts_per_token=9", r"model.experts_per_token=9: must be at most model.num_experts=8"),
-        ("model.hidden_size=0", r"model.hidden_size=0: must be greater than 0"),
+        ("model.hidden_size=0", r"model.hidden_size=0: must be between 1 and 1048576$"),
         ("recipe.micro_batch_size=3", r"recipe.micro_batch_size=3: must divide recipe.global_batch_size=8"),
         (
             "recipe.warmup_steps=250",
             r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300",
         ),
-        ("data.sequence_length=0", r"data.sequence_length=0: must be a positive integer"),
+        ("data.sequence_length=0", r"data.sequence_length=0: must be between 1 and 2147483647$"),
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
         ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'$"),
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
@@ -61,9 +63,9 @@ from support.runs import overrides
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
         ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
         ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
-        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be greater than 0, and finite"),
-        ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be 0 or greater, and finite"),
-        ("parallel.timeout_s=inf", r"parallel.timeout_s=inf: must be greater than 0, and finite"),
+        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be between 1e-30 and 1e[+]30"),
+        ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be between 0 and 100$"),
+        ("parallel.timeout_s=inf", r"parallel.timeout_s=inf: must be between 1 and 10000000$"),
         ("hydra.run.dir=/x", r"hydra.run.dir=/x: Hydra's own settings are not read here"),
         ("+hydra.extra=1", r"\+hydra.extra=1: Hydra's own settings are not read here"),
     ],
@@ -99,7 +101,9 @@ def test_what_is_saved_is_what_is_read(tmp_path):
         save_config(config, tmp_path / "config.yaml")
         assert read_config(tmp_path / "config.yaml") == config
     (tmp_path / "config.yaml").write_text("a: 1")
-    with pytest.raises(ConfigError, match=r"config.yaml: not a configuration: Key 'a' not in 'Config'"):
+    with pytest.raises(
+        ConfigError, match=r"config.yaml: not a configuration: a: there is no key 'a' in the configuration"
+    ):
         read_config(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(ConfigError, match=r"config.yaml: not a configuration"):
@@ -170,6 +174,46 @@ def test_a_launcher_that_sets_half_its_variables(monkeypatch, capsys):
     assert "MASTER_PORT not set" in capsys.readouterr().err
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "0", "WORLD_SIZE='0': must be an integer between 1 and"),
+        ("WORLD_SIZE", "9" * 30, "WORLD_SIZE='9.*9': must be an integer between 1 and"),
+        ("RANK", "1", "RANK='1': must be an integer between 0 and 0, for WORLD_SIZE=1"),
+        ("RANK", "x", "RANK='x': must be an integer"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK='-1': must be an integer"),
+        ("MASTER_PORT", "99999", "MASTER_PORT='99999': must be an integer between 1 and 65535"),
+        ("MASTER_ADDR", "http://node", "MASTER_ADDR='http://node': must be the name or address of a host"),
+        ("MASTER_ADDR", "no.such.host", "'no.such.host', where the processes are to meet .* has no address: unknown"),
+    ],
+)
+def test_surroundings_that_cannot_be(tmp_path, monkeypatch, capsys, name, value, message):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for key, setting in {**TORCHRUN, name: value}.items():
+        monkeypatch.setenv(key, setting)
+    assert main(["device=cpu", f"run_dir={tmp_path}/run"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"error: {message}.*\n", said), said
+
+
+def test_the_picture_needs_no_display(tmp_path):
+    """Jupyter's MPLBACKEND names a module that a run may not have."""
+    program = "import os, pathlib; from minimax_train.metrics.plot import plot_loss; "
+    program += "plot_loss([{'step': 1, 'loss': 2.0}], pathlib.Path('loss.png')); print(os.environ['MPLBACKEND'])"
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_inline.backend"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == environment["MPLBACKEND"]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
 def _run(folder, *more):
     command = [sys.executable, "-m", "minimax_train", *overrides(folder, *more)]
     # No key of this machine's user: runs that report must fail before they reach the network.
@@ -214,8 +258,6 @@ def test_a_whole_run(tmp_path):
     ],
 )
 def test_runs_that_cannot_go_on_say_why(tmp_path, case, status, message):
-    import re
-
     import torch
 
     if case == ["device=cuda"] and torch.cuda.is_available():

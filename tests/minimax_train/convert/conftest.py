@@ -155,7 +155,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
     """The functions above."""
     return SimpleNamespace(**{name: value for name, value in globals().items() if not name.startswith("_")})

@@ -60,12 +60,12 @@ def test_damaged_files(lab, tmp_path, capsys):
     checkpoint = lab.save_checkpoint(lab.random_model(lab.model_config()), tmp_path / "ours", tokenizer=True)
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("{")
     assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 2
-    assert "cannot open the tokenizer" in capsys.readouterr().err
+    assert "no tokenizer in" in capsys.readouterr().err
     lab.save_tokenizer(checkpoint / "tokenizer")
-    for file in checkpoint.glob("*.distcp"):
-        file.unlink()
-    assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 1
-    assert "error: " in capsys.readouterr().err
+    (shard,) = checkpoint.glob("*.distcp")
+    shard.unlink()
+    assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 2
+    assert f"error: {shard}: missing" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{")
     assert main(["from-hf", str(tmp_path / "other"), str(tmp_path / "back")]) == 2

@@ -169,12 +169,13 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "rope_parameters.partial_rotary_factor=0.5: contradicts rope_type 'default'",
     ),
-    "strict": ({"num_hidden_layers": "two"}, "config.json: transformers refuses it"),
-    "depth": ({"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "tensors are not of a 1-layer model"),
-    "missing": (
+    "strict": ({"num_hidden_layers": "two"}, "config.json: transformers refuses it: .*num_hidden_layers.*two"),
+    "depth": ({"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "num_hidden_layers=1: .* of 2 layers"),
+    "more layers": (
         {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
-        r"layers\.0\.self_attn\.q_proj\.weight is missing",
+        "num_hidden_layers=3: .* of 2 layers",
     ),
+    "missing": ({"layer_types": ["full_attention"] * 2}, r"layers\.0\.self_attn\.q_proj\.weight is missing"),
     "shape": ({"num_local_experts": 3}, r"gate.weight has shape \(4, 40\), config.json wants \(3, 40\)|are not of a"),
 }
 

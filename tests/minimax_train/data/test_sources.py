@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimax_train.data import DataConfig, build_train_loader, build_validation_sequences, sources
+from minimax_train.data import DataConfig, build_train_loader, build_validation_sequences, readers
 from minimax_train.data.files import is_held_out, stdlib_files
 from minimax_train.data.sources import TRAIN, VALIDATION, open_source
 from support.data import WordTokenizer, next_micro_batches, write_shards
@@ -36,7 +36,7 @@ def test_documents_come_back_in_order(tmp_path, file_format):
 
 @pytest.mark.parametrize("file_format", ["json", "parquet"])
 def test_reading_from_any_row(tmp_path, file_format, monkeypatch):
-    monkeypatch.setattr(sources, "_ROWS_PER_READ", 4)
+    monkeypatch.setattr(readers, "_ROWS_PER_READ", 4)
     texts = [f"document {i}" if i % 5 else "" for i in range(23)]
     source = open_source(files_config(write_shards(tmp_path, file_format, [texts]), file_format=file_format), TRAIN)
     for start in range(24):
@@ -58,7 +58,7 @@ def test_local_files_need_no_network(tmp_path, file_format, monkeypatch):
 
 
 def test_null_and_empty_texts_are_passed_over(tmp_path):
-    lines = [{"text": "a"}, {"text": None}, {"text": ""}, {"other": 1}, {"text": "b"}]
+    lines = [{"text": "a"}, {"text": None}, {"text": ""}, {"text": "b"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read(files_config(tmp_path / "a.jsonl", file_format="json")) == ["a", "b"]
 
@@ -97,10 +97,10 @@ def test_a_missing_column(tmp_path):
     for file_format in ("json", "parquet"):
         pattern = write_shards(tmp_path / file_format, file_format, [["a"]])
         config = files_config(pattern, file_format=file_format, text_column="txt")
-        with pytest.raises(ValueError, match=r"data.text_column='txt': not in '.*0000.*'; columns are text, number"):
+        with pytest.raises(ValueError, match=r"data.text_column='txt'.*; columns are text, number"):
             read(config)
         config = files_config(pattern, file_format=file_format, text_column="number")
-        with pytest.raises(ValueError, match=r"data.text_column='number': holds int64 in .*, must hold text"):
+        with pytest.raises(ValueError, match=r"data.text_column='number'.* holds .*, must hold text"):
             first_rows(config)
 
 
@@ -108,9 +108,8 @@ def test_a_corrupt_second_json_file_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "1"}\n{"text": "2\n')
     config = files_config(tmp_path / "*.jsonl", file_format="json", num_streams=1)
-    with pytest.raises(ValueError, match=r"data.train_files=\[.*\]: cannot read '.*b.jsonl'") as caught:
+    with pytest.raises(ValueError, match=r"data.train_files=\[.*\]: '.*b.jsonl', line 2: must be one JSON object"):
         first_rows(config)
-    assert caught.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbled"])

@@ -17,8 +17,12 @@ def stream(source, index, num_streams, **options):
 def one_epoch(documents_of):
     ids = []
     while (document := documents_of.next_document()) is not None:
-        ids.append(int(document[0]))
+        ids.append(first_of(document))
     return ids
+
+
+def first_of(document):
+    return int(next(document)[0])
 
 
 def sharded(num_shards, lengths):
@@ -58,7 +62,7 @@ def test_the_order_depends_on_seed_stream_epoch_and_block():
 
     def first(count, **options):
         documents_of = stream(source, 0, 1, shuffle_documents=32, **options)
-        return [int(documents_of.next_document()[0]) for _ in range(count)]
+        return [first_of(documents_of.next_document()) for _ in range(count)]
 
     order = first(128)
     assert order == first(128)
@@ -71,7 +75,7 @@ def test_the_order_depends_on_seed_stream_epoch_and_block():
 def test_the_order_of_shards_changes_from_epoch_to_epoch():
     source = sharded(16, [1] * 16)
     documents_of = stream(source, 0, 1, shuffle_documents=1)
-    order = [int(documents_of.next_document()[0]) for _ in range(32)]
+    order = [first_of(documents_of.next_document()) for _ in range(32)]
     assert sorted(order[:16]) == sorted(order[16:]) == list(range(1, 17))
     assert order[:16] != order[16:] and order[:16] != sorted(order[:16])
 
@@ -92,12 +96,12 @@ def test_resumed_anywhere_in_what_is_encoded_together(monkeypatch, shuffle_docum
     whole = stream(source, 0, 1, shuffle_documents=shuffle_documents)
     states, order = [whole.state_dict()], []
     for _ in range(45):  # more than two epochs
-        order.append(int(whole.next_document()[0]))
+        order.append(first_of(whole.next_document()))
         states.append(whole.state_dict())
     resumed = stream(source, 0, 1, shuffle_documents=shuffle_documents)
     for at in reversed(range(45)):  # on one object, whose own documents encoded ahead must not come back
         resumed.load_state_dict(states[at])
-        assert [int(resumed.next_document()[0]) for _ in range(min(5, 45 - at))] == order[at : at + 5]
+        assert [first_of(resumed.next_document()) for _ in range(min(5, 45 - at))] == order[at : at + 5]
 
 
 def test_data_that_shrank_since_the_position_was_saved():
