@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
+import socket
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from minimax_train.config import Config, load_config, to_yaml
-from minimax_train.errors import ConfigError, TrainingError, require
+from minimax_train.errors import ConfigError, Interrupted, TrainingError, exit_status, require
+from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, share_processors
 from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.run_lock import release_lock
+
+# From a SIGINT to the end of a process that does not come to it by itself; torchrun kills after 30.
+_INTERRUPT_S = 20.0
+_PR_SET_PDEATHSIG = 1
 
 USAGE = """
 Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
@@ -36,17 +49,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = _environment()
         config = load_config(options.overrides, config_dirs=options.config_dir)
         if options.cfg:
-            print(to_yaml(config), end="")
+            Output(sys.stdout).write(to_yaml(config))
             return 0
         config.check_world_size(environment.world_size)
     except ConfigError as error:
         error.on_all_ranks = True
         return _fail(error, environment.rank)
     try:
-        run(config, environment)
+        with one_interrupt():
+            run(config, environment)
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted before the first step"), environment.rank)
     return 0
+
+
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Inside, the first SIGINT raises KeyboardInterrupt and others do nothing: torchrun repeats a Ctrl-C. A rank that
+    waits for another, where Python cannot raise anything, ends after a while all the same.
+    """
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # started in the background by a shell script
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        while (number := told.recv(1)) and signal.SIGINT not in number:
+            pass  # another signal
+        if number:
+            time.sleep(_INTERRUPT_S)
+            to_stderr(f"error: interrupted; what ran did not end within {_INTERRUPT_S:.0f} s and was left")
+            os._exit(130)
+
+    told, tells = socket.socketpair()
+    tells.setblocking(False)
+    before, wakeup = signal.signal(signal.SIGINT, interrupt), signal.set_wakeup_fd(tells.fileno())
+    threading.Thread(target=watch, name="interrupt", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGINT, before)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,12 +112,11 @@ def _environment() -> ProcessEnvironment:
 
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:
     if rank == 0 or not error.on_all_ranks:
-        print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr)
-    status = 2 if isinstance(error, ConfigError) else 1
+        to_stderr(f"{f'rank {rank}: ' if rank else ''}error: {error}")
+    status = exit_status(error)
     if dist.is_initialized():
         # Taking the process groups down could wait for ranks that are stuck in a collective, or abort.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        Output(sys.stdout).flush()
         os._exit(status)
     return status
 
@@ -76,6 +124,7 @@ def _fail(error: ConfigError | TrainingError, rank: int) -> int:
 def run(config: Config, environment: ProcessEnvironment) -> None:
     """Join the process group, train, leave."""
     share_processors()
+    _end_with_torchrun()
     from minimax_train.trainer import Trainer  # after the configuration is checked: it takes seconds to import
 
     device_type = config.device
@@ -89,8 +138,24 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
         device = environment.init_process_group(device_type, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    Trainer(config, ProcessGrid.create(device_type, timeout, **config.parallel.sizes), device).train()
+    try:
+        trainer = Trainer(config, ProcessGrid.create(device_type, timeout, **config.parallel.sizes), device)
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted after step {trainer.progress.step}; {trainer.store.to_go_on()}") from None
+    finally:
+        release_lock(Path(config.run_dir))
     dist.destroy_process_group()
+
+
+def _end_with_torchrun() -> None:
+    """Have the system kill this process when torchrun is killed: it would go on, and keep the run's folder, unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 if __name__ == "__main__":

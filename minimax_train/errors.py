@@ -19,6 +19,17 @@ class TrainingError(RuntimeError):
     on_all_ranks = True
 
 
+class Interrupted(TrainingError):
+    """A run that the user stopped (Ctrl-C, SIGINT): the message says where."""
+
+
+def exit_status(error: BaseException) -> int:
+    """Of a process that ends with the error: 2 for a configuration, 130 for an interruption, else 1."""
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return 130
+    return 2 if isinstance(error, ConfigError) else 1
+
+
 def require(condition: bool, key: str, value: object, accepted: str) -> None:
     """Refuse a configuration value.
 

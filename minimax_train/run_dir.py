@@ -2,76 +2,196 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
-from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint
+from minimax_train.checkpoint.reading import METADATA
+from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
 from minimax_train.config import Config, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
-from minimax_train.files import CONFIG, TOKENIZER
-from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.files import CHECKPOINTS, CONFIG, LOCK, METRICS, PICTURE, TOKENIZER, UNFINISHED, WANDB_ID
+from minimax_train.first_rank import on_first_rank
+from minimax_train.metrics.console import note
+from minimax_train.metrics.log import read_records
+from minimax_train.run_lock import is_marked, take_lock
 
 # What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
 # saved position would not survive. The RoPE base belongs to the step plan.
 _FIXED, _PLANNED = ("model.", "data.tokenizer", "seed"), ("model.rope_base",)
+# What a run writes, and how it is called while it is written.
+_FILES = (LOCK, CONFIG, TOKENIZER, CHECKPOINTS, METRICS, PICTURE, WANDB_ID)
+_DRAFTS = tuple(name + UNFINISHED for name in (CONFIG, TOKENIZER, METRICS, WANDB_ID))
 
 
-def prepare_run_dir(config: Config, grid: ProcessGrid, store: CheckpointStore) -> Tokenizer:
-    """Check the folder against ``checkpoint.resume``, write configuration and tokenizer, return the tokenizer.
+def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, Path | None]:
+    """Take the folder for this run alone, check it, write configuration and tokenizer; called by all ranks.
 
-    The first rank does the work; an error there is raised on every rank.
+    Returns:
+        The tokenizer, and the checkpoint to resume from, which :meth:`CheckpointStore.check` found whole.
 
     Raises:
-        ConfigError: when the folder holds another run.
+        ConfigError: on all ranks, when the folder is in use, holds what no run wrote, another run, or a damaged one.
     """
     folder = Path(config.run_dir)
-    problem: Exception | None = None
-    try:
-        if grid.is_first:
-            _prepare(config, folder, store)
-    except Exception as error:  # raised below, once the ranks that wait have been told
-        problem = error
-    told = [None if problem is None else str(problem)]
-    dist.broadcast_object_list(told, src=0)
-    if problem is None and told[0] is not None:
-        problem = ConfigError(told[0])
-    if isinstance(problem, ConfigError):
-        problem.on_all_ranks = True
-    if problem is not None:
-        raise problem
-    return load_tokenizer(folder / TOKENIZER)
+    checkpoint = on_first_rank(lambda: _prepare(config, folder, store))
+    return load_tokenizer(folder / TOKENIZER), checkpoint
 
 
-def _prepare(config: Config, folder: Path, store: CheckpointStore) -> None:
+def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | None:
     try:
+        _refuse_place(config, folder.resolve())
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(config, folder, store)
+        take_lock(folder)
+        checkpoint = store.latest()
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
-    require(os.access(folder, os.W_OK), "run_dir", config.run_dir, "must be a folder this run can write")
-    saved = folder / CONFIG
-    latest, weights = store.latest(), config.checkpoint.initial_weights
-    if latest is not None:
-        if config.checkpoint.resume == "never":
-            raise ConfigError(
-                f"run_dir={config.run_dir!r}: already holds {latest.name}; "
-                "pass checkpoint.resume=auto to continue it, or another run_dir"
-            )
-        _refuse_changes(read_config(saved), config)
-    else:
-        # What the run is told to start from must not be what it writes over.
-        apart = weights is None or Path(weights).resolve() != folder.resolve()
-        apart &= Path(config.data.tokenizer).resolve() != (folder / TOKENIZER).resolve()
-        require(apart, "run_dir", config.run_dir, "must be another folder than the weights' and the tokenizer's")
-        # A run that never reached its first checkpoint starts over, with a tokenizer of its own.
-        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-    tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, folder / TOKENIZER)
-    if latest is None and weights is not None:
-        _refuse_other_tokens(config, weights, tokenizer)
-    save_config(config, saved)
+    if checkpoint is not None and config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"run_dir={config.run_dir!r}: already holds {checkpoint.name}; "
+            "pass checkpoint.resume=auto to continue it, or another run_dir"
+        )
+    try:
+        if checkpoint is None:
+            _start(config, folder)
+        else:
+            _resume(config, folder, checkpoint, store)
+        save_config(config, folder / CONFIG)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: cannot be made ready: {error}") from error
+    return checkpoint
+
+
+def _refuse_place(config: Config, folder: Path) -> None:
+    """Refuse the root, other people's models, and what runs themselves remove or rewrite."""
+    key, value = "run_dir", config.run_dir
+    require(folder != folder.parent, key, value, "must be a folder of its own, not the root of the file system")
+    model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    require(not model, key, value, "must be a folder of its own, not a Hugging Face model")
+    for place in (folder, *folder.parents):
+        checkpoint = any(os.path.isfile(place / name) for name in (METADATA, PROGRESS))
+        accepted = f"must not lie in the checkpoint {place}; pass checkpoint.initial_weights to start from its weights"
+        require(not checkpoint, key, value, accepted)
+        run = is_marked(place.parent) or os.path.isfile(place.parent / METRICS)
+        of_a_run = place.name in (CHECKPOINTS, TOKENIZER) and run
+        require(not of_a_run, key, value, f"must not lie in {place}, which belongs to the run {place.parent}")
+
+
+def _refuse_foreign(config: Config, folder: Path, store: CheckpointStore) -> None:
+    """A folder is a run's if a run has left its mark there, or a checkpoint; any other must not hold what a run writes.
+
+    Runs of earlier versions left no mark.
+    """
+    newest = store.latest()
+    if is_marked(folder) or (newest is not None and (newest / PROGRESS).is_file()):
+        return
+    taken = [name for name in (*_FILES, *_DRAFTS) if os.path.lexists(folder / name) and not _is_empty(folder / name)]
+    if taken:
+        raise ConfigError(
+            f"run_dir={config.run_dir!r}: holds {', '.join(taken)}, which no run wrote there and this one would "
+            "overwrite; pass another run_dir"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder that can be taken. Checkpoints may be a link to a larger disk."""
+    return path.is_dir() and not any(path.iterdir()) and (path.name == CHECKPOINTS or not path.is_symlink())
+
+
+def _start(config: Config, folder: Path) -> None:
+    """Make the tokenizer of a new run. What an earlier one left that has no checkpoint is kept under other names."""
+    draft = folder / (TOKENIZER + UNFINISHED)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        tokenizer = _prepare_tokenizer(config, draft)
+        if config.checkpoint.initial_weights is not None:
+            _refuse_other_tokens(config, config.checkpoint.initial_weights, tokenizer)
+        _set_aside(folder, draft)
+        if not _same_files(folder / TOKENIZER, draft):
+            draft.rename(folder / TOKENIZER)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _prepare_tokenizer(config: Config, draft: Path) -> Tokenizer:
+    try:
+        return prepare_tokenizer(config.data, config.model.vocab_size, draft)
+    except Exception as error:
+        if type(error) is Exception:  # tokenizers knows no other: a disk that is full
+            raise OSError(str(error)) from error
+        raise
+
+
+def _set_aside(folder: Path, tokenizer: Path) -> None:
+    """Rename what a run without a checkpoint left, as far as it trained or is not what this one writes again."""
+    left = []
+    trained = _size(folder / METRICS) > 0
+    if trained or not _is_config(folder / CONFIG):
+        left.append(CONFIG)
+    if trained:
+        left += [METRICS, PICTURE, WANDB_ID]
+    if not _same_files(folder / TOKENIZER, tokenizer):
+        left.append(TOKENIZER)
+    left = [name for name in left if os.path.lexists(folder / name) and not _is_empty(folder / name)]
+    number = 1
+    while any(os.path.lexists(folder / f"{name}.{number}") for name in left):
+        number += 1
+    for name in left:
+        (folder / name).rename(folder / f"{name}.{number}")
+    if left:
+        kept = ", ".join(f"{name}.{number}" for name in left)
+        note(f"{folder}: holds no checkpoint, so the run starts over; what an earlier one left is kept as {kept}")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        read_config(file)
+    except ConfigError:
+        return False
+    return True
+
+
+def _same_files(a: Path, b: Path) -> bool:
+    if not a.is_dir() or sorted(os.listdir(a)) != (names := sorted(os.listdir(b))):
+        return False
+    _, differing, unread = filecmp.cmpfiles(a, b, names, shallow=False)
+    return not differing and not unread
+
+
+def _resume(config: Config, folder: Path, checkpoint: Path, store: CheckpointStore) -> None:
+    """Compare a run with its newest checkpoint, before anything is written."""
+    done = store.check(checkpoint).step
+    accepted = f"{checkpoint} has taken {done} steps already; must be at least {done}"
+    require(done <= config.recipe.steps, "recipe.steps", config.recipe.steps, accepted)
+    _refuse_changes(read_config(checkpoint / CONFIG), config)
+    if os.path.lexists(folder / CONFIG):
+        read_config(folder / CONFIG)  # which is written anew: not if it is something else
+    read_records(folder / METRICS)  # likewise
+    own, theirs = folder / TOKENIZER, checkpoint / TOKENIZER
+    if not own.exists():
+        draft = own.with_name(own.name + UNFINISHED)
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(theirs, draft)
+        draft.rename(own)
+    same_ids = load_tokenizer(own).has_ids_of(load_tokenizer(theirs))
+    if not same_ids or _tokenizer_json(own) != _tokenizer_json(theirs):
+        how = "splits text otherwise" if same_ids else "gives other token ids"
+        raise ConfigError(
+            f"{own}: not the tokenizer that {checkpoint} was trained with: it {how}; "
+            f"move it away to continue with {theirs}"
+        )
+
+
+def _tokenizer_json(folder: Path) -> object:
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _refuse_other_tokens(config: Config, weights: str, tokenizer: Tokenizer) -> None:

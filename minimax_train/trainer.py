@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, loa
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import SKIP, MicroBatch, build_train_loader, merge_states
 from minimax_train.engines import StepReport, StepSums
+from minimax_train.errors import ConfigError
 from minimax_train.evaluation import Evaluation
+from minimax_train.first_rank import on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.router import router_metrics
@@ -32,8 +34,8 @@ class Trainer:
     def __init__(self, config: Config, grid: ProcessGrid, device: torch.device) -> None:
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
-        self.store = CheckpointStore(self.run_dir, config.checkpoint.keep, is_first=grid.is_first)
-        self.tokenizer = prepare_run_dir(config, grid, self.store)
+        self.store = CheckpointStore(self.run_dir, config.checkpoint.keep)
+        self.tokenizer, resumed = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
         # Before the model: worker processes open the data while it is built.
         self.loader = build_train_loader(
@@ -47,7 +49,7 @@ class Trainer:
         )
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine)
-        self.progress = self._restore()
+        self.progress = self._restore(resumed)
         self.evaluation: Evaluation | None = None
         if config.data.has_validation and config.recipe.eval_interval:
             self.evaluation = Evaluation(config, self.tokenizer, grid, self.plan())
@@ -68,11 +70,13 @@ class Trainer:
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
         if recipe.eval_interval and self.evaluation is None:
             self.log.say("no held-out documents are configured: no evaluation")
+        if self.progress.step == recipe.steps:
+            self.log.say(f"all {recipe.steps} steps were taken before: nothing is left to train")
         held_out = [] if self.evaluation is None else self.evaluation.notes
         for note in [*self.loader.take_notes(), *held_out]:
             self.log.say(note)
         late: TakenStep | None = None
-        try:
+        with closing(self.loader), self.log:
             while self.progress.step < recipe.steps:
                 taken = self.train_step()
                 if late is not None:  # its results, now that the device has the next step to work on
@@ -94,9 +98,6 @@ class Trainer:
             self.log.say(
                 f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
             )
-        finally:
-            self.log.close()
-            self.loader.close()
 
     def plan(self) -> StepPlan:
         """Of the step to come."""
@@ -200,19 +201,18 @@ class Trainer:
             yield
         self.reported_at += time.perf_counter() - started
 
-    def _restore(self) -> Progress:
-        checkpoint = self.config.checkpoint
-        # One rank looks: on a network file system the others may not see the same folder yet.
-        found = [self.store.latest() if self.grid.is_first else None]
-        dist.broadcast_object_list(found, src=0)
-        latest = found[0]
-        state = self.engine.snapshot()
-        if latest is not None:
-            progress = self.store.load(latest, state)
+    def _restore(self, resumed: Path | None) -> Progress:
+        state, weights = self.engine.snapshot(), self.config.checkpoint.initial_weights
+        if resumed is not None:
+            progress = self.store.load(resumed, state)
             self.engine.restore(state)
-            self.loader.load_state_dict(progress.data or {})
+            try:
+                self.loader.load_state_dict(progress.data or {})
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress
-        if checkpoint.initial_weights is not None:
-            load_weights(find_checkpoint(checkpoint.initial_weights), state["model"])
+        if weights is not None:
+            # One rank looks: on a network file system the others may not see the same folder yet.
+            load_weights(on_first_rank(lambda: find_checkpoint(weights)), state["model"])
             self.engine.restore({"model": state["model"]})
         return Progress()

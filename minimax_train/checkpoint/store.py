@@ -8,9 +8,12 @@ run_dir/checkpoints/step-00000200/
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +21,44 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.futures import Future
 
-from minimax_train.errors import ConfigError, require
-from minimax_train.files import CONFIG, TOKENIZER, UNFINISHED
+from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
+from minimax_train.errors import ConfigError, TrainingError, require
+from minimax_train.files import CHECKPOINTS, CONFIG, TOKENIZER, UNFINISHED
+from minimax_train.first_rank import on_first_rank
+from minimax_train.metrics.console import note
 from minimax_train.recipe import Progress
 
-CHECKPOINTS = "checkpoints"
+PROGRESS = "progress.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_LEFT = re.compile(rf"{_NAME.pattern}(\.old)?{re.escape(UNFINISHED)}")  # by a run that was killed
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every method but :meth:`latest` is called by all ranks together."""
+    """The checkpoints of one run. :meth:`save` and :meth:`load` are called by all ranks together."""
 
-    def __init__(self, run_dir: Path, keep: int, *, is_first: bool) -> None:
-        self.run_dir, self.keep, self.is_first = run_dir, keep, is_first
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
         self.folder = run_dir / CHECKPOINTS
 
     def latest(self) -> Path | None:
-        """The newest finished checkpoint."""
-        return (_finished(self.folder) or [None])[-1]
+        """What is named like the newest finished checkpoint; :meth:`check` tells whether it is one."""
+        return (_named(self.folder) or [None])[-1]
+
+    def check(self, path: Path) -> Progress:
+        """Look at a checkpoint's files, but not into its tensors.
+
+        Raises:
+            ConfigError: naming the file that is missing or damaged, or what stands where a checkpoint should.
+        """
+        if not path.is_dir() or not any(path.iterdir()):
+            what = "an empty folder" if path.is_dir() else "a file"
+            raise ConfigError(f"{path}: not a checkpoint but {what}, which no run has saved; move it away")
+        CheckpointFiles(path).read_metadata()
+        return _read_progress(path)
 
     def save(self, progress: Progress, state: dict[str, Any], config: str) -> Path:
         """Write a checkpoint, then remove those over the number kept.
@@ -44,45 +66,111 @@ class CheckpointStore:
         Args:
             state: from :meth:`minimax_train.engines.Engine.snapshot`.
             config: YAML of the configuration at this step.
+
+        Raises:
+            TrainingError: on all ranks, when it cannot be written. The checkpoints before it are as they were.
         """
         path = self.folder / f"step-{progress.step:08d}"
         draft = path.with_name(path.name + UNFINISHED)
-        if self.is_first:
-            for left in self.folder.glob(f"*{UNFINISHED}"):  # by a run that was killed while writing or removing
-                shutil.rmtree(left)
+
+        def begin() -> None:
+            for left in self.folder.glob(f"*{UNFINISHED}"):
+                if _LEFT.fullmatch(left.name):
+                    shutil.rmtree(left)
             draft.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(state, checkpoint_id=draft)
-        if self.is_first:
-            (draft / "progress.json").write_text(json.dumps(asdict(progress)))
-            (draft / CONFIG).write_text(config)
+
+        def finish() -> None:
+            (draft / PROGRESS).write_text(json.dumps(asdict(progress)))
+            (draft / CONFIG).write_text(config, encoding="utf-8")
             shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
-            _remove(path)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "stands where it should go", str(path))
             draft.rename(path)
-            for old in _finished(self.folder)[: -self.keep] if self.keep else []:
-                _remove(old)
-        dist.barrier()
+
+        try:
+            on_first_rank(begin)
+            dcp.save(state, storage_writer=_Writer(draft))
+            on_first_rank(finish)
+        except (OSError, CheckpointException, TrainingError) as error:
+            raise self._not_saved(path, draft, state, error) from error
+        on_first_rank(self._remove_old)
         return path
 
     def load(self, path: Path, state: dict[str, Any]) -> Progress:
-        """Fill an engine's snapshot in place, whatever number of ranks wrote the checkpoint."""
-        dcp.load(state, checkpoint_id=path)
-        return Progress(**json.loads((path / "progress.json").read_text()))
+        """Fill an engine's snapshot in place, whatever number of ranks wrote the checkpoint.
+
+        Raises:
+            ConfigError: naming what is damaged, or what it does not hold.
+        """
+        progress = on_first_rank(lambda: _read_progress(path))
+        CheckpointFiles(path).load(state)
+        return progress
+
+    def _remove_old(self) -> None:
+        for path in self._saved()[: -self.keep] if self.keep else []:
+            try:
+                # Killed in between, what is left does not look like a checkpoint.
+                leaving = path.with_name(f"{path.name}.old{UNFINISHED}")
+                path.rename(leaving)
+                shutil.rmtree(leaving)
+            except OSError as error:
+                note(f"{path}: cannot be removed, though checkpoint.keep={self.keep}: {error}")
+
+    def _not_saved(self, path: Path, draft: Path, state: dict[str, Any], error: BaseException) -> BaseException:
+        if isinstance(error, CheckpointException):
+            error, _ = error.failures[min(error.failures)]
+            if isinstance(error, KeyboardInterrupt):
+                return error
+        if dist.get_rank() == 0:  # all ranks have stopped writing
+            shutil.rmtree(draft, ignore_errors=True)
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+        try:
+            free = f"{shutil.disk_usage(self.run_dir).free / 1e6:,.1f} MB are free there"
+        except OSError as unknown:
+            free = f"what is free there is not known: {unknown}"
+        return TrainingError(
+            f"{path}: the checkpoint cannot be saved: {cause}; it takes about {_bytes(state) / 1e6:,.1f} MB, {free}; "
+            + self.to_go_on()
+        )
+
+    def to_go_on(self) -> str:
+        """What a user can do after the run has stopped."""
+        saved = self._saved()
+        if saved:
+            return f"checkpoint.resume=auto continues from {saved[-1]}"
+        return f"no checkpoint is in {self.folder} to continue from"
+
+    def _saved(self) -> list[Path]:
+        return [path for path in _named(self.folder) if (path / METADATA).is_file()]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's, with the system's error (no space left) instead of the serializer's that comes of it."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
 
 def load_weights(path: Path, model: dict[str, Tensor]) -> None:
     """Fill parameters alone, by name, from a checkpoint.
 
     Raises:
-        ConfigError: when it lacks a parameter, or holds it in another shape.
+        ConfigError: when it is damaged, lacks a parameter, or holds it in another shape.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    files = CheckpointFiles(path)
+    stored = files.read_metadata().state_dict_metadata
     for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
         held = "no such parameter" if size is None else f"one of {tuple(size)}"
         accepted = f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}"
         require(size == parameter.shape, "checkpoint.initial_weights", str(path), accepted)
-    dcp.load({"model": model}, checkpoint_id=path)
+    files.load({"model": model})
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -92,23 +180,35 @@ def find_checkpoint(path: str | Path) -> Path:
         ConfigError: when there is none.
     """
     path = Path(path)
-    if (path / ".metadata").is_file():
+    if (path / METADATA).is_file():
         return path
-    newest = (_finished(path / CHECKPOINTS) or [None])[-1]
-    if newest is None:
-        raise ConfigError(f"{path}: neither a checkpoint (a folder with .metadata) nor a run that holds one")
-    return newest
+    if (path / PROGRESS).is_file():
+        raise ConfigError(f"{path}: not a whole checkpoint: there is no {METADATA} in it")
+    named = _named(path / CHECKPOINTS)
+    if not named:
+        raise ConfigError(f"{path}: neither a checkpoint (a folder with {METADATA}) nor a run that holds one")
+    return named[-1]
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; killed in between, what is left does not look like one."""
-    if path.exists():
-        leaving = path.with_name(f"{path.name}.old{UNFINISHED}")
-        path.rename(leaving)
-        shutil.rmtree(leaving)
-
-
-def _finished(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+def _named(folder: Path) -> list[Path]:
+    """What is named like a finished checkpoint, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name.partition("-")[2]))
+
+
+def _read_progress(path: Path) -> Progress:
+    file = path / PROGRESS
+    try:
+        progress = Progress(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged: not the progress of a run: {error}") from error
+    if progress.step != int(path.name.partition("-")[2]):
+        raise ConfigError(f"{file}: damaged: it says step {progress.step!r}, its folder {path.name}")
+    return progress
+
+
+def _bytes(state: Any) -> int:
+    """Of a snapshot's tensors, over all ranks."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_bytes, state.values())) if isinstance(state, Mapping) else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,12 +26,68 @@ def summarize(metrics: Mapping[str, float]) -> str:
     return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
 
 
+class Output:
+    """A text stream whose reader may leave: what is written after that is dropped, and nobody is stopped by it.
+
+    Args:
+        stream: ``sys.stdout`` or ``sys.stderr``; None when the process was started with it closed.
+        lost: is told once, when the stream takes no more: the reader of a pipe has gone (``| head``), the terminal has,
+            or the disk is full.
+    """
+
+    def __init__(self, stream: TextIO | None, lost: str | None = None) -> None:
+        self._stream, self._lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            if self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        except UnicodeEncodeError as error:
+            return self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, ValueError) as error:  # ValueError: closed
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        self.write("")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _drop(self, error: Exception) -> None:
+        stream, self._stream = self._stream, None
+        try:
+            # What is left in its buffer goes nowhere: the interpreter's flush at exit would fail once more.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+            os.close(nowhere)
+        except (OSError, ValueError):
+            pass
+        if self._lost is not None:
+            note(f"{self._lost} ({error})")
+
+
+def to_stderr(line: str) -> None:
+    """A line for the person who started the run; dropped if nobody can read it."""
+    Output(sys.stderr).write(line + "\n")
+
+
+def note(text: str) -> None:
+    """Something that does not stop the run."""
+    to_stderr(f"note: {text}")
+
+
 class ConsoleReporter:
     """Shows progress on standard output."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self.total_steps = total_steps
-        self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        output: Any = Output(sys.stdout, "standard output is closed: the run goes on without, and writes metrics.jsonl")
+        self.console = Console(file=output, soft_wrap=True, highlight=False)
         self.progress: Progress | None = None
         if self.console.is_terminal:
             self.progress = Progress(

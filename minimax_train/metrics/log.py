@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minimax_train.errors import ConfigError
-from minimax_train.files import replace_text
+from minimax_train.errors import ConfigError, exit_status
+from minimax_train.files import METRICS, PICTURE, WANDB_ID, replace_text
+from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.config import LoggingConfig
-from minimax_train.metrics.console import ConsoleReporter
+from minimax_train.metrics.console import ConsoleReporter, note
 from minimax_train.metrics.plot import plot_loss
 
 
 class MetricLog:
-    """The reports of one run, made by its first rank; on other ranks every call does nothing.
+    """The reports of one run, made by its first rank; on other ranks every call does nothing. As a context, it closes
+    with the exit status of the error that ends it.
 
     Args:
         config: the ``logging`` group.
@@ -23,6 +26,10 @@ class MetricLog:
         run_config: the whole configuration by dotted key, for Weights & Biases.
         first_step: steps already taken; records of later steps, left by a run that went on past its last
             checkpoint, are dropped, so that the file holds each step once.
+
+    Raises:
+        ConfigError: on all ranks, when ``metrics.jsonl`` is not that of a run or cannot be written, or Weights & Biases
+            cannot be reached.
     """
 
     def __init__(
@@ -36,22 +43,23 @@ class MetricLog:
         enabled: bool,
     ) -> None:
         self.enabled = enabled
-        if not enabled:
-            return
-        self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
-        if not first_step:
-            (run_dir / "wandb_id").unlink(missing_ok=True)  # of a run that never reached a checkpoint
-        kept = [record for record in self.records() if record["step"] <= first_step] if first_step else []
-        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = self.path.open("a", buffering=1)
-        self.console = ConsoleReporter(total_steps, first_step)
-        self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
+        self.run_dir = run_dir
+
+        def start() -> None:
+            try:
+                self.lines = _Lines(run_dir / METRICS, first_step)
+                self.console = ConsoleReporter(total_steps, first_step)
+                self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
+            except OSError as error:
+                raise ConfigError(f"run_dir={str(run_dir)!r}: metrics cannot be written: {error}") from error
+
+        on_first_rank(start)
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of a step; steps count from 1."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.lines.add({"step": step, **metrics})
         self.console.report(step, metrics)
         if self.wandb is not None:
             self.wandb.log({"step": step, **metrics})
@@ -61,22 +69,81 @@ class MetricLog:
         if self.enabled:
             self.console.say(text)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line cut short by a kill is left out."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
     def finish(self) -> None:
         """Draw the loss curve."""
         if self.enabled:
-            plot_loss(self.records(), self.run_dir / "loss.png")
+            try:
+                plot_loss(read_records(self.lines.path), self.run_dir / PICTURE)
+            except Exception as error:  # of a run that is saved
+                note(f"{self.run_dir / PICTURE} was not drawn: {type(error).__name__}: {error}")
 
-    def close(self) -> None:
+    def close(self, status: int = 0) -> None:
+        """The end of the run.
+
+        Args:
+            status: exit status of the process, for Weights & Biases.
+        """
         if self.enabled:
             self.console.close()
-            self.file.close()
+            self.lines.close()
             if self.wandb is not None:
-                self.wandb.finish()
+                self.wandb.finish(exit_code=status)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.close(0 if error is None else exit_status(error))
+
+
+class _Lines:
+    """``metrics.jsonl``, open for more lines. What a full disk does not take is kept, and written with a later line."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        records = read_records(path)
+        kept = [record for record in records if record["step"] <= last_step]
+        if len(kept) < len(records):
+            note(
+                f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again"
+            )
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("ab", buffering=0)
+        self._waiting, self._failed = b"", False
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                note(f"{self.path}: cannot be written: {error.strerror}; its lines wait until it can")
+            self._failed = True
+
+    def close(self) -> None:
+        if self._waiting:
+            note(f"{self.path}: its last {len(self._waiting.splitlines())} lines could not be written")
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+        ConfigError: naming the first line that is none.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\n"):
+            try:
+                record = json.loads(line)
+                records.append({"step": int(record["step"]), **record})
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{path}:{number}: not a record of a run's metrics; move the file away") from error
+    return records
 
 
 def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
@@ -85,8 +152,11 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
     except ImportError as error:
         raise ConfigError(f"logging.wandb={config.wandb!r}: wandb is not installed (pip install wandb)") from error
 
+    logging.raiseExceptions = (
+        False  # wandb logs into run_dir: a full disk would print a traceback for each of its lines
+    )
     # The id lives with the run, so that a resumed run goes on in the same place.
-    id_file = run_dir / "wandb_id"
+    id_file = run_dir / WANDB_ID
     try:
         run = wandb.init(
             project=config.wandb_project,

@@ -1,0 +1,40 @@
+"""Work that one rank does for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from minimax_train.errors import ConfigError, TrainingError
+
+Result = TypeVar("Result")
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on the first rank while the others wait. Every rank gets its result (pickled), or raises its error.
+
+    Raises:
+        ConfigError, TrainingError: what ``work`` raised. Any other error is raised as it is on the first rank, and as a
+            TrainingError on the others, so that none of them waits for ever.
+    """
+    if not dist.is_initialized():
+        return work()
+    told: list[Any] = [None, None, None]
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            told[0] = work()
+        except Exception as error:  # raised below, once the ranks that wait have been told
+            problem = error
+            kind = type(error) if isinstance(error, (ConfigError, TrainingError)) else TrainingError
+            told = [None, kind, str(error)]
+    dist.broadcast_object_list(told, src=0)
+    result, kind, message = told
+    if kind is not None:
+        problem = problem or kind(message)
+        if isinstance(problem, ConfigError):
+            problem.on_all_ranks = True
+        raise problem
+    return result
