@@ -13,6 +13,8 @@ from minimax_train.engines import Engine
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.recipe import StepPlan
 
+VALIDATION_LOSS = "validation_loss"
+
 
 class Evaluation:
     """The held-out documents, packed as the step plan says; the first evaluation of a length packs them.
@@ -62,7 +64,7 @@ class Evaluation:
             counts_V += labels_T.bincount(minlength=len(counts_V))
         dist.all_reduce(counts_V, group=self.grid.group("dp_cp"))
         loss = engine.evaluate(batches, plan)
-        return {"validation_loss": loss / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
+        return {VALIDATION_LOSS: loss / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
 
 
 def _entropy(counts_V: Tensor) -> float:

@@ -37,9 +37,8 @@ class RecipeConfig:
     steps: Annotated[int, Range(1, 10**9)]
     global_batch_size: Annotated[int, Range(1, 2**24)]
     micro_batch_size: Annotated[int, Range(1, 2**24)]
-    # A rate too high shows: the weights or the loss are soon not finite, which stops the run.
-    learning_rate: Annotated[float, Range(1e-30, 1e30)]
-    min_learning_rate: Annotated[float, Range(0, 1e30)]
+    learning_rate: Annotated[float, Range(1e-12, 100)]
+    min_learning_rate: Annotated[float, Range(0, 100)]
     warmup_steps: Annotated[int, Range(0, 10**9)]
     decay_steps: Annotated[int, Range(0, 10**9)]
     decay_shape: str = "exponential"

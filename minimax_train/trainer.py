@@ -16,7 +16,7 @@ from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import SKIP, MicroBatch, build_train_loader, merge_states
 from minimax_train.engines import StepReport, StepSums
 from minimax_train.errors import ConfigError
-from minimax_train.evaluation import Evaluation
+from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.metrics.log import MetricLog
@@ -77,27 +77,37 @@ class Trainer:
             self.log.say(note)
         late: TakenStep | None = None
         with closing(self.loader), self.log:
+            # A run that ended between a step's checkpoint and its evaluation.
+            if self.evaluates(self.progress.step) and not self.log.holds(self.progress.step, VALIDATION_LOSS):
+                self.log.report(self.progress.step, self.evaluate(self.plan()))
             while self.progress.step < recipe.steps:
                 taken = self.train_step()
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
                 step = taken.number
                 last = step == recipe.steps
-                evaluates = self.evaluation is not None and (step % recipe.eval_interval == 0 or last)
+                evaluates = self.evaluates(step)
                 saves = last or (checkpoint.interval and step % checkpoint.interval == 0)
                 late = taken if step % self.config.logging.interval == 0 or last else None
                 # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
                 if late is not None and (self.device.type == "cpu" or evaluates or saves):
                     self.report(late)
                     late = None
+                if saves:  # first: whatever happens in an evaluation, no step is lost
+                    self.save(taken.plan)
                 if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
-                if saves:
-                    self.save(taken.plan)
             self.log.finish()
             self.log.say(
                 f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
             )
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows a step."""
+        recipe = self.config.recipe
+        if self.evaluation is None or step == 0:
+            return False
+        return step == recipe.steps or step % recipe.eval_interval == 0
 
     def plan(self) -> StepPlan:
         """Of the step to come."""

@@ -64,6 +64,12 @@ class MetricLog:
         if self.wandb is not None:
             self.wandb.log({"step": step, **metrics})
 
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a metric of a step has been recorded; the same on all ranks."""
+        return on_first_rank(
+            lambda: any(name in record for record in read_records(self.lines.path) if record["step"] == step)
+        )
+
     def say(self, text: str) -> None:
         """Tell the person watching."""
         if self.enabled:

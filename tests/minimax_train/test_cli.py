@@ -63,7 +63,7 @@ from support.runs import overrides
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
         ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
         ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
-        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be between 1e-30 and 1e[+]30"),
+        ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be between 1e-12 and 100$"),
         ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be between 0 and 100$"),
         ("parallel.timeout_s=inf", r"parallel.timeout_s=inf: must be between 1 and 10000000$"),
         ("hydra.run.dir=/x", r"hydra.run.dir=/x: Hydra's own settings are not read here"),
@@ -241,9 +241,9 @@ def test_a_whole_run(tmp_path):
     [
         (["data.train_files=[/nowhere/*.jsonl]"], 2, "data.train_files"),
         (
-            ["recipe.learning_rate=1e30", "recipe.warmup_steps=0"],
+            ["recipe.learning_rate=100", "recipe.weight_decay=100", "recipe.warmup_steps=0"],
             1,
-            "step 2: .*gradient norm nan; not finite: .*gradients: embedding.weight",
+            "step 3: .*gradient norm nan; not finite: .*gradients: embedding.weight",
         ),
         (["data.text_column=body"], 2, "data.text_column='body'"),
         (["logging.wandb=online"], 2, "logging.wandb='online': .*API key.*; or pass offline, or off"),

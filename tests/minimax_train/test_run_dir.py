@@ -326,7 +326,7 @@ def _raise(error):
     ("more", "status"),
     [
         ([], 0),
-        (["recipe.learning_rate=1e30"], 1),
+        (["recipe.learning_rate=100", "recipe.weight_decay=100", "recipe.warmup_steps=0"], 1),
         (["data.shuffle_documents=7"], 2),
         (["checkpoint.interval=1"], 1),
     ],

@@ -46,3 +46,28 @@ def test_unigram_loss(tmp_path, rows):
         assert len(held_out) > 15
         expected = -sum(count / total * math.log(count / total) for count in held_out.values())
         assert loss == pytest.approx(expected, rel=1e-12)
+
+
+def _train_without_an_evaluation(grid, config):
+    """As if the run was killed in its first evaluation."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    trainer.evaluate = lambda plan: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+
+
+def _losses(config):
+    records = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+
+
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(tmp_path):
+    config = tiny_run(tmp_path / "whole", "checkpoint.interval=3", "checkpoint.resume=auto")
+    run_ranks(_train, 1, config)
+    expected = _losses(config)
+    assert set(expected) == {3, 6}
+    config.run_dir = str(tmp_path / "killed")
+    run_ranks(_train_without_an_evaluation, 2, config)
+    assert [path.name for path in Path(config.run_dir).glob("checkpoints/*")] == ["step-00000003"]
+    run_ranks(_train, 2, config)
+    assert _losses(config) == pytest.approx(expected, rel=1e-5)
