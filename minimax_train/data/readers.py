@@ -23,8 +23,14 @@ from minimax_train.errors import ConfigError
 
 _ROWS_PER_READ = 256
 _BYTES_PER_READ = 1 << 20
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "true or false"}
-_JSON_NAMES[type(None)] = "null"
+_JSON_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,8 @@ def _text_on_line(where: str, line: bytes, column: str) -> str | BadDocument | N
     except UnicodeDecodeError as error:
         return BadDocument(where, f"byte {error.start + 1} of the line, 0x{line[error.start]:02x}, is not UTF-8")
     except json.JSONDecodeError as error:
-        return BadDocument(
-            where, f"must be one JSON object: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
-        )
+        reason = error.msg.removesuffix(" at")
+        return BadDocument(where, f"must be one JSON object: {reason} at character {error.pos + 1}")
     except RecursionError:
         return BadDocument(where, "must be one JSON object: nested too deeply")
     return _text_of(where, item, column)
