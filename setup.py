@@ -42,7 +42,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "minimax-train = minimax_train.cli:main",
+            "minimax-train = minimax_train.__main__:main",
             "minimax-convert = minimax_train.convert.cli:main",
         ],
     },

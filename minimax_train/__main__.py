@@ -1,5 +1,17 @@
+"""``minimax-train`` and ``python -m minimax_train``."""
+
 import sys
 
-from minimax_train.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Console script: :func:`minimax_train.cli.main`, whose imports take seconds in which Ctrl-C may come."""
+    try:
+        from minimax_train.cli import main as run
+    except KeyboardInterrupt:
+        print("error: interrupted before the first step", file=sys.stderr)
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

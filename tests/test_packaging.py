@@ -67,7 +67,7 @@ def test_a_wheel_carries_commands_and_licence(wheel):
     assert "License-Expression: Apache-2.0" in texts["METADATA"]
     assert texts["licenses/LICENSE"] == (ROOT / "LICENSE").read_text()
     assert texts["top_level.txt"].split() == ["minimax_train"]
-    assert "minimax-train = minimax_train.cli:main" in texts["entry_points.txt"]
+    assert "minimax-train = minimax_train.__main__:main" in texts["entry_points.txt"]
 
 
 def test_a_source_distribution_builds_the_same_wheel(checkout, wheel, tmp_path):

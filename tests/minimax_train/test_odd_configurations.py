@@ -1,13 +1,23 @@
 """Every configuration is taken as typed, or refused in one line that names the field; what is taken trains."""
 
+import copy
+import functools
 import random
 
 import pytest
 
+from minimax_train import compose
 from support.odd_configurations import ask, command, random_ones, targeted, train, wrong, wrong_training
 
 SHARES = 4  # so that several workers share them
 CASES = [*targeted(300, seed=0), *random_ones(300, seed=0)]
+
+
+@pytest.fixture(autouse=True)
+def files_once(monkeypatch):
+    """Hydra merges the same files for most cases: once is enough."""
+    merge = functools.cache(compose._files)
+    monkeypatch.setattr(compose, "_files", lambda *names: copy.deepcopy(merge(*map(tuple, names))))
 
 
 @pytest.mark.parametrize("share", range(SHARES))
