@@ -60,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run(config, environment)
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(_out_of_memory(error), environment.rank)
     except KeyboardInterrupt:
         return _fail(Interrupted("interrupted before the first step"), environment.rank)
     return 0
@@ -108,6 +112,21 @@ def _environment() -> ProcessEnvironment:
         return ProcessEnvironment.detect()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # which raises a plain RuntimeError
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> TrainingError:
+    told = TrainingError(
+        f"out of memory: {str(error).partition('. Of the allocated')[0] or 'of the host'}; a smaller model, "
+        "recipe.micro_batch_size or data.sequence_length, recipe.activation_checkpointing=true, or more ranks take less"
+    )
+    told.__cause__, told.on_all_ranks = error, False
+    return told
 
 
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:

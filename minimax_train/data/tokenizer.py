@@ -135,9 +135,9 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         settings = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         raise ConfigError(f"no tokenizer in {str(directory)!r}: {error}") from error
-    eos = settings.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    eos_id = None if eos is None else backend.token_to_id(eos)
+    eos = settings.get("eos_token") if isinstance(settings, dict) else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    eos_id = backend.token_to_id(eos) if isinstance(eos, str) else None
     if eos_id is None:
         raise ConfigError(f"the tokenizer in {str(directory)!r} has no end-of-text token (eos_token={eos!r})")
     return Tokenizer(backend, eos_id)

@@ -245,6 +245,11 @@ def test_a_whole_run(tmp_path):
             1,
             "step 3: .*gradient norm nan; not finite: .*gradients: embedding.weight",
         ),
+        (
+            ["model.vocab_size=16777216", "model.hidden_size=1048576"],
+            1,
+            "^error: out of memory: .*allocate.*take less$",
+        ),
         (["data.text_column=body"], 2, "data.text_column='body'"),
         (["logging.wandb=online"], 2, "logging.wandb='online': .*API key.*; or pass offline, or off"),
         (["run_dir=/dev/null"], 2, "run_dir='/dev/null': must be a folder this run can write"),
