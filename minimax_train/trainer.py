@@ -19,6 +19,7 @@ from minimax_train.errors import ConfigError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
+from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.router import router_metrics
 from minimax_train.parallel.grid import ProcessGrid
@@ -37,6 +38,7 @@ class Trainer:
         self.store = CheckpointStore(self.run_dir, config.checkpoint.keep)
         self.tokenizer, resumed = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
+        self.peak_flops_per_s = peak_flops_per_s(device)
         # Before the model: worker processes open the data while it is built.
         self.loader = build_train_loader(
             config.data,
@@ -174,6 +176,8 @@ class Trainer:
         self.reported_at, self.reported = taken.at, (taken.number, taken.tokens)
         # With those of an evaluation or a checkpoint that came after the report before.
         seconds = {f"seconds/{name}": value / steps for name, value in self.phases.take().items()}
+        flops = training_flops(model, taken.plan.tokens, float(totals.scores)) * steps / elapsed / dist.get_world_size()
+        mfu = {} if self.peak_flops_per_s is None else {"mfu": flops / self.peak_flops_per_s}
         return {
             "loss": float(totals.loss),
             **balance,
@@ -182,6 +186,8 @@ class Trainer:
             "learning_rate": taken.plan.learning_rate,
             "tokens": taken.tokens,
             "tokens_per_second": tokens / elapsed,
+            "tflops_per_rank": flops / 1e12,
+            **mfu,
             "seconds": elapsed / steps,
             **self.engine.figures(taken.plan),
             **seconds,

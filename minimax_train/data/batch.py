@@ -27,6 +27,7 @@ class MicroBatch:
         labels_T: the token each position must predict, ``IGNORE_INDEX`` where there is none, int64.
         documents: those of all sequences, of which each begins with a new one; or their segments in the shard.
         num_sequences: packed sequences, one after the other on the token axis.
+        num_scores: pairs of tokens that a causal attention looks at in the whole sequences, also if these are shared.
         num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
         shard: which of their tokens these are, when context-parallel ranks share them; None when they are all.
     """
@@ -36,18 +37,21 @@ class MicroBatch:
     documents: Documents
     num_sequences: int
     num_targets: int
+    num_scores: int
     shard: SequenceShard | None = None
 
     @classmethod
     def concatenate(cls, sequences: Sequence[PackedSequence]) -> MicroBatch:
         """Packed sequences of the same length, one after the other."""
         labels_T = np.concatenate([sequence.labels_S for sequence in sequences])
+        lengths = list(chain.from_iterable(sequence.lengths for sequence in sequences))
         return cls(
             tokens_T=torch.from_numpy(np.concatenate([sequence.tokens_S for sequence in sequences])),
             labels_T=torch.from_numpy(labels_T),
-            documents=Documents.from_lengths(list(chain.from_iterable(sequence.lengths for sequence in sequences))),
+            documents=Documents.from_lengths(lengths),
             num_sequences=len(sequences),
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
+            num_scores=sum(length * (length + 1) // 2 for length in lengths),
         )
 
     def split(self, layout: SequenceLayout, rank: int) -> MicroBatch:

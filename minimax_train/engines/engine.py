@@ -62,6 +62,7 @@ class StepSums(NamedTuple):
         aux_loss: load-balancing loss before its coefficient, mean over packed sequences; this rank's part of it.
         entropy: of the routers' probabilities in nats, over tokens and layers.
         dropped: assignments over an expert's capacity, in all layers.
+        scores: pairs of tokens that a causal attention looks at; this rank's part of them.
         tokens_per_expert_LE: assignments to each expert before any were dropped, int64.
     """
 
@@ -69,6 +70,7 @@ class StepSums(NamedTuple):
     aux_loss: Tensor
     entropy: Tensor
     dropped: Tensor
+    scores: Tensor
     tokens_per_expert_LE: Tensor
 
 

@@ -138,7 +138,9 @@ class FSDPEngine(Engine):
             tokens_per_expert_LE.append(out.tokens_per_expert_LE)
         total = torch.stack(sums).sum(0)
         self._loss = total[:2].sum()
-        return StepSums(*total, tokens_per_expert_LE=torch.stack(tokens_per_expert_LE).sum(0))
+        loss, aux_loss, entropy, dropped = total
+        scores = total.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size("cp_tp"))
+        return StepSums(loss, aux_loss, entropy, dropped, scores, torch.stack(tokens_per_expert_LE).sum(0))
 
     def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
         return self.model(

@@ -15,6 +15,7 @@ SHOWN = {
     "grad_norm": "grad {:.2f}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "{:.1%} MFU",
     "validation_loss": "held-out loss {:.4f}",
     "unigram_loss": "unigram {:.4f}",
     "skipped_documents": "skipped {:,} documents",
