@@ -258,7 +258,10 @@ class WorkerProcess:
     def _end(self) -> str:
         if self._process is None:
             return "ended before this rank was done"
-        status = self._process.wait()
+        try:
+            status = self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
         if status < 0:
             memory = "; out of memory?" if -status == signal.SIGKILL else ""
             return f"was ended by {signal.Signals(-status).name}{memory}"
