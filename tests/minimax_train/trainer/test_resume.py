@@ -50,7 +50,9 @@ def test_stopping_twice_changes_nothing(tmp_path, world_size):
     weights = run_ranks(_train, world_size, config)[0]
     for name, weight in weights.items():
         assert torch.equal(weight, right[name]), name
-    assert _losses(tmp_path / "parts") == [r for r in _losses(tmp_path / "whole") if r["step"] > 3]
+    # The evaluation of step 3 was not recorded when the run stopped: it is made when the run goes on.
+    expected = [r for r in _losses(tmp_path / "whole") if r["step"] > 3 or (r["step"] == 3 and "validation_loss" in r)]
+    assert _losses(tmp_path / "parts") == expected
 
 
 def _restored_step(grid, config):
