@@ -17,6 +17,7 @@ import os
 import re
 import types
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -167,10 +168,9 @@ def from_text(key: str, given: Any, field: Field) -> Any:
         if text.lower() not in _WORDS:
             raise refuse("must be true or false")
         return _WORDS[text.lower()]
-    try:
-        return field.kind(text)
-    except ValueError:
-        pass
+    with suppress(ValueError):
+        if text.isascii() and "_" not in text:  # Python takes 1_0 for 10
+            return field.kind(text)
     if "," in text:
         raise refuse("must be one value: there are no sweeps over several")
     raise refuse("must be an integer in digits" if field.kind is int else "must be a number")

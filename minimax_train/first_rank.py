@@ -1,4 +1,4 @@
-"""Work that one rank does for all of them."""
+"""Work that one rank does for all of them, or all of them do, and whose errors all of them raise."""
 
 from __future__ import annotations
 
@@ -38,3 +38,31 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
             problem.on_all_ranks = True
         raise problem
     return result
+
+
+def on_every_rank(work: Callable[[], Result]) -> list[Result]:
+    """Run ``work`` on every rank; it must not communicate. The results of all ranks (pickled), by rank.
+
+    Raises:
+        ConfigError, TrainingError: what ``work`` raised on the first rank where it did, on all of them. Any other error
+            is raised as it is there, and as a TrainingError elsewhere.
+    """
+    told: Any = None
+    problem: Exception | None = None
+    try:
+        told = (None, work())
+    except Exception as error:  # raised below, once the others have been told
+        problem = error
+        kind = type(error) if isinstance(error, (ConfigError, TrainingError)) else TrainingError
+        told = (kind, str(error))
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, told)
+    failed = [(kind, message) for kind, message in every if kind is not None]
+    if not failed:
+        return [result for _, result in every]
+    if problem is not None and not isinstance(problem, (ConfigError, TrainingError)):
+        raise problem
+    kind, message = failed[0]
+    error = kind(message)
+    error.on_all_ranks = True
+    raise error

@@ -15,9 +15,9 @@ from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, loa
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import SKIP, MicroBatch, build_train_loader, merge_states
 from minimax_train.engines import StepReport, StepSums
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
-from minimax_train.first_rank import on_first_rank
+from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
@@ -51,10 +51,12 @@ class Trainer:
         )
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine)
+        self._compare_data(on_every_rank(self.loader.open))
         self.progress = self._restore(resumed)
+        self.first_step = self.progress.step  # taken before this process
         self.evaluation: Evaluation | None = None
         if config.data.has_validation and config.recipe.eval_interval:
-            self.evaluation = Evaluation(config, self.tokenizer, grid, self.plan())
+            on_every_rank(self._open_evaluation)
         self.stage = self.plan().stage
         # Of the step reported last: its time, later by what evaluations and checkpoints have taken since; what it was.
         self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
@@ -63,7 +65,7 @@ class Trainer:
             self.run_dir,
             flatten(config),
             total_steps=config.recipe.steps,
-            first_step=self.progress.step,
+            first_step=self.first_step,
             enabled=grid.is_first,
         )
 
@@ -122,7 +124,10 @@ class Trainer:
             self.log.say(f"step {self.progress.step + 1}: stage {plan.stage}")
             self.stage = plan.stage
         with self.phases("data"):
-            batches = self.next_batches(plan)
+            try:
+                batches = self.next_batches(plan)
+            except ConfigError as error:
+                raise self._stopped(error) from error
         totals = self.engine.totals(self.engine.run(batches, plan))
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
@@ -204,9 +209,12 @@ class Trainer:
         """Write a checkpoint of everything the run needs to go on."""
         self.guard.check()
         with self.between_steps("checkpoint"):
+            state = self.loader.state_dict()
             streams: list[Any] = [None] * self.grid.size("dp")
-            dist.all_gather_object(streams, self.loader.state_dict(), group=self.grid.group("dp"))
-            self.progress.data = merge_states(streams)
+            # Digests of all files stay where they are: every rank would receive as much as the longest state has.
+            shards = {"shards": state.pop("shards")} if "shards" in state else {}
+            dist.all_gather_object(streams, state, group=self.grid.group("dp"))
+            self.progress.data = {**merge_states(streams), **shards}
             self.store.save(self.progress, self.engine.snapshot(), to_yaml(config_at(self.config, plan)))
 
     @contextmanager
@@ -217,13 +225,35 @@ class Trainer:
             yield
         self.reported_at += time.perf_counter() - started
 
+    def _stopped(self, error: ConfigError) -> Exception:
+        """What a run says that has trained when its data turn out to be bad, on the rank that reads them."""
+        if self.progress.step == self.first_step:
+            return error
+        stopped = TrainingError(f"after step {self.progress.step}: {error}; {self.store.to_go_on()}")
+        stopped.on_all_ranks = False
+        return stopped
+
+    def _open_evaluation(self) -> None:
+        self.evaluation = Evaluation(self.config, self.tokenizer, self.grid, self.plan())
+
+    def _compare_data(self, fingerprints: list[str]) -> None:
+        """Refuse ranks that see other training data: documents would be doubled or lost."""
+        others = [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
+        if others:
+            error = ConfigError(
+                f"data: {len(others)} ranks, the first of them rank {others[0]}, see other training files than rank 0: "
+                "their number, order, names and sizes must be the same on every machine"
+            )
+            error.on_all_ranks = True
+            raise error
+
     def _restore(self, resumed: Path | None) -> Progress:
         state, weights = self.engine.snapshot(), self.config.checkpoint.initial_weights
         if resumed is not None:
             progress = self.store.load(resumed, state)
             self.engine.restore(state)
             try:
-                self.loader.load_state_dict(progress.data or {})
+                on_every_rank(lambda: self.loader.load_state_dict(progress.data or {}))
             except (KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress

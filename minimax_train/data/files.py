@@ -33,6 +33,11 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
             raise ConfigError(f"data.{field}=[{pattern!r}]: matches no file")
         files.update(dict.fromkeys(matches))
     for file in files:
+        # What the library that opens files would take for a chain of file systems.
+        if "::" in file:
+            raise ConfigError(f"data.{field}: {file!r}: a path must not contain '::'")
+        if file.endswith((".zst", ".lz4")):
+            raise ConfigError(f"data.{field}: {file!r}: must be compressed as gz, bz2, xz or zip, or not at all")
         if not os.access(file, os.R_OK):
             raise ConfigError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
         if not os.path.isfile(file):

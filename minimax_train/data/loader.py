@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -53,6 +54,14 @@ class SequenceLoader:
         self._skipped: dict[int, int] = {}  # bad documents, by stream
         self._asked: tuple[int, int, int] | None = None  # first sequence, how many, their length
         self._error: Exception | None = None
+
+    def open(self) -> str:
+        """Waits until the data is open. A fingerprint of the list of files: the same on all ranks, or they see others.
+
+        Raises:
+            ConfigError: when it cannot be opened.
+        """
+        return self._open().fingerprint
 
     def next_micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
         """The micro-batches of one optimizer step of this rank; plans may differ from step to step.
@@ -123,6 +132,7 @@ class SequenceLoader:
             if saved != value:
                 raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
         self._notes += compare_shards(opened, state)
+        self._check_positions(state["streams"])
         missing = [stream for stream in self._states if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
@@ -132,8 +142,25 @@ class SequenceLoader:
         self._next_sequence = state["next_row"]
         self._place()
 
+    def _check_positions(self, streams: dict[str, dict[str, int]]) -> None:
+        """Refuse positions of this rank's streams that cannot be."""
+        opened = self._open()
+        for stream, first in opened.states.items():
+            position = {**first, **streams.get(str(stream), {})}  # earlier versions saved fewer numbers
+            fits = set(position) == set(first)
+            fits &= all(type(value) is int and value >= 0 for value in position.values())
+            if not fits:
+                raise ConfigError(f"damaged: no position in the training data: stream {stream}: {position}")
+            if position["num_shards"] > len(opened.shards):
+                raise ConfigError(
+                    f"the training data's files: the saved data position is for {position['num_shards']}, and here are "
+                    f"{len(opened.shards)}"
+                )
+
     def close(self) -> None:
         """Ends the worker processes."""
+        for worker in self._workers:
+            worker.leave()
         for worker in self._workers:
             worker.close()
 
@@ -267,7 +294,7 @@ def compare_shards(opened: Opened, state: dict) -> list[str]:
 def _share(dealt: Sequence[Streams], peers: dist.ProcessGroup | None, timeout_s: float) -> list[WorkerProcess]:
     """Connections to worker processes, started by the first of the peers on each machine."""
     rank, size = (0, 1) if peers is None else (dist.get_rank(peers), dist.get_world_size(peers))
-    machine = socket.gethostname()
+    machine = socket.gethostname(), _boot_id()
     machines = _told(machine, peers, size)
     here = [peer for peer in range(size) if machines[peer] == machine]
     started = [start_worker(streams, len(here)) for streams in dealt] if rank == here[0] else []
@@ -280,6 +307,12 @@ def _share(dealt: Sequence[Streams], peers: dist.ProcessGroup | None, timeout_s:
     for worker in started:
         worker.forget_address()
     return connected
+
+
+def _boot_id() -> str:
+    """Tells machines apart that call themselves alike, as containers may."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text() if file.is_file() else ""
 
 
 def _told(said: Any, peers: dist.ProcessGroup | None, size: int) -> list[Any]:

@@ -51,7 +51,7 @@ def read_text(path: str, column: str, start_row: int) -> Iterator[Row]:
     """One row: the whole file. A byte that is not UTF-8 becomes U+FFFD, any line end a newline."""
     for row, (_, file) in enumerate(_open(path)):
         if row >= start_row:
-            text = file.read().decode("utf-8", errors="replace")
+            text = file.read().decode("utf-8-sig", errors="replace")
             yield row, text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -26,8 +26,8 @@ _CONFIG_FILE = "tokenizer_config.json"
 LONG_DOCUMENT = 1 << 20  # characters; a longer one is encoded in pieces
 _PIECE, _PIECES_TOGETHER = 1 << 16, 16
 # Where a piece may end without another token than in the whole text: the pre-tokenizers of byte-level BPEs begin a
-# token at a space between words, and at a line's first character.
-_BETWEEN_TOKENS = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
+# token at a space between words, and at a line's first character if the line before is not blank.
+_BETWEEN_TOKENS = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 _SEARCHED = 4096
 
 # A word's share of BPE training grows with the square of its length: words longer than this are cut.
@@ -191,7 +191,8 @@ def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
     source = open_source(config, TRAIN)
     # Shards in a drawn order: the first documents of a sorted list of files are all of a kind.
     order = permutation(len(source.shards), "tokenizer")
-    documents = (text for shard in order for _, text in source.read(shard) if isinstance(text, str))
+    read = (text for shard in order for _, text in source.read(shard) if isinstance(text, str))
+    documents = (text[:LONG_DOCUMENT] for text in read)  # all that training looks at
     first = next(documents, None)
     if first is None:
         raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")

@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,8 +111,12 @@ class Worker(Protocol):
         """
         ...
 
+    def leave(self) -> None:
+        """Ask for nothing more: the process ends when all its ranks have left."""
+        ...
+
     def close(self) -> None:
-        """End the process."""
+        """Wait for the process to end."""
         ...
 
 
@@ -167,6 +172,9 @@ class InProcess:
         assert sequence is not None, "streams that train repeat for ever"
         return Packed(sequence, packer.state_dict(), packer.stream.skipped, packer.stream.take_notes())
 
+    def leave(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -193,7 +201,8 @@ class WorkerProcess:
     def __init__(self, address: str, process: subprocess.Popen | None, timeout_s: float) -> None:
         self._process, self._timeout_s, self._pending = process, timeout_s, 0
         client = socket.socket(socket.AF_UNIX)
-        client.connect(address)
+        with suppress(OSError):  # the process ended: the first answer says so
+            client.connect(address)
         self._connection = Connection(client.detach())
         self._opened: Opened | None = None
         self._pid = 0
@@ -218,8 +227,10 @@ class WorkerProcess:
         self._pending -= 1
         return self._answer()
 
-    def close(self) -> None:
+    def leave(self) -> None:
         self._connection.close()
+
+    def close(self) -> None:
         if self._process is not None:
             try:
                 self._process.wait(_EXIT_TIMEOUT_S)
@@ -287,48 +298,47 @@ class Started:
 
     def forget_address(self) -> None:
         """Once all ranks are connected."""
-        Path(self.address).unlink()
-        self.folder.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def start_worker(streams: Streams, num_ranks: int) -> Started:
     """Start a process that packs streams for as many ranks of this machine. It ends with the process that started it.
 
     Raises:
-        ConfigError: when no socket can be made in the folder for temporary files.
+        ConfigError: when it cannot be started, or the folder for temporary files takes no socket.
     """
-    folder = Path(tempfile.mkdtemp(prefix="minimax-train-"))
-    with socket.socket(socket.AF_UNIX) as listener:
-        try:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="minimax-train-"))
+        with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryFile() as told:
             listener.bind(str(folder / "socket"))
-        except OSError as error:
-            folder.rmdir()
-            raise ConfigError(f"TMPDIR={str(folder.parent)!r}: no socket can be made there: {error}") from error
-        listener.listen(num_ranks)
-        arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import main; main()", *arguments],
-            stdin=subprocess.PIPE,
-            pass_fds=[listener.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it ended: the first answer says so
-        pickle.dump(streams, process.stdin)
-        process.stdin.close()
+            listener.listen(num_ranks)
+            pickle.dump(streams, told)
+            told.seek(0)
+            arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
+            # Ctrl-C goes to all processes of a terminal, also to one that is still being imported.
+            start = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from {__name__} import main; main()"
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", start, *arguments],
+                stdin=told,
+                pass_fds=[listener.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+    except OSError as error:
+        raise ConfigError(
+            f"data.num_workers: no worker can be started with TMPDIR={tempfile.gettempdir()!r}: {error}"
+        ) from error
     return Started(folder, process)
 
 
 def main() -> None:
     """The worker process: file descriptor of the listening socket, number of ranks, process that started it."""
     descriptor, num_ranks, parent = map(int, sys.argv[1:])
-    # It ends when its parent does, however that ends, and not before: Ctrl-C goes to all processes of a terminal.
+    # It ends when its parent does, however that ends, and not before.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.nice(10)  # threads that launch kernels go first
     streams = pickle.load(sys.stdin.buffer)

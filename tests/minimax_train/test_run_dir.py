@@ -327,7 +327,7 @@ def _raise(error):
     [
         ([], 0),
         (["recipe.learning_rate=100", "recipe.weight_decay=100", "recipe.warmup_steps=0"], 1),
-        (["data.shuffle_documents=7"], 2),
+        (["data.shuffle_documents=7"], 1),
         (["checkpoint.interval=1"], 1),
     ],
 )

@@ -251,7 +251,7 @@ CHECKPOINTS = {
     "tokenizer cut short": (lambda c: os.truncate(c / "tokenizer" / "tokenizer.json", 30), "no tokenizer in .*: EOF"),
     "tokenizer's settings": (
         lambda c: (c / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": {"content": 3}}'),
-        "tokenizer': ",
+        "tokenizer' has no end-of-text token",
     ),
 }
 
