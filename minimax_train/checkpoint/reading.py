@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
@@ -33,7 +34,7 @@ class CheckpointFiles(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, once every shard that it names is seen to be there in full length. Reads no tensor.
+        """The index, once the first rank has seen every shard that it names there in full length. Reads no tensor.
 
         Raises:
             ConfigError: naming the file that is missing, cut short or no index.
@@ -103,7 +104,8 @@ class CheckpointFiles(dcp.FileSystemReader):
             raise
         except Exception as error:  # unpickling damaged bytes may raise anything
             raise ConfigError(f"{file}: damaged: not the index of a checkpoint: {one_line(error)}") from error
-        for name, shard in shards.items():
+        # One rank looks: a thousand would ask a file system for a thousand shards each.
+        for name, shard in shards.items() if not dist.is_initialized() or dist.get_rank() == 0 else ():
             if not shard.is_file():
                 raise ConfigError(f"{shard}: missing, though {file} names it")
             size = shard.stat().st_size

@@ -164,6 +164,7 @@ def load_weights(path: Path, model: dict[str, Tensor]) -> None:
         ConfigError: when it is damaged, lacks a parameter, or holds it in another shape.
     """
     files = CheckpointFiles(path)
+    on_first_rank(lambda: files.read_metadata() and None)
     stored = files.read_metadata().state_dict_metadata
     for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
