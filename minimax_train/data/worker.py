@@ -124,32 +124,40 @@ class InProcess:
     """A worker that is no process: it packs what was asked for when it is received."""
 
     def __init__(self, streams: Streams) -> None:
-        config, source = streams.config, open_source(streams.config, TRAIN)
-        self._packers = {
-            stream: SequencePacker(
-                DocumentStream(
-                    source,
-                    streams.tokenizer,
-                    stream=stream,
-                    num_streams=config.num_streams,
-                    seed=streams.seed,
-                    shuffle_documents=config.shuffle_documents,
-                )
+        self._streams = streams
+        self._opened: Opened | None = None
+        self._packers: dict[int, SequencePacker] = {}
+        self._asked: tuple[Sequence[int], int] | None = None
+
+    def opened(self) -> Opened:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Opened:
+        config, tokenizer, source = (
+            self._streams.config,
+            self._streams.tokenizer,
+            open_source(self._streams.config, TRAIN),
+        )
+        for stream in self._streams.streams:
+            documents = DocumentStream(
+                source,
+                tokenizer,
+                stream=stream,
+                num_streams=config.num_streams,
+                seed=self._streams.seed,
+                shuffle_documents=config.shuffle_documents,
             )
-            for stream in streams.streams
-        }
+            self._packers[stream] = SequencePacker(documents)
         # With fewer shards than streams, the last stream is the first that has no document.
         deals_shards = len(source.shards) >= config.num_streams
         for stream in self._packers if deals_shards else [max(self._packers)]:
             self._packers[stream].stream.check()
-        _check_targets(source, streams.tokenizer)
+        _check_targets(source, tokenizer)
         states = {stream: packer.state_dict() for stream, packer in self._packers.items()}
-        digests = source.digests() if streams.digests else None
-        self._opened = Opened(states, source.shards, digests, source.identity, source.fingerprint)
-        self._asked: tuple[Sequence[int], int] | None = None
-
-    def opened(self) -> Opened:
-        return self._opened
+        digests = source.digests() if self._streams.digests else None
+        return Opened(states, source.shards, digests, source.identity, source.fingerprint)
 
     def place(self, states: dict[int, dict[str, int]]) -> None:
         for stream, state in states.items():

@@ -62,7 +62,9 @@ def config_of(*files, file_format="json", **options):
 
 def loader_of(config, **options):
     settings = {"dp_rank": 0, "dp_size": 1, "seed": 7}
-    return build_train_loader(config, WordTokenizer(), **settings | options)
+    loader = build_train_loader(config, WordTokenizer(), **settings | options)
+    loader.open()
+    return loader
 
 
 def take(loader, count, length):
