@@ -131,7 +131,10 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> TrainingError:
 
 def _fail(error: ConfigError | TrainingError, rank: int) -> int:
     if rank == 0 or not error.on_all_ranks:
-        to_stderr(f"{f'rank {rank}: ' if rank else ''}error: {error}")
+        lines = str(error).splitlines()
+        # Libraries write essays; only a worker's traceback keeps its lines.
+        told = " ".join(map(str.strip, lines)) if isinstance(error, ConfigError) else "\n".join(lines)
+        to_stderr(f"{f'rank {rank}: ' if rank else ''}error: {told}")
     status = exit_status(error)
     if dist.is_initialized():
         # Taking the process groups down could wait for ranks that are stuck in a collective, or abort.

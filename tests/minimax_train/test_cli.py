@@ -236,6 +236,19 @@ def test_a_whole_run(tmp_path):
     assert (run / "checkpoints/step-00000006/.metadata").is_file()
 
 
+def test_an_essay_of_a_library_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    from minimax_train import cli
+
+    def run(*_):
+        raise ConfigError("data.tokenizer='x': cannot be loaded: OSError: We cannot connect.\n  See the manual.\n")
+
+    monkeypatch.setattr(cli, "run", run)
+    assert main(overrides(tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        "error: data.tokenizer='x': cannot be loaded: OSError: We cannot connect. See the manual.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("case", "status", "message"),
     [

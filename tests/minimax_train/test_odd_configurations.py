@@ -30,7 +30,9 @@ def test_odd_configurations(tmp_path, share):
         elif answer.status == 0:
             accepted.append(case)
     assert len(accepted) > 20, "the draw must hold configurations that are taken"
-    for case in random.Random(share).sample(accepted, 5):
+    # A tokenizer by name is looked for on the hub, for a minute where there is no network.
+    trainable = [case for case in accepted if "data.tokenizer" not in case]
+    for case in random.Random(share).sample(trainable, 5):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         answer = train(case, folder)
