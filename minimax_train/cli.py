@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -22,13 +21,12 @@ import torch.distributed as dist
 from minimax_train.config import Config, load_config, to_yaml
 from minimax_train.errors import ConfigError, Interrupted, TrainingError, exit_status, require
 from minimax_train.metrics.console import Output, to_stderr
-from minimax_train.parallel.environment import ProcessEnvironment, share_processors
+from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
 
 # From a SIGINT to the end of a process that does not come to it by itself; torchrun kills after 30.
 _INTERRUPT_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 USAGE = """
 Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
@@ -172,12 +170,9 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
 
 
 def _end_with_torchrun() -> None:
-    """Have the system kill this process when torchrun is killed: it would go on, and keep the run's folder, unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    """If torchrun is killed: this process would go on, and keep the run's folder, unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> tuple[str, Tree]:
         mark = error.problem_mark
         raise ConfigError(f"{path}, line {mark.line + 1 if mark else '?'}: {error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML: {one_line(error)}") from error
+        raise ConfigError(f"{path}: not YAML: {_root_cause(error)}") from error
     except RecursionError:
         raise ConfigError(f"{path}: has too many levels") from None
     require(tree is None or isinstance(tree, dict), str(path), tree, "must hold keys and values, key: value")
@@ -99,7 +99,7 @@ class TextSource(ConfigSource):
         try:
             header, tree = self._get_header_dict(text), OmegaConf.create(tree)
         except (ValueError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{path}: {one_line(error)}") from error
+            raise ConfigError(f"{path}: {_root_cause(error)}") from error
         except RecursionError:
             raise ConfigError(f"{path}: a part of it contains itself") from None
         if config_path.startswith(f"{EXPERIMENT}/"):
@@ -193,7 +193,7 @@ def _files(choices: Sequence[str], folders: Sequence[Path]) -> Tree:
         there = f"; there are {', '.join(error.options)}" if error.options else ""
         raise ConfigError(f"{show(error.missing_cfg_file)}: there is no such file of configuration{there}") from error
     except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(_root_cause(error)) from error
     except RecursionError:
         raise ConfigError(f"{' '.join(choices)}: files that name each other in their defaults") from None
 
@@ -243,7 +243,7 @@ def _resolve(tree: Tree, defaults: Mapping[str, Any], given: Mapping[str, str]) 
         return resolved
     except (OmegaConfBaseException, RecursionError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        raise ConfigError(f"{given.get(key, key)}: {one_line(error)}".removeprefix(": ")) from error
+        raise ConfigError(f"{given.get(key, key)}: {_root_cause(error)}".removeprefix(": ")) from error
 
 
 def _merged(below: Mapping[str, Any], above: Tree) -> Tree:
@@ -255,7 +255,7 @@ def _merged(below: Mapping[str, Any], above: Tree) -> Tree:
     return {name: both(name) for name in {**below, **above}}
 
 
-def one_line(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """The message of an error that led to others, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__

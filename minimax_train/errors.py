@@ -43,3 +43,8 @@ def require(condition: bool, key: str, value: object, accepted: str) -> None:
 def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not one of the choices."""
     require(value in choices, key, value, f"must be one of {', '.join(choices)}")
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library's, its kind and what it says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+_PR_SET_PDEATHSIG = 1
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MOST_PROCESSES = 2**20
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
@@ -87,6 +91,14 @@ class ProcessEnvironment:
             what = f"the {self.world_size} processes did not meet at {self.init_method}"
             raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
         return device
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when process ``parent``, which started it, ends however it does (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:

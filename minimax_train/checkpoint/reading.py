@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException, LoadPlan, LoadPlan
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.futures import Future
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, one_line
 
 METADATA = ".metadata"
 
@@ -112,8 +112,3 @@ class CheckpointFiles(dcp.FileSystemReader):
             if size < ends[name]:
                 raise ConfigError(f"{shard}: damaged: it has {size} bytes, {file} says {ends[name]}")
         return metadata
-
-
-def one_line(error: BaseException) -> str:
-    """An error of another library's, its kind and what it says, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

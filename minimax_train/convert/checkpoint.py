@@ -34,11 +34,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from yaml import YAMLError
 
-from minimax_train.checkpoint.reading import CheckpointFiles, one_line
+from minimax_train.checkpoint.reading import CheckpointFiles
 from minimax_train.convert.json_file import read_json
 from minimax_train.convert.names import Chunk, Parameter
 from minimax_train.convert.shards import DTYPES, require_finite
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, one_line, require
 from minimax_train.files import CONFIG
 from minimax_train.model import ModelConfig
 

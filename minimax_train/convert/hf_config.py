@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minimax_train.checkpoint.reading import one_line
 from minimax_train.convert.names import attention_names
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, one_line, require
 from minimax_train.model import ModelConfig
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import deep_norm_alpha

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minimax_train.checkpoint.reading import one_line
 from minimax_train.convert.json_file import read_json
 from minimax_train.data.tokenizer import Tokenizer, load_tokenizer
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, one_line, require
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 FILES = (

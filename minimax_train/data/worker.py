@@ -7,7 +7,6 @@ order, and the process does each of them once.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import pickle
@@ -33,9 +32,9 @@ from minimax_train.data.sources import TRAIN, Source, open_source
 from minimax_train.data.streams import DocumentStream
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.errors import ConfigError, TrainingError
+from minimax_train.parallel.environment import end_with_parent
 
 _DOCUMENTS_SAMPLED, _CHARACTERS_SAMPLED = 1000, 1000
-_PR_SET_PDEATHSIG = 1
 _EXIT_TIMEOUT_S = 5.0
 
 
@@ -341,11 +340,7 @@ def start_worker(streams: Streams, num_ranks: int) -> Started:
 def main() -> None:
     """The worker process: file descriptor of the listening socket, number of ranks, process that started it."""
     descriptor, num_ranks, parent = map(int, sys.argv[1:])
-    # It ends when its parent does, however that ends, and not before.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    end_with_parent(parent)  # and not before: a SIGTERM to the whole job is the trainer's to answer
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.nice(10)  # threads that launch kernels go first
