@@ -45,7 +45,7 @@ class Command:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
         # pytest has put its own in their place.
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # OpenMP's other threads stayed with the parent: a loop shared with them never ends
         prepare()
         status = main(list(arguments))
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Odd configurations: what ``minimax-train`` is asked that nobody should ask, and what it may answer.
 
-    python tests/lib/support/odd_configurations.py [--targeted 5000] [--random 5000] [--trained 500] [--seed 1]
+    PYTHONPATH=tests/lib python tests/lib/support/odd_configurations.py
+        [--targeted 5000] [--random 5000] [--trained 500] [--seed 1]
 
 *Targeted*: one field given an odd value of any type. *Random*: many fields at once, of plausible values. An answer is a
 configuration that holds what was typed, or one line that names the field. *Trained*: two steps of a small model; an
@@ -16,7 +17,6 @@ import functools
 import io
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -33,6 +33,7 @@ import yaml
 from minimax_train import cli
 from minimax_train.config import Config
 from minimax_train.engines import ENGINES, EngineConfig
+from support.commands import Command
 
 # Groups are parts of the configuration; a whole group cannot be given a value.
 INTEGERS = ["-1", "0", "1", "2", "3", "7", "64", "1000", "1000000000", str(2**31), str(2**63), "9" * 30]
@@ -291,32 +292,15 @@ def corpus(folder: Path) -> list[str]:
 
 def train(case: dict[str, str], folder: Path, limit_s: int = 60) -> Answer:
     """``minimax-train`` to its end, in a fork of this process, in ``folder``."""
-    out, err, started = folder / "out", folder / "err", time.perf_counter()
+    started = time.perf_counter()
     arguments = [*corpus(folder), *command(case)]
     if "run_dir" not in case:
         arguments.append(f"run_dir={folder}/run")
-    pid = os.fork()
-    if not pid:
-        os.chdir(folder)
-        for stream, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        signal.alarm(limit_s)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        try:
-            status = cli.main(arguments)
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    _, waited = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(waited)
-    status = code if code >= 0 else f"signal {-code}"
-    return Answer(status, out.read_text(), err.read_text(), time.perf_counter() - started)
+    try:
+        status, out, err = Command(folder, arguments).finish(limit_s)
+    except AssertionError as error:
+        return Answer("hung", "", str(error), time.perf_counter() - started)
+    return Answer(status if status >= 0 else f"signal {-status}", out, err, time.perf_counter() - started)
 
 
 def wrong_training(case: dict[str, str], answer: Answer, folder: Path) -> str | None:
