@@ -297,11 +297,21 @@ def _build(kind: type, tree: Any, given: Mapping[str, str], path: str = "") -> A
         key = f"{path}.{name}".lstrip(".")
         if dataclasses.is_dataclass(what.kind):
             values[name] = _build(_group_type(what.kind, tree.get(name)), tree.get(name, {}), given, key)
+        elif what.element is not None and dataclasses.is_dataclass(what.element.kind) and name in tree:
+            values[name] = _build_named(what.element.kind, tree[name], given, key)
         elif tree.get(name, what.default) in (dataclasses.MISSING, MISSING):
             raise ConfigError(f"{key}: no value given; it has no default, so pass {key}=...")
         elif name in tree:
             values[name] = from_text(key, tree[name], what)
     return kind(**values)
+
+
+def _build_named(kind: type, tree: Any, given: Mapping[str, str], path: str) -> dict[str, Any]:
+    """Dataclasses by name from a tree of text."""
+    if not isinstance(tree, dict):
+        first = next(iter(fields_of(kind)))
+        raise ConfigError(f"{path}={show(tree)}: is a group of names: set their keys, as in {path}.NAME.{first}=...")
+    return {name: _build(kind, node, given, f"{path}.{name}") for name, node in tree.items()}
 
 
 def _group_type(kind: type, tree: Any) -> type:

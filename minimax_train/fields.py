@@ -18,7 +18,7 @@ import re
 import types
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from minimax_train.errors import ConfigError, require
@@ -29,6 +29,7 @@ NULLS = ("null", "Null", "NULL")
 PATH = "path"
 _WORDS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
 _QUOTED = r"""'(?:\\'|[^'])*'|"(?:\\"|[^"])*\""""
+_NAME = re.compile(r"[^\W\d][\w-]*", re.ASCII)
 _ELEMENT = re.compile(rf"\s*(?P<element>{_QUOTED}|[^,]*?)\s*(?P<end>,|\Z)", re.DOTALL)
 _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: controls, lone surrogates, line and paragraph breaks
 
@@ -55,11 +56,12 @@ class Field:
     """What one field takes.
 
     Attributes:
-        kind: ``int``, ``float``, ``bool``, ``str``, ``list`` (of strings) or a dataclass.
+        kind: ``int``, ``float``, ``bool``, ``str``, ``list`` (of strings), ``dict`` (from names) or a dataclass.
         optional: whether null is accepted.
         range: of a number.
         is_path: whether its strings are paths.
         default: what it is without a value; ``dataclasses.MISSING`` if it needs one.
+        element: what the values of a dict are.
     """
 
     kind: type
@@ -67,10 +69,13 @@ class Field:
     range: Range | None
     is_path: bool
     default: Any
+    element: Field | None = None
 
     @property
     def accepted(self) -> str:
         """The type in a word or two, for messages."""
+        if self.element is not None:
+            return "names, each with keys of its own" if is_dataclass(self.element.kind) else "names, each with a value"
         return ("list[str]" if self.kind is list else self.kind.__name__) + (" or null" if self.optional else "")
 
 
@@ -81,13 +86,19 @@ def fields_of(group: type) -> dict[str, Field]:
     return {field.name: _field(hints[field.name], field) for field in dataclasses.fields(group)}
 
 
-def _field(hint: Any, field: dataclasses.Field) -> Field:
+def _field(hint: Any, field: dataclasses.Field | None) -> Field:
     hint, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    (kind,) = (get_origin(option) or option for option in options if option is not type(None))
+    (option,) = (option for option in options if option is not type(None))
+    kind, default = get_origin(option) or option, dataclasses.MISSING
+    if field is not None:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if kind is dict:
+        _, value = get_args(option)
+        element = _field(Annotated[value, *marks] if marks else value, None)
+        return Field(kind, type(None) in options, None, False, default, element)
     ranges = [mark for mark in marks if isinstance(mark, Range)]
-    assert len(ranges) == (kind in (int, float)), f"{field.name}: every number needs a range, and nothing else has one"
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    assert len(ranges) == (kind in (int, float)), f"{hint}: every number needs a range, and nothing else has one"
     return Field(kind, type(None) in options, ranges[0] if ranges else None, PATH in marks, default)
 
 
@@ -108,6 +119,13 @@ def _checked(key: str, value: Any, field: Field) -> Any:
     if value is None:
         require(field.optional, key, value, f"is not Optional (accepted: {field.accepted})")
         return None
+    if field.element is not None:
+        require(isinstance(value, dict), key, value, f"must be a group of {field.accepted}")
+        for name in value:
+            require(_NAME.fullmatch(str(name)) is not None, key, name, "names are of letters, digits, '_' and '-'")
+        return {name: _checked(f"{key}.{name}", element, field.element) for name, element in value.items()}
+    if is_dataclass(field.kind):  # which checks itself
+        return value
     fits = isinstance(value, (int, float) if field.kind is float else field.kind)
     fits &= field.kind is bool or not isinstance(value, bool)  # which Python counts among the integers
     require(fits, key, value, f"is of another type (accepted: {field.accepted})")
@@ -159,6 +177,10 @@ def from_text(key: str, given: Any, field: Field) -> Any:
         if not all(isinstance(element, str) and not _is_list(element) for element in elements):
             raise refuse("must be a list of strings")
         return elements
+    if field.element is not None:
+        if not isinstance(given, dict):
+            raise refuse(f"is a group of names: set one as in {key}.NAME=...")
+        return {name: from_text(f"{key}.{name}", value, field.element) for name, value in given.items()}
     if isinstance(given, (dict, list)):
         raise refuse("must be one value")
     text = str(given)

@@ -63,10 +63,13 @@ class SequenceLoader:
         """
         return self._open().fingerprint
 
-    def next_micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
+    def next_micro_batches(self, plan: StepPlan, following: StepPlan | None = None) -> list[MicroBatch]:
         """The micro-batches of one optimizer step of this rank; plans may differ from step to step.
 
-        The next step is packed ahead as this one; what a plan of another length finds packed is packed again.
+        The next step is packed ahead, as ``following`` says; what another plan finds packed is packed again.
+
+        Args:
+            following: what the step after this one is expected to be; as this one if None.
 
         Raises:
             ValueError: what went wrong while reading, also when it went wrong in the background; or a plan that asks
@@ -90,7 +93,8 @@ class SequenceLoader:
             self._error = error
             raise
         self._next_sequence += count * self._dp_size
-        self._ask(count, plan.sequence_length)
+        ahead = plan if following is None else following
+        self._ask(ahead.micro_batches(self._dp_size) * ahead.micro_batch_size, ahead.sequence_length)
         sequences = (p.sequence for p in packed)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 

@@ -23,11 +23,13 @@ class PackedSequence:
         tokens_S: token ids, int64.
         labels_S: the next token of the same document, ``IGNORE_INDEX`` for a document's last, int64.
         lengths: tokens of each document in here, which add up to S. A document cut at the end is in two sequences.
+        origins: of each document in here, its source and its length: an index of :attr:`DataConfig.origins`.
     """
 
     tokens_S: np.ndarray
     labels_S: np.ndarray
     lengths: list[int]
+    origins: list[int]
 
 
 class SequencePacker:
@@ -62,7 +64,7 @@ class SequencePacker:
             if not len(self._left):
                 self._before, self._pieces, self._offset = self._stream.state_dict(), None, 0
         tokens_S, labels_S = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return PackedSequence(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces])
+        return PackedSequence(tokens_S, labels_S, [len(tokens) for tokens, _ in pieces], [0] * len(pieces))
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last sequence: the stream's before the current document, and the offset in it."""

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -27,6 +28,20 @@ from minimax_train.errors import ConfigError
 TRAIN, VALIDATION = "train", "validation"
 _READERS = {"text": read_text, "json": read_json, "parquet": read_parquet}
 _ALL_BAD = 1000  # bad documents at the start of a file, and no other: a wrong setting rather than some bad documents
+
+
+class Document(NamedTuple):
+    """What was read of a shard.
+
+    Attributes:
+        row: its number in the shard.
+        following: where the next row begins, for readers that can start there, such as a byte; 0 for others.
+        content: its text, or its tokens (int64, the end of text included).
+    """
+
+    row: int
+    following: int
+    content: str | np.ndarray | BadDocument
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,14 @@ class Source:
     fingerprint: str
     dataset: datasets.IterableDataset | None = None
 
-    def read(self, shard: int, start_row: int = 0) -> Iterator[tuple[int, str | BadDocument]]:
-        """(row, text) of a shard's documents from ``start_row`` on; null and empty texts are passed over.
+    def read(self, shard: int, start_row: int = 0, offset: int = 0) -> Iterator[Document]:
+        """A shard's documents from ``start_row`` on; null and empty texts are passed over.
 
         Where bad documents are passed over they come as such, for who counts them.
+
+        Args:
+            offset: of the document before, with which ``start_row`` is found without reading what is before it; 0 where
+                it is not known.
 
         Raises:
             ConfigError: naming the field, the shard, and line or row: when it cannot be read or has no such column of
@@ -84,14 +103,14 @@ class Source:
                     raise ConfigError(f"{self.description}: {text}; data.bad_documents={SKIP} would pass over it")
                 if following == bad == _ALL_BAD:
                     raise ConfigError(f"{self.description}: the first {bad} documents are bad, the last: {text}")
-                yield row, text
+                yield Document(row, 0, text)
             elif text:
-                yield row, text
+                yield Document(row, 0, text)
 
     def documents(self) -> Iterator[str]:
         """The text of every document once, shard by shard, in the order of the shards."""
         found = chain.from_iterable(self.read(shard) for shard in range(len(self.shards)))
-        return (text for _, text in found if isinstance(text, str))
+        return (document.content for document in found if isinstance(document.content, str))
 
     def digests(self) -> list[str]:
         """One per shard, which changes with a file's size, head or tail; of a remote file, with its name."""

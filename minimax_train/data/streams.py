@@ -215,7 +215,8 @@ class DocumentStream:
         index, skipped = place.index, place.skipped
         for position in range(place.shard, len(shards)):
             start = place.row if position == place.shard else 0
-            for row, text in self._source.read(shards[position], start):
+            for row, _, text in self._source.read(shards[position], start):
+                assert not isinstance(text, np.ndarray)
                 is_bad = isinstance(text, BadDocument)
                 # A bad document has no index: it counts in one of the streams that read it.
                 mine = deals_shards or (row if is_bad else index) % self._num_streams == self._stream
@@ -254,6 +255,6 @@ class DocumentStream:
 
     def _or_bad(self) -> str:
         shards = range(len(self._source.shards))
-        found = (text for shard in shards for _, text in self._source.read(shard) if isinstance(text, BadDocument))
+        found = (d.content for shard in shards for d in self._source.read(shard) if isinstance(d.content, BadDocument))
         first = next(found, None)
         return f" and bad ones, the first {first}" if first else ""

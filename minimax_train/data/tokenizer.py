@@ -191,7 +191,7 @@ def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
     source = open_source(config, TRAIN)
     # Shards in a drawn order: the first documents of a sorted list of files are all of a kind.
     order = permutation(len(source.shards), "tokenizer")
-    read = (text for shard in order for _, text in source.read(shard) if isinstance(text, str))
+    read = (document.content for shard in order for document in source.read(shard) if isinstance(document.content, str))
     documents = (text[:LONG_DOCUMENT] for text in read)  # all that training looks at
     first = next(documents, None)
     if first is None:

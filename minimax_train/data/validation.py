@@ -30,7 +30,7 @@ class ValidationSequences:
         self._sequences, self._dp_size = sequences[dp_rank::dp_size], dp_size
         length = len(sequences[0].tokens_S)
         tokens_S, labels_S = filler(length, int(sequences[0].tokens_S[0]))
-        self._stand_in = PackedSequence(tokens_S, labels_S, [length])
+        self._stand_in = PackedSequence(tokens_S, labels_S, [length], [0])
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """This rank's sequences, ``size`` at a time, on the host; as many micro-batches as on every other rank."""

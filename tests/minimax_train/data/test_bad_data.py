@@ -151,7 +151,7 @@ def test_bad_lines(tmp_path, bad, reason):
     source = pickle.loads(pickle.dumps(open_source(config_of(path, bad_documents="skip"), TRAIN)))
     assert list(source.documents()) == ["a", "b"]
     rows = list(source.read(0))
-    assert [row for row, _ in rows] == [0, 1, 2] and isinstance(rows[1][1], BadDocument)
+    assert [document.row for document in rows] == [0, 1, 2] and isinstance(rows[1].content, BadDocument)
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r\n", "\n \n"])
@@ -166,7 +166,8 @@ def test_one_json_list(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "a"}, "b", {"text": None}, {"text": "c", "other": 1}], indent=2))
     source = open_source(config_of(path), TRAIN)
-    assert list(source.read(0)) == [(0, "a"), (1, "b"), (3, "c")] and list(source.read(0, 2)) == [(3, "c")]
+    assert [(row, text) for row, _, text in source.read(0)] == [(0, "a"), (1, "b"), (3, "c")]
+    assert [(row, text) for row, _, text in source.read(0, 2)] == [(3, "c")]
     path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}]')
     with pytest.raises(ValueError, match=r"a.json'.*line 2: byte 0xff is not UTF-8"):
         list(open_source(config_of(path), TRAIN).documents())
