@@ -1,0 +1,195 @@
+"""Whole training steps: the trainer's own loop on live data, its rate, and where the time goes.
+
+    python benchmarks/training.py [--models small medium slice] [--lengths 8192 32768] [--micro-batches 1 8]
+        [--routing real balanced] [--steps 8] [--json FILE] [overrides]
+    torchrun --nproc-per-node 2 benchmarks/training.py --models medium parallel.cp=2
+
+Each case is a ``Trainer`` as ``minimax-train`` makes it, with its loader, clipping and metrics; without evaluation and
+checkpoints. ``--rows`` packed sequences of 8,192 tokens make a micro-batch, or as many tokens of longer ones. ``slice``
+is text-01 at full width: one lightning and one softmax layer, 8 experts, a vocabulary of 32,000. *Balanced* routing
+gives every expert as many assignments as any other, whatever the router says. After warm-up the steps are timed
+without a profiler, then three more are profiled: "busy" is the share of their time in which a kernel other than a
+collective's runs, "launches" are kernels a step. FLOPs are the library's own count (``metrics/flops.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import closing, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import minimax_train.model.experts
+from minimax_train.config import load_config
+from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.run_lock import release_lock
+from minimax_train.trainer import Trainer
+
+SLICE = [
+    "model=text-01",
+    "model.num_layers=2",
+    "model.layer_pattern=LS",
+    "model.num_experts=8",
+    "model.vocab_size=32000",
+]
+MODELS = {"tiny": ["model=tiny"], "small": ["model=small"], "medium": ["model=medium"], "slice": SLICE}
+COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "launches", "host ms", "GiB", "loss")
+
+
+def balanced(route: Any) -> Any:
+    """Routing in which token t's k-th choice is expert t * K + k modulo their number, with nearly equal weights."""
+
+    def routed(logits_TE: Tensor, experts_per_token: int, *arguments: Any, **options: Any) -> Any:
+        (T, E), K = logits_TE.shape, experts_per_token
+        choice_TK = torch.arange(T * K, device=logits_TE.device).remainder(E).view(T, K)
+        preferred_TE = torch.zeros_like(logits_TE).scatter(1, choice_TK, 100.0)
+        return route(logits_TE * 1e-3 + preferred_TE, K, *arguments, **options)
+
+    return routed
+
+
+def measure(
+    steps: int, overrides: list[str], environment: ProcessEnvironment, device: torch.device
+) -> dict[str, float]:
+    """One case; figures of this rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]  # the first rank's, which holds the run
+        dist.broadcast_object_list(shared)
+        config = load_config([*overrides, f"run_dir={shared[0]}/run"])
+        config.check_world_size(environment.world_size)
+        grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
+        trainer = Trainer(config, grid, device)
+        try:
+            with closing(trainer.loader):
+                return timed(trainer, steps) | profiled(trainer)
+        finally:
+            release_lock(Path(config.run_dir))
+            dist.barrier()
+
+
+def timed(trainer: Trainer, steps: int) -> dict[str, float]:
+    """Rate and memory of some steps, with the host's time to launch one."""
+    for _ in range(3):
+        trainer.metrics(trainer.train_step())
+    started = time.perf_counter()
+    launched = []
+    for _ in range(steps):
+        before = time.perf_counter()
+        taken = trainer.train_step()
+        launched.append(time.perf_counter() - before)
+    metrics = trainer.metrics(taken)  # waits for the device
+    step_s = (time.perf_counter() - started) / steps
+    flops_per_token = metrics["tflops_per_rank"] / metrics["tokens_per_second"]
+    tokens_per_s = taken.plan.tokens / step_s
+    return {
+        "tokens/s": tokens_per_s,
+        "TFLOP/s": flops_per_token * tokens_per_s,
+        "MFU %": 100e12 * flops_per_token * tokens_per_s / (trainer.peak_flops_per_s or float("nan")),
+        "ms": 1e3 * step_s,
+        "host ms": 1e3 * statistics.median(launched),
+        "GiB": metrics.get("peak_memory_gib", float("nan")),
+        "loss": metrics["loss"],
+        **{name.replace("seconds/", "ms "): 1e3 * v for name, v in metrics.items() if name.startswith("seconds/")},
+    }
+
+
+def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
+    """Share of the time in which the device computes, and launches a step."""
+    if trainer.device.type != "cuda":
+        return {"busy %": float("nan"), "launches": float("nan")}
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            trainer.train_step()
+        trainer.guard.check()
+    device = torch.autograd.DeviceType.CUDA
+    kernels = [e for e in recorded.events() or () if e.device_type == device]
+    computing = sorted((e.time_range.start, e.time_range.end) for e in kernels if "nccl" not in e.name.lower())
+    busy, reached = 0.0, computing[0][0]
+    for start, end in computing:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"busy %": 100 * busy / (reached - computing[0][0]), "launches": len(kernels) / steps}
+
+
+def cases(options: argparse.Namespace) -> dict[tuple, list[str]]:
+    """Name of each case and its overrides."""
+    found, world_size = {}, ProcessEnvironment.detect().world_size
+    for name, length, count, routing in itertools.product(
+        options.models, options.lengths, options.micro_batches, options.routing
+    ):
+        rows = max(1, options.rows * 8192 // length)
+        found[name, length, count, routing] = [
+            *MODELS[name],
+            f"data.sequence_length={length}",
+            f"recipe.micro_batch_size={rows}",
+            f"recipe.global_batch_size={rows * count * world_size}",
+            f"data.num_streams={max(8, rows * world_size)}",
+            f"recipe.steps={10**6}",
+            "recipe.learning_rate=1e-5",
+            "recipe.min_learning_rate=1e-6",
+            "recipe.eval_interval=0",
+            "checkpoint.interval=0",
+            *options.overrides,
+        ]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["small", "medium", "slice"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192])
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--routing", nargs="+", choices=["real", "balanced"], default=["real"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args()
+    environment = ProcessEnvironment.detect()
+    device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=600))
+    first = environment.rank == 0
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    if first:
+        print(f"{environment.world_size} x {name}, torch {torch.__version__}")
+        print(f"{'':32}" + "".join(f"{column:>11}" for column in COLUMNS), flush=True)
+    results: dict[str, Any] = {}
+    for case, overrides in cases(options).items():
+        shown = f"{case[0]} {case[1]} x{case[2]} {case[3]}"
+        route = minimax_train.model.experts.route
+        forced = mock.patch.object(minimax_train.model.experts, "route", balanced(route))
+        try:
+            with forced if case[3] == "balanced" else nullcontext():
+                found = measure(options.steps, overrides, environment, device)
+        except torch.OutOfMemoryError:
+            found = {}
+        results[shown] = found
+        if first:
+            row = "".join(f"{found.get(column, float('nan')):11,.1f}" for column in COLUMNS)
+            print(f"{shown:32}{row if found else '  out of memory'}", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    if options.json and first:
+        options.json.write_text(json.dumps({"machine": name, "results": results}))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
