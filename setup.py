@@ -24,6 +24,7 @@ setup(
         "numpy>=1.26",
         "hydra-core>=1.3.2,<1.4",
         "datasets>=5.0",
+        "pyarrow>=21",
         "tokenizers>=0.22",
         "transformers>=5.0",
         "safetensors>=0.5",
@@ -43,6 +44,7 @@ setup(
     entry_points={
         "console_scripts": [
             "minimax-train = minimax_train.__main__:main",
+            "minimax-data = minimax_train.data.cli:main",
             "minimax-convert = minimax_train.convert.cli:main",
         ],
     },

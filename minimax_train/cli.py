@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.config import Config, load_config, to_yaml
-from minimax_train.errors import ConfigError, Interrupted, TrainingError, exit_status, require
+from minimax_train.errors import ConfigError, GridChange, Interrupted, TrainingError, exit_status, require
+from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
 from minimax_train.parallel.grid import ProcessGrid
@@ -35,7 +36,8 @@ experiment. Run by itself it is a run of one process; under torchrun or srun, on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop."""
+    """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop, 3 for one that
+    goes on when it is started again on its next stage's process grid."""
     parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.cfg:
             Output(sys.stdout).write(to_yaml(config))
             return 0
-        config.check_world_size(environment.world_size)
+        if not config.has_other_grids:  # else its newest checkpoint says which grid: in run
+            config.check_world_size(environment.world_size)
     except ConfigError as error:
         error.on_all_ranks = True
         return _fail(error, environment.rank)
@@ -132,7 +135,8 @@ def _fail(error: ConfigError | TrainingError, rank: int) -> int:
         lines = str(error).splitlines()
         # Libraries write essays; only a worker's traceback keeps its lines.
         told = " ".join(map(str.strip, lines)) if isinstance(error, ConfigError) else "\n".join(lines)
-        to_stderr(f"{f'rank {rank}: ' if rank else ''}error: {told}")
+        kind = "stopped" if isinstance(error, GridChange) else "error"
+        to_stderr(f"{f'rank {rank}: ' if rank else ''}{kind}: {told}")
     status = exit_status(error)
     if dist.is_initialized():
         # Taking the process groups down could wait for ranks that are stuck in a collective, or abort.
@@ -145,7 +149,9 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     """Join the process group, train, leave."""
     share_processors()
     _end_with_torchrun()
-    from minimax_train.trainer import Trainer  # after the configuration is checked: it takes seconds to import
+    # After the configuration is checked: they take seconds to import.
+    from minimax_train.run_dir import on_grid_of_stage
+    from minimax_train.trainer import Trainer
 
     device_type = config.device
     if device_type == "auto":
@@ -159,6 +165,8 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
+        if config.has_other_grids:
+            config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
         trainer = Trainer(config, ProcessGrid.create(device_type, timeout, **config.parallel.sizes), device)
         try:
             trainer.train()

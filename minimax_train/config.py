@@ -26,7 +26,7 @@ from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, divisors, nearest_divisors
-from minimax_train.recipe import RecipeConfig, StepPlan
+from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
 
 # Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
 RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
@@ -80,6 +80,12 @@ class ParallelConfig:
         """Of the axes of the process grid."""
         return {"tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
 
+    @property
+    def shown(self) -> str:
+        """The sizes above 1, for messages."""
+        above = [f"parallel.{axis}={size}" for axis, size in self.sizes.items() if size > 1]
+        return ", ".join(above) or "parallel sizes of 1"
+
 
 @dataclass
 class Config:
@@ -109,29 +115,38 @@ class Config:
     def __post_init__(self) -> None:
         check_fields("", self)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        tokens = self.recipe.micro_batch_size * self.data.sequence_length
-        accepted = f"times data.sequence_length={self.data.sequence_length} must be at most {MOST_TOKENS} tokens"
-        require(tokens <= MOST_TOKENS, "recipe.micro_batch_size", self.recipe.micro_batch_size, accepted)
-        try:
-            self.layout.check_length(self.data.sequence_length)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-        self._check_splits()
-        accepted = f"must be at most {self.tokens_per_rank}, the tokens of a rank's micro-batch"
-        groups = self.parallel.token_groups
-        require(groups <= self.tokens_per_rank, "parallel.token_groups", groups, accepted)
-        # Of all ranks' tokens: in check_world_size, for how many they are is not known before.
-        if self.model.capacity_scope == "sequence":
-            self._check_capacity(self.data.sequence_length, "a packed sequence")
-        elif self.model.capacity_scope == "rank":
-            self._check_capacity(self.tokens_per_rank, "a rank's micro-batch")
+        stages = Recipe(self).stages
+        for before, stage in zip([stages[0], *stages], stages, strict=False):
+            with naming(stage):
+                self._check_stage(stage)
+            accepted = f"must be auto: at stage {stage.name}, of another grid, the run ends and is started again"
+            goes_on = before.parallel.sizes == stage.parallel.sizes or self.checkpoint.resume == "auto"
+            require(goes_on, "checkpoint.resume", self.checkpoint.resume, accepted)
 
     @property
-    def tokens_per_rank(self) -> int:
-        """Tokens of a micro-batch that a rank holds between attention layers."""
-        tokens, parallel = self.recipe.micro_batch_size * self.data.sequence_length, self.parallel
-        return tokens // (parallel.cp * parallel.tp)
+    def has_other_grids(self) -> bool:
+        """Whether a stage of the recipe names another process grid than ``parallel``."""
+        return any(stage.parallel.sizes != self.parallel.sizes for stage in resolve_stages(self))
+
+    def _check_stage(self, stage: Stage) -> None:
+        """Refuse a stage whose sizes do not go together, whatever the number of processes."""
+        tokens = stage.micro_batch_size * stage.sequence_length
+        accepted = f"times {stage.sequence_length_key}={stage.sequence_length} must be at most {MOST_TOKENS} tokens"
+        require(tokens <= MOST_TOKENS, stage.micro_batch_key, stage.micro_batch_size, accepted)
+        try:
+            SequenceLayout(stage.parallel.layout, stage.parallel.cp).check_length(stage.sequence_length)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._check_splits(stage)
+        of_rank = tokens // (stage.parallel.cp * stage.parallel.tp)  # between attention layers
+        accepted = f"must be at most {of_rank}, the tokens of a rank's micro-batch"
+        groups = stage.parallel.token_groups
+        require(groups <= of_rank, "parallel.token_groups", groups, accepted)
+        # Of all ranks' tokens: in check_world_size, for how many they are is not known before.
+        if self.model.capacity_scope == "sequence":
+            self._check_capacity(stage.sequence_length, "a packed sequence")
+        elif self.model.capacity_scope == "rank":
+            self._check_capacity(of_rank, "a rank's micro-batch")
 
     def _check_capacity(self, tokens: int, pool: str) -> None:
         """Refuse a capacity factor that drops every assignment of the tokens that share a capacity."""
@@ -145,16 +160,16 @@ class Config:
         )
         require(capacity >= 1, "model.capacity_factor", model.capacity_factor, accepted)
 
-    def _check_splits(self) -> None:
+    def _check_splits(self, stage: Stage) -> None:
         """Refuse a grid whose axes do not divide what they split, or would split what cannot be."""
-        model, parallel = self.model, self.parallel
+        model, parallel = self.model, stage.parallel
         kinds = dict.fromkeys(model.attentions)
         for axis, kind in itertools.product(("tp", "cp"), kinds):
             ranks = parallel.sizes[axis]
             accepted = f"must be 1 with {kind} in model.layer_pattern={model.layer_pattern!r}: it cannot be split"
             require(ranks == 1 or getattr(kind, axis) is not None, f"parallel.{axis}", ranks, accepted)
         heads = dict.fromkeys(name for kind in kinds for name in kind.tp or ())
-        tokens = self.recipe.micro_batch_size * self.data.sequence_length // parallel.cp
+        tokens = stage.micro_batch_size * stage.sequence_length // parallel.cp
         micro_batch = f"the {tokens} tokens of a micro-batch on a context-parallel rank"
         for axis, what, size in [
             *(("tp", f"model.{name}={getattr(model, name)}", getattr(model, name)) for name in heads),
@@ -179,23 +194,28 @@ class Config:
         Raises:
             ConfigError: naming the key to change and the values that would do.
         """
-        recipe, streams, parallel = self.recipe, self.data.num_streams, self.parallel
+        streams, parallel = self.data.num_streams, self.parallel
         try:
             check_sizes(world_size, **parallel.sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         dp = world_size // (parallel.cp * parallel.tp)
-        together = dp * recipe.micro_batch_size
-        size, ranks = recipe.global_batch_size, f"{dp} data-parallel ranks"
-        accepted = f"must be a multiple of {together}: {ranks} x recipe.micro_batch_size={recipe.micro_batch_size}"
-        require(size % together == 0, "recipe.global_batch_size", size, accepted)
+        ranks = f"{dp} data-parallel ranks"
+        for stage, batch in Recipe(self).batches():
+            if stage.parallel.sizes == parallel.sizes:  # others run on a number of processes of their own
+                with naming(stage):
+                    stage.check_batch(batch, dp)
         accepted = f"must be a multiple of the {ranks}; with it, {divisors(streams)} of them would do"
         require(streams % dp == 0, "data.num_streams", streams, accepted)
         workers, own = self.data.num_workers, streams // dp
         accepted = f"must be at most {own}, the streams of a data-parallel rank (data.num_streams={streams}), or 0"
         require(workers <= own, "data.num_workers", workers, accepted)
         if self.model.capacity_scope == "global":
-            self._check_capacity(together * self.data.sequence_length, "all ranks' micro-batches")
+            for stage in resolve_stages(self):
+                if stage.parallel.sizes == parallel.sizes:
+                    with naming(stage):
+                        tokens = dp * stage.micro_batch_size * stage.sequence_length
+                        self._check_capacity(tokens, "all ranks' micro-batches")
 
 
 def load_config(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> Config:
@@ -247,15 +267,33 @@ def _group(tree: Tree, name: str) -> Tree:
 
 
 def config_at(config: Config, plan: StepPlan) -> Config:
-    """The configuration that a run at this step would begin with: a checkpoint's, for who uses it on its own."""
+    """The configuration of a checkpoint, for who uses it on its own: sequence length and RoPE base are those of its
+    step; the recipe is kept as the run has it."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, rope_base=plan.rope_base),
         data=dataclasses.replace(config.data, sequence_length=plan.sequence_length),
-        recipe=dataclasses.replace(
-            config.recipe, global_batch_size=plan.global_batch_size, micro_batch_size=plan.micro_batch_size
-        ),
+        recipe=_with_own_values(config),
     )
+
+
+def config_on(config: Config, parallel: ParallelConfig) -> Config:
+    """The configuration of a process, when its run has come to a stage with a grid of its own."""
+    return dataclasses.replace(config, parallel=parallel, recipe=_with_own_values(config))
+
+
+def _with_own_values(config: Config) -> RecipeConfig:
+    """The recipe with all that its first stage takes from other groups said by itself, so that these may change."""
+    if not config.recipe.stages:
+        return config.recipe
+    (name, first), *others = config.recipe.stages.items()
+    first = dataclasses.replace(
+        first,
+        sequence_length=first.sequence_length or config.data.sequence_length,
+        rope_base=first.rope_base or config.model.rope_base,
+        parallel={**config.parallel.sizes, **(first.parallel or {})},
+    )
+    return dataclasses.replace(config.recipe, stages={name: first, **dict(others)})
 
 
 def save_config(config: Config, path: str | Path) -> None:

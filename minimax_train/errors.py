@@ -23,10 +23,18 @@ class Interrupted(TrainingError):
     """A run that the user stopped (Ctrl-C, SIGINT): the message says where."""
 
 
+class GridChange(TrainingError):
+    """A run that is saved and has to be started again, for its next stage has another process grid: the message says
+    which."""
+
+
 def exit_status(error: BaseException) -> int:
-    """Of a process that ends with the error: 2 for a configuration, 130 for an interruption, else 1."""
+    """Of a process that ends with the error: 2 for a configuration, 3 for a change of the process grid, 130 for an
+    interruption, else 1."""
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return 130
+    if isinstance(error, GridChange):
+        return 3
     return 2 if isinstance(error, ConfigError) else 1
 
 

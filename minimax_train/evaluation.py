@@ -1,4 +1,7 @@
-"""Loss on held-out text, beside what a model of token frequencies alone would reach."""
+"""Loss on held-out text, beside what a model of token frequencies alone would reach.
+
+Shape legend: N held-out sets, V vocabulary, T tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ class Evaluation:
     def __init__(self, config: Config, tokenizer: Tokenizer, grid: ProcessGrid, plan: StepPlan) -> None:
         self.config, self.tokenizer, self.grid = config, tokenizer, grid
         self._packed_for: tuple[int, int] | None = None
-        self._micro_batches: list[MicroBatch] = []
+        self._micro_batches: dict[str, list[MicroBatch]] = {}
         self.notes: list[str] = []  # what the person watching should know about the held-out documents
         self.micro_batches(plan)
 
-    def micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
-        """This rank's, on the host."""
+    def micro_batches(self, plan: StepPlan) -> dict[str, list[MicroBatch]]:
+        """This rank's, on the host, by the source that holds them out."""
         wanted = plan.sequence_length, plan.micro_batch_size
         if self._packed_for != wanted:
             held_out = build_validation_sequences(
@@ -43,10 +46,13 @@ class Evaluation:
                 dp_rank=self.grid.rank("dp"),
                 dp_size=self.grid.size("dp"),
             )
-            if held_out.skipped:
-                self.notes = [f"held-out documents: {held_out.skipped} bad ones are passed over"]
-            batches = held_out.micro_batches(plan.micro_batch_size)
-            self._micro_batches = [batch.split(self.config.layout, self.grid.rank("cp")) for batch in batches]
+            if skipped := sum(sequences.skipped for sequences in held_out.values()):
+                self.notes = [f"held-out documents: {skipped} bad ones are passed over"]
+            layout, rank = self.config.layout, self.grid.rank("cp")
+            self._micro_batches = {
+                name: [batch.split(layout, rank) for batch in sequences.micro_batches(plan.micro_batch_size)]
+                for name, sequences in held_out.items()
+            }
             self._packed_for = wanted
         return self._micro_batches
 
@@ -54,17 +60,24 @@ class Evaluation:
         """Mean loss in nats per held-out token, over all ranks.
 
         Returns:
-            ``validation_loss``, and ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the
-            least loss any unigram model can have on them.
+            ``validation_loss``; of several sources that hold documents out ``validation_loss/NAME`` as well; and
+            ``unigram_loss``: the entropy of the held-out tokens' own frequencies, which is the least loss any unigram
+            model can have on them.
         """
-        batches = self.micro_batches(plan)
-        counts_V = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
-        for batch in batches:
-            labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
-            counts_V += labels_T.bincount(minlength=len(counts_V))
-        dist.all_reduce(counts_V, group=self.grid.group("dp_cp"))
-        loss = engine.evaluate(batches, plan)
-        return {VALIDATION_LOSS: loss / int(counts_V.sum()), "unigram_loss": _entropy(counts_V)}
+        held_out = self.micro_batches(plan)
+        counts_NV = torch.zeros(len(held_out), self.config.model.vocab_size, dtype=torch.int64)
+        for counts_V, batches in zip(counts_NV, held_out.values(), strict=True):
+            for batch in batches:
+                labels_T = batch.labels_T[batch.labels_T != IGNORE_INDEX]
+                counts_V += labels_T.bincount(minlength=len(counts_V))
+        dist.all_reduce(counts_NV, group=self.grid.group("dp_cp"))
+        losses = [engine.evaluate(batches, plan) for batches in held_out.values()]
+        targets = counts_NV.sum(1).tolist()
+        metrics = {VALIDATION_LOSS: sum(losses) / sum(targets)}
+        if len(held_out) > 1:
+            by_source = zip(held_out, losses, targets, strict=True)
+            metrics |= {f"{VALIDATION_LOSS}/{name}": loss / number for name, loss, number in by_source}
+        return {**metrics, "unigram_loss": _entropy(counts_NV.sum(0))}
 
 
 def _entropy(counts_V: Tensor) -> float:

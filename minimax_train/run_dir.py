@@ -6,17 +6,20 @@ import filecmp
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minimax_train.checkpoint.reading import METADATA
 from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
-from minimax_train.config import Config, flatten, read_config, save_config
+from minimax_train.config import Config, config_on, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
 from minimax_train.files import CHECKPOINTS, CONFIG, LOCK, METRICS, PICTURE, TOKENIZER, UNFINISHED, WANDB_ID
 from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
 from minimax_train.metrics.log import read_records
+from minimax_train.recipe import Progress, Recipe
 from minimax_train.run_lock import is_marked, take_lock
 
 # What a resumed run may not change: the weights would not mean the same. The data loader itself refuses what its
@@ -41,15 +44,55 @@ def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, 
     return load_tokenizer(folder / TOKENIZER), checkpoint
 
 
-def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | None:
+def on_grid_of_stage(config: Config, world_size: int) -> Config:
+    """The configuration with the process grid of the stage in which the run begins, or goes on after its newest
+    checkpoint.
+
+    Raises:
+        ConfigError: when the folder cannot be searched or the checkpoint is damaged, when it is not known whether the
+            stage has ended, or that grid cannot be laid out on so many processes.
+    """
+    store, recipe, progress = CheckpointStore(Path(config.run_dir), config.checkpoint.keep), Recipe(config), Progress()
+    checkpoint = None
+    if config.checkpoint.resume == "auto":
+        with _usable(config):
+            checkpoint = store.latest()
+    if checkpoint is not None:
+        progress = store.check(checkpoint)
+        recipe.check_resumed(progress, str(checkpoint))
+        stage = recipe.stage(progress.policy)
+        accepted = (
+            f"{checkpoint} does not say how many tokens an epoch is, so it is not known whether the stage has ended "
+            f"and which grid comes next; give {stage.path}.tokens or {stage.path}.steps"
+        )
+        known = stage.epochs is None or "epoch_tokens" in progress.policy or stage is recipe.stages[-1]
+        require(known, f"{stage.path}.epochs", stage.epochs, accepted)
+    state = recipe.enter(progress, progress.policy)
+    config = config_on(config, recipe.grid(state))
     try:
+        config.check_world_size(world_size)
+    except ConfigError as error:
+        begun = f" (stage {state['stage']}, {config.parallel.shown})"
+        raise ConfigError(f"{error}{begun}") from error
+    return config
+
+
+@contextmanager
+def _usable(config: Config) -> Iterator[None]:
+    """Errors of the operating system inside are about the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
+
+
+def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | None:
+    with _usable(config):
         _refuse_place(config, folder.resolve())
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(config, folder, store)
         take_lock(folder)
         checkpoint = store.latest()
-    except OSError as error:
-        raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
     if checkpoint is not None and config.checkpoint.resume == "never":
         raise ConfigError(
             f"run_dir={config.run_dir!r}: already holds {checkpoint.name}; "
@@ -168,9 +211,7 @@ def _same_files(a: Path, b: Path) -> bool:
 
 def _resume(config: Config, folder: Path, checkpoint: Path, store: CheckpointStore) -> None:
     """Compare a run with its newest checkpoint, before anything is written."""
-    done = store.check(checkpoint).step
-    accepted = f"{checkpoint} has taken {done} steps already; must be at least {done}"
-    require(done <= config.recipe.steps, "recipe.steps", config.recipe.steps, accepted)
+    Recipe(config).check_resumed(store.check(checkpoint), str(checkpoint))
     _refuse_changes(read_config(checkpoint / CONFIG), config)
     if os.path.lexists(folder / CONFIG):
         read_config(folder / CONFIG)  # which is written anew: not if it is something else

@@ -41,26 +41,29 @@ def is_marked(folder: Path) -> bool:
     return path.is_file() and path.read_bytes()[: len(_HEADER)] in (_HEADER.encode(), b"")
 
 
-def take_lock(folder: Path) -> None:
+def take_lock(folder: Path, key: str = "run_dir") -> None:
     """Hold the folder until :func:`release_lock` or the end of the process.
 
     Where the file system knows no locks, the run goes on without, and says so.
+
+    Args:
+        key: what names the folder, for messages.
 
     Raises:
         ConfigError: when another process holds it, naming that process.
         OSError: when the file cannot be written.
     """
-    key = (os.getpid(), _path(folder))
-    if key in _held:
+    holding = (os.getpid(), _path(folder))
+    if holding in _held:
         return
-    descriptor = os.open(key[1], os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(holding[1], os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not _locked(descriptor):
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
             said = ", ".join(holder.split("\n")[1:]).strip(", ") or "holder unknown"
             raise ConfigError(
-                f"run_dir={str(folder)!r}: another run is at work in it ({said}); "
-                "wait for it or end it, or pass another run_dir"
+                f"{key}={str(folder)!r}: another run is at work in it ({said}); "
+                f"wait for it or end it, or pass another {key}"
             )
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         os.ftruncate(descriptor, 0)
@@ -70,7 +73,7 @@ def take_lock(folder: Path) -> None:
     except BaseException:
         os.close(descriptor)
         raise
-    _held[key] = descriptor
+    _held[holding] = descriptor
 
 
 def release_lock(folder: Path) -> None:

@@ -13,14 +13,16 @@ import torch.distributed as dist
 
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
-from minimax_train.data import SKIP, MicroBatch, build_train_loader, merge_states
+from minimax_train.data import MicroBatch, build_train_loader, merge_states
+from minimax_train.data.count import count_tokens
 from minimax_train.engines import StepReport, StepSums
-from minimax_train.errors import ConfigError, TrainingError
+from minimax_train.errors import ConfigError, GridChange, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
+from minimax_train.metrics.origins import origin_metrics
 from minimax_train.metrics.router import router_metrics
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallelize import build_engine
@@ -54,75 +56,98 @@ class Trainer:
         self._compare_data(on_every_rank(self.loader.open))
         self.progress = self._restore(resumed)
         self.first_step = self.progress.step  # taken before this process
+        self.notes = self._count_epoch()
         self.evaluation: Evaluation | None = None
         if config.data.has_validation and config.recipe.eval_interval:
             on_every_rank(self._open_evaluation)
-        self.stage = self.plan().stage
+        self.stage: str | None = None
         # Of the step reported last: its time, later by what evaluations and checkpoints have taken since; what it was.
         self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
         self.log = MetricLog(
             config.logging,
             self.run_dir,
             flatten(config),
-            total_steps=config.recipe.steps,
+            total_steps=self.recipe.total_steps(self.progress, self.progress.policy),
             first_step=self.first_step,
             enabled=grid.is_first,
         )
 
     def train(self) -> None:
-        """Train to the last step of the recipe."""
+        """Train to the end of the recipe.
+
+        Raises:
+            GridChange: on all ranks, when the next stage needs another process grid; the run is saved.
+        """
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
         if recipe.eval_interval and self.evaluation is None:
             self.log.say("no held-out documents are configured: no evaluation")
-        if self.progress.step == recipe.steps:
-            self.log.say(f"all {recipe.steps} steps were taken before: nothing is left to train")
+        if self.is_over:
+            self.log.say(f"all {self.progress.step} steps were taken before: nothing is left to train")
         held_out = [] if self.evaluation is None else self.evaluation.notes
-        for note in [*self.loader.take_notes(), *held_out]:
+        for note in [*self.recipe.notes, *self.notes, *self.loader.take_notes(), *held_out]:
             self.log.say(note)
         late: TakenStep | None = None
         with closing(self.loader), self.log:
-            # A run that ended between a step's checkpoint and its evaluation.
-            if self.evaluates(self.progress.step) and not self.log.holds(self.progress.step, VALIDATION_LOSS):
-                self.log.report(self.progress.step, self.evaluate(self.plan()))
-            while self.progress.step < recipe.steps:
+            self._evaluate_if_left_out()
+            while not self.is_over:
                 taken = self.train_step()
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
-                step = taken.number
-                last = step == recipe.steps
-                evaluates = self.evaluates(step)
-                saves = last or (checkpoint.interval and step % checkpoint.interval == 0)
-                late = taken if step % self.config.logging.interval == 0 or last else None
+                step, ends = taken.number, self.ends_stage
+                evaluates = self.evaluates()
+                saves = ends or (checkpoint.interval and step % checkpoint.interval == 0)
+                late = taken if step % self.config.logging.interval == 0 or self.is_over else None
                 # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
-                if late is not None and (self.device.type == "cpu" or evaluates or saves):
+                # The loss of a step may decide on the batch of the next.
+                at_once = self.device.type == "cpu" or evaluates or saves or recipe.critical_batch
+                if late is not None and at_once:
                     self.report(late)
                     late = None
                 if saves:  # first: whatever happens in an evaluation, no step is lost
                     self.save(taken.plan)
                 if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
+                if ends:
+                    self._stop_for_another_grid()
             self.log.finish()
             self.log.say(
                 f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
             )
 
-    def evaluates(self, step: int) -> bool:
-        """Whether an evaluation follows a step."""
-        recipe = self.config.recipe
+    @property
+    def is_over(self) -> bool:
+        """Whether the recipe has no step left."""
+        return self.recipe.is_over(self.progress, self.progress.policy)
+
+    @property
+    def ends_stage(self) -> bool:
+        """Whether the last step taken was the last of a stage: it is saved, and evaluated."""
+        return self.recipe.ends_stage(self.progress, self.progress.policy)
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation follows the last step taken."""
+        step = self.progress.step
         if self.evaluation is None or step == 0:
             return False
-        return step == recipe.steps or step % recipe.eval_interval == 0
+        return self.ends_stage or step % self.config.recipe.eval_interval == 0
 
     def plan(self) -> StepPlan:
         """Of the step to come."""
         return self.recipe.at(self.progress, self.progress.policy)
 
+    def plan_after(self, plan: StepPlan) -> StepPlan | None:
+        """Of the step after the one to come, as far as it is known; None if this process does not take it."""
+        after = Progress(self.progress.step + 1, self.progress.tokens + plan.tokens)
+        state = self.recipe.enter(after, self.progress.policy)
+        if self.recipe.is_over(after, state) or self.recipe.grid(state).sizes != self.config.parallel.sizes:
+            return None
+        return self.recipe.within(after, state)
+
     def train_step(self) -> TakenStep:
         """One optimizer step over the global batch. The host does not wait for the device to take it."""
+        self.progress.policy = self.recipe.enter(self.progress, self.progress.policy)
         plan = self.plan()
-        if plan.stage != self.stage:
-            self.log.say(f"step {self.progress.step + 1}: stage {plan.stage}")
-            self.stage = plan.stage
+        self._tell_stage(plan)
         with self.phases("data"):
             try:
                 batches = self.next_batches(plan)
@@ -140,22 +165,17 @@ class Trainer:
 
     def next_batches(self, plan: StepPlan) -> list[MicroBatch]:
         """This rank's micro-batches of the next step."""
-        batches = self.loader.next_micro_batches(plan)
+        batches = self.loader.next_micro_batches(plan, self.plan_after(plan))
         return [batch.split(self.config.layout, self.grid.rank("cp")).to(self.device) for batch in batches]
 
     def report(self, taken: TakenStep) -> None:
-        """Log the metrics of a step, and what there is to say about its data."""
-        self.log.report(taken.number, self.metrics(taken) | self.skipped_documents())
+        """Log the metrics of a step, and what there is to say about its data; what the recipe learns from them."""
+        metrics = self.metrics(taken)
+        self.log.report(taken.number, metrics | self.loader.figures(self.grid.group("dp")))
+        if taken.number % self.config.logging.interval == 0:  # not where a run ends that may be extended
+            self.progress.policy = self.recipe.learn(self.progress, self.progress.policy, taken.plan, metrics["loss"])
         for note in self.loader.take_notes():
             self.log.say(note)
-
-    def skipped_documents(self) -> dict[str, int]:
-        """Bad documents passed over in the run so far, over all ranks; nothing where they are errors."""
-        if self.config.data.bad_documents != SKIP:
-            return {}
-        total = torch.tensor(self.loader.skipped)
-        dist.all_reduce(total, group=self.grid.group("dp"))
-        return {"skipped_documents": int(total)}
 
     def metrics(self, taken: TakenStep) -> dict[str, float]:
         """Of a step, when the device is done with it; its seconds are the mean since the step reported before.
@@ -185,11 +205,15 @@ class Trainer:
         mfu = {} if self.peak_flops_per_s is None else {"mfu": flops / self.peak_flops_per_s}
         return {
             "loss": float(totals.loss),
+            **origin_metrics(self.config.data.origins, totals.loss_by_origin_O, totals.targets_by_origin_O),
             **balance,
             **router,
             "grad_norm": float(taken.report.gradient_norm),
             "learning_rate": taken.plan.learning_rate,
             "tokens": taken.tokens,
+            "batch_tokens": taken.plan.tokens,
+            "sequence_length": taken.plan.sequence_length,
+            "rope_base": taken.plan.rope_base,
             "tokens_per_second": tokens / elapsed,
             "tflops_per_rank": flops / 1e12,
             **mfu,
@@ -224,6 +248,48 @@ class Trainer:
         with self.phases(phase):
             yield
         self.reported_at += time.perf_counter() - started
+
+    def _tell_stage(self, plan: StepPlan) -> None:
+        """Say which stage begins, in a run of several, and what has changed the number of steps."""
+        several = len(self.recipe.stages) > 1
+        if several and plan.stage != self.stage:
+            self.log.say(
+                f"step {self.progress.step + 1}: stage {plan.stage}: {plan.global_batch_size} packed sequences of "
+                f"{plan.sequence_length} tokens a step, RoPE base {plan.rope_base:g}"
+            )
+        self.stage = plan.stage
+        self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
+
+    def _evaluate_if_left_out(self) -> None:
+        """Of a run that ended between a step's checkpoint and its evaluation."""
+        here = self.recipe.grid(self.progress.policy).sizes == self.config.parallel.sizes
+        if here and self.evaluates() and not self.log.holds(self.progress.step, VALIDATION_LOSS):
+            plan = self.recipe.within(self.progress, self.progress.policy)
+            self.log.report(self.progress.step, self.evaluate(plan))
+
+    def _stop_for_another_grid(self) -> None:
+        state = self.recipe.enter(self.progress, self.progress.policy)
+        grid = self.recipe.grid(state)
+        if grid.sizes != self.config.parallel.sizes:
+            self.log.finish()
+            raise GridChange(
+                f"after step {self.progress.step}: stage {state['stage']} runs on another grid, {grid.shown}; the run "
+                f"is saved in {self.store.latest()}: start the same command on processes for that grid to go on"
+            )
+
+    def _count_epoch(self) -> list[str]:
+        """Learn the tokens of one pass over the data, if the recipe needs them and the run does not know them yet; what
+        there is to say of it."""
+        if not self.recipe.needs_epoch:
+            return []
+        policy, notes = self.progress.policy, []
+        if "epoch_tokens" not in policy:
+            started = time.perf_counter()
+            policy["epoch_tokens"] = on_first_rank(lambda: count_tokens(self.config.data, self.tokenizer))
+            seconds = time.perf_counter() - started
+            notes = [f"data: one epoch is {policy['epoch_tokens']:,} tokens, counted in {seconds:.1f} s"]
+        self.recipe.check(policy)
+        return notes
 
     def _stopped(self, error: ConfigError) -> Exception:
         """What a run says that has trained when its data turn out to be bad, on the rank that reads them."""

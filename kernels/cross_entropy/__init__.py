@@ -125,11 +125,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_gemm(grad_weight_VD, grad_BV, x_BD, first=start == 0)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
         ctx.dtypes = x_TD.dtype, weight_VD.dtype
-        return torch.cat(losses).sum() if losses else x_TD.new_zeros((), dtype=dtype)
+        losses_T = torch.cat(losses) if losses else x_TD.new_zeros(0, dtype=dtype)
+        ctx.mark_non_differentiable(losses_T)
+        ctx.set_materialize_grads(False)
+        return losses_T.sum(), losses_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         # In place: a second backward pass through the same graph is refused by autograd, which sees the change.
         gradients = [
             None if gradient is None else _scaled(gradient, grad_loss, dtype)
@@ -145,7 +148,7 @@ def linear_cross_entropy(
     *,
     shard: VocabularyShard | None = None,
     implementation: str = AUTO,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``sum over t of -log softmax(weight @ x_t)[label_t]``, tokens labelled -100 left out.
 
     Args:
@@ -155,8 +158,9 @@ def linear_cross_entropy(
         implementation: of the softmax: ``auto``, ``triton`` (not float64) or ``torch``.
 
     Returns:
-        The summed loss in nats, a float32 scalar (float64 for float64 inputs). With a shard this rank's part of it:
-        the sum over ranks is the loss, and the gradient of x is this rank's part of the gradient of that sum.
+        The summed loss in nats, a float32 scalar (float64 for float64 inputs), and its summands ``[T]``, which have no
+        gradient: 0 where there is no label. With a shard this rank's part of both: the sum over ranks is the loss, and
+        the gradient of x is this rank's part of the gradient of that sum.
     """
     softmax = choose("loss", IMPLEMENTATIONS, implementation, triton_or_torch(x_TD))
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, softmax, shard)

@@ -25,6 +25,7 @@ class MicroBatch:
     Attributes:
         tokens_T: token ids, int64.
         labels_T: the token each position must predict, ``IGNORE_INDEX`` where there is none, int64.
+        origins_T: of each token's document, its source and length: an index of :attr:`DataConfig.origins`, int32.
         documents: those of all sequences, of which each begins with a new one; or their segments in the shard.
         num_sequences: packed sequences, one after the other on the token axis.
         num_scores: pairs of tokens that a causal attention looks at in the whole sequences, also if these are shared.
@@ -34,6 +35,7 @@ class MicroBatch:
 
     tokens_T: Tensor
     labels_T: Tensor
+    origins_T: Tensor
     documents: Documents
     num_sequences: int
     num_targets: int
@@ -45,9 +47,11 @@ class MicroBatch:
         """Packed sequences of the same length, one after the other."""
         labels_T = np.concatenate([sequence.labels_S for sequence in sequences])
         lengths = list(chain.from_iterable(sequence.lengths for sequence in sequences))
+        origins = np.fromiter(chain.from_iterable(sequence.origins for sequence in sequences), np.int32)
         return cls(
             tokens_T=torch.from_numpy(np.concatenate([sequence.tokens_S for sequence in sequences])),
             labels_T=torch.from_numpy(labels_T),
+            origins_T=torch.from_numpy(origins.repeat(lengths)),
             documents=Documents.from_lengths(lengths),
             num_sequences=len(sequences),
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
@@ -64,6 +68,7 @@ class MicroBatch:
             self,
             tokens_T=shard.take(self.tokens_T),
             labels_T=labels_T,
+            origins_T=shard.take(self.origins_T),
             documents=shard.documents,
             num_targets=int((labels_T != IGNORE_INDEX).sum()),
             shard=shard,
@@ -76,6 +81,7 @@ class MicroBatch:
             self,
             tokens_T=to_device(self.tokens_T, device),
             labels_T=to_device(self.labels_T, device),
+            origins_T=to_device(self.origins_T, device),
             documents=shard.documents if shard else self.documents.to(device),
             shard=shard,
         )

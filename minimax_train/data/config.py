@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
+from minimax_train.data.columns import TextColumns
 from minimax_train.errors import require, require_choice
 from minimax_train.fields import PATH, Range, check_fields
 
+MEGATRON = "megatron"
 SOURCES = ("stdlib", "files", "hub")
-FORMATS = ("text", "json", "parquet", "megatron")
+FORMATS = ("text", "json", "parquet", "arrow", MEGATRON)
 TRAIN_TOKENIZER = "train"
 ERROR, SKIP = "error", "skip"
 SPLIT, TRUNCATE, BEST_FIT = "split", "truncate", "best_fit"
@@ -31,14 +33,14 @@ class SourceConfig:
 
     Attributes:
         source: ``stdlib`` (the Python standard library's own sources), ``files`` or ``hub``.
-        format: files: ``text`` (one document per file), ``json`` (JSON lines, or one list), ``parquet``, or
-            ``megatron`` (tokens in Megatron-Core's ``.bin`` and ``.idx``).
+        format: files: ``text`` (one document per file), ``json`` (JSON lines, or one list), ``parquet``,
+            ``arrow``, or ``megatron`` (tokens in Megatron-Core's ``.bin`` and ``.idx``).
         train_files, validation_files: files: paths or globs, ``**`` crosses folders.
         name, subset, revision: hub: the data set, its configuration and its git revision.
         train_split, validation_split: hub: split names.
-        text_column: the column that holds the text (json, parquet, hub); dots lead into nested objects.
-        template: text made of several columns (json, parquet, hub), as in ``{title}\\n\\n{body.text}``, where ``\\n``
-            stands for a line break; null for ``text_column`` alone.
+        text_column: the column that holds the text (json, parquet, arrow, hub); dots lead into nested objects.
+        template: text made of several columns (json, parquet, arrow, hub), as in ``{title}\\n\\n{body.text}``, where
+            ``\\n`` stands for a line break; null for ``text_column`` alone.
         held_out: share of the training documents, chosen by a hash of their content, that are kept for evaluation.
         max_epochs: how many times at most the source is read; null for no limit.
     """
@@ -77,11 +79,16 @@ class SourceConfig:
             for name in names
         }
         if not self.has_columns:
-            with_columns = f"{path}.source='hub', {path}.format='json' or {path}.format='parquet'"
+            with_columns = f"{path}.source='hub' or {path}.format='json', 'parquet' or 'arrow'"
             unread |= dict.fromkeys(("text_column", "template"), with_columns)
         self.refuse_set(path, unread)
         if self.template is not None:
             self.refuse_set(path, {"text_column": f"{path}.template=null"})
+            TextColumns.of(path, self.text_column, self.template)
+        if self.has_validation_files:
+            theirs = {"files": "validation_files", "hub": "validation_split"}.get(self.source, "source='stdlib'")
+            accepted = f"must be 0 beside {path}.{theirs}, which holds out documents of its own"
+            require(self.held_out == 0, f"{path}.held_out", self.held_out, accepted)
 
     def refuse_set(self, path: str, unread: dict[str, str]) -> None:
         """Refuse values other than the default of fields that nothing reads.
@@ -96,16 +103,19 @@ class SourceConfig:
 
     @property
     def has_columns(self) -> bool:
-        return self.source == "hub" or (self.source == "files" and self.format in ("json", "parquet"))
+        return self.source == "hub" or (self.source == "files" and self.format in ("json", "parquet", "arrow"))
+
+    @property
+    def has_validation_files(self) -> bool:
+        """Whether its held-out documents are files or a split of their own."""
+        if self.source == "files":
+            return bool(self.validation_files)
+        return self.source == "stdlib" or self.validation_split is not None
 
     @property
     def is_held_out(self) -> bool:
         """Whether some of its documents are held out for evaluation."""
-        if self.held_out > 0:
-            return True
-        if self.source == "files":
-            return bool(self.validation_files)
-        return self.source == "stdlib" or self.validation_split is not None
+        return self.held_out > 0 or self.has_validation_files
 
 
 @dataclass
@@ -184,7 +194,7 @@ class DataConfig(SourceConfig):
             self.check_source("data")
         require_choice("data.bad_documents", self.bad_documents, (ERROR, SKIP))
         if not any(source.has_columns for source in self.named_sources.values()):
-            with_columns = "data.source='hub', data.format='json' or data.format='parquet'"
+            with_columns = "data.source='hub' or data.format='json', 'parquet' or 'arrow'"
             self.refuse_set("data", {"bad_documents": with_columns})
         require_choice("data.packing", self.packing, (SPLIT, TRUNCATE, BEST_FIT))
         accepted = f"must be above data.medium_length={self.medium_length}"
@@ -194,6 +204,10 @@ class DataConfig(SourceConfig):
     def named_sources(self) -> dict[str, SourceConfig]:
         """The sources by name: the only one is named as its kind."""
         return dict(self.sources) or {self.source: self}
+
+    def path_of(self, name: str) -> str:
+        """The dotted group that configures a source, for messages."""
+        return f"data.sources.{name}" if self.sources else "data"
 
     @property
     def origins(self) -> list[str]:

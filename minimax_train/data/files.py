@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from glob import glob
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +23,7 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
     """The files the patterns name, each once, in the patterns' order and sorted within a pattern.
 
     Raises:
-        ConfigError: naming ``field`` when a pattern matches no file or a file cannot be read.
+        ConfigError: naming ``field``, dotted, when a pattern matches no file or a file cannot be read.
     """
     files: dict[str, None] = {}
     for pattern in patterns:
@@ -30,18 +31,18 @@ def match_files(field: str, patterns: Sequence[str]) -> list[str]:
         matches = [path] if os.path.lexists(path) else sorted(glob(path, recursive=True))
         matches = [match for match in matches if not os.path.isdir(match)]
         if not matches:
-            raise ConfigError(f"data.{field}=[{pattern!r}]: matches no file")
+            raise ConfigError(f"{field}=[{pattern!r}]: matches no file")
         files.update(dict.fromkeys(matches))
     for file in files:
         # What the library that opens files would take for a chain of file systems.
         if "::" in file:
-            raise ConfigError(f"data.{field}: {file!r}: a path must not contain '::'")
-        if file.endswith((".zst", ".lz4")):
-            raise ConfigError(f"data.{field}: {file!r}: must be compressed as gz, bz2, xz or zip, or not at all")
+            raise ConfigError(f"{field}: {file!r}: a path must not contain '::'")
+        if file.endswith(".lz4"):
+            raise ConfigError(f"{field}: {file!r}: must be compressed as gz, bz2, xz, zst or zip, or not at all")
         if not os.access(file, os.R_OK):
-            raise ConfigError(f"data.{field}: cannot read {file!r}: it is missing or not readable by this user")
+            raise ConfigError(f"{field}: cannot read {file!r}: it is missing or not readable by this user")
         if not os.path.isfile(file):
-            raise ConfigError(f"data.{field}: {file!r} must be a file on disk: it is read more than once")
+            raise ConfigError(f"{field}: {file!r} must be a file on disk: it is read more than once")
     return list(files)
 
 
@@ -58,22 +59,24 @@ def digest(file: str) -> str:
     return found.hexdigest()
 
 
-def stdlib_files(held_out: bool) -> list[str]:
+def stdlib_files(field: str, held_out: bool) -> list[str]:
     """The standard library's sources, sorted by path: about one in twenty is held out, chosen by its relative path.
 
     Raises:
         ConfigError: when this Python comes without sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    relative = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    files = [
-        str(root / path)
-        for path in relative
-        if not _SKIPPED_FOLDERS.intersection(path.split("/")) and is_held_out(path) == held_out
-    ]
+    files = [str(root / path) for path in _sources_under(root) if is_held_out(path) == held_out]
     if not files:
-        raise ConfigError(f"data.source='stdlib': no Python sources under {str(root)!r}; use data.source='files'")
+        raise ConfigError(f"{field}='stdlib': no Python sources under {str(root)!r}; use {field}='files'")
     return files
+
+
+@cache
+def _sources_under(root: Path) -> list[str]:
+    """Relative paths; once, for the folder may hold as many packages as the environment has."""
+    relative = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return [path for path in relative if not _SKIPPED_FOLDERS.intersection(path.split("/"))]
 
 
 def is_held_out(relative_path: str) -> bool:

@@ -12,12 +12,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from minimax_train.data.batch import MicroBatch
-from minimax_train.data.config import DataConfig
+from minimax_train.data.config import SKIP, TRUNCATE, DataConfig
+from minimax_train.data.in_process import InProcess, Opened, Streams, Worker
+from minimax_train.data.packing import PackedSequence
+from minimax_train.data.saved import (
+    EXCLUDES,
+    Setting,
+    compare_files,
+    compare_identity,
+    read_again,
+    read_state,
+    source_of,
+)
 from minimax_train.data.tokenizer import Tokenizer
-from minimax_train.data.worker import InProcess, Opened, Packed, Streams, Worker, WorkerProcess, start_worker
+from minimax_train.data.worker import WorkerProcess, start_worker
 from minimax_train.errors import ConfigError
 from minimax_train.recipe import StepPlan
 
@@ -27,11 +39,10 @@ class SequenceLoader:
 
     Args:
         workers: the rank's k-th stream is packed by worker k modulo their number.
-        source: name of the data source they read.
-        num_streams: streams of the run, a multiple of ``dp_size``. This rank's are those whose index is ``dp_rank``
-            modulo ``dp_size``.
-        dp_rank, dp_size: this rank among those that take different sequences.
-        identity: what the order of the data depends on, by configuration field, beside what the source adds. Saved,
+        config: of the data.
+        dp_rank, dp_size: this rank among those that take different sequences. Its streams are those whose index is
+            ``dp_rank`` modulo ``dp_size``.
+        identity: what the order of the data depends on, by configuration field, beside what the sources add. Saved,
             and compared when a state is loaded: under other values the saved positions would mean other documents.
     """
 
@@ -39,20 +50,19 @@ class SequenceLoader:
         self,
         workers: Sequence[Worker],
         *,
-        source: str,
-        num_streams: int,
+        config: DataConfig,
         dp_rank: int,
         dp_size: int,
-        identity: Mapping[str, int | str | None],
+        identity: Mapping[str, Setting],
     ) -> None:
-        self._workers, self._num_streams, self._settings = workers, num_streams, identity
-        self._source, self._dp_rank, self._dp_size = source, dp_rank, dp_size
+        self._workers, self._config, self._settings = workers, config, identity
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._opened: Opened | None = None
         self._notes: list[str] = []
         self._next_sequence = 0
-        self._states: dict[int, dict[str, int]] = {}  # of the streams, after what was handed out
+        self._states: dict[int, dict] = {}  # of the streams, after what was handed out
         self._skipped: dict[int, int] = {}  # bad documents, by stream
-        self._asked: tuple[int, int, int] | None = None  # first sequence, how many, their length
+        self._asked: tuple[int, int, int, dict[str, float]] | None = None  # first sequence, how many, length, weights
         self._error: Exception | None = None
 
     def open(self) -> str:
@@ -61,7 +71,7 @@ class SequenceLoader:
         Raises:
             ConfigError: when it cannot be opened.
         """
-        return self._open().fingerprint
+        return " ".join(source.fingerprint for source in self._open().sources.values())
 
     def next_micro_batches(self, plan: StepPlan, following: StepPlan | None = None) -> list[MicroBatch]:
         """The micro-batches of one optimizer step of this rank; plans may differ from step to step.
@@ -75,27 +85,20 @@ class SequenceLoader:
             ValueError: what went wrong while reading, also when it went wrong in the background; or a plan that asks
                 for data from elsewhere.
         """
-        if dict(plan.data_weights) != {self._source: 1.0}:
-            raise ValueError(
-                f"data_weights={dict(plan.data_weights)}: there is one source, {self._source!r}, of weight 1"
-            )
         num_micro_batches, size = plan.micro_batches(self._dp_size), plan.micro_batch_size
-        count = num_micro_batches * size
         self._open()
         if self._error is not None:
             raise self._error
-        if self._asked != (self._next_sequence, count, plan.sequence_length):
+        if self._asked != self._request(plan):
             self._place()
-            self._ask(count, plan.sequence_length)
+            self._ask(plan)
         try:
-            packed = self._receive()
+            sequences = iter(self._receive())
         except Exception as error:  # stays: the workers may be left half-way
             self._error = error
             raise
-        self._next_sequence += count * self._dp_size
-        ahead = plan if following is None else following
-        self._ask(ahead.micro_batches(self._dp_size) * ahead.micro_batch_size, ahead.sequence_length)
-        sequences = (p.sequence for p in packed)
+        self._next_sequence += num_micro_batches * size * self._dp_size
+        self._ask(plan if following is None else following)
         return [MicroBatch.concatenate(list(islice(sequences, size))) for _ in range(num_micro_batches)]
 
     @property
@@ -103,20 +106,57 @@ class SequenceLoader:
         """Bad documents that this rank's streams passed over since the beginning of the run."""
         return sum(self._skipped.values())
 
+    def figures(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """What the streams of all ranks have served since the beginning of the run, for the metrics.
+
+        Args:
+            group: the data-parallel ranks, all of which must call this; None for this one alone.
+
+        Returns:
+            ``split_documents``; where they can be other than 0, ``skipped_documents`` and ``truncated_tokens``; by
+            source ``data_epoch/NAME``, the mean over the streams; and of several sources ``data_share/NAME`` and
+            ``data_share_asked/NAME``, shares of the tokens.
+        """
+        names = list(self._config.named_sources)
+        states = self._states.values()
+        sums = [self.skipped, sum(state["split"] for state in states), sum(state["truncated"] for state in states)]
+        for name in names:
+            for kind in ("asked", "served"):
+                sums.append(sum(v for state in states for c, v in state[kind].items() if source_of(c) == name))
+            # Of the source's cursors that a stream has, the farthest.
+            epochs = ([p["epoch"] for c, p in s["positions"].items() if source_of(c) == name] for s in states)
+            sums.append(sum(max(epoch, default=0) for epoch in epochs))
+        total = torch.tensor(sums, dtype=torch.float64)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        skipped, split, truncated, *by_source = total.tolist()
+        asked, served, epochs = (dict(zip(names, by_source[i::3], strict=True)) for i in range(3))
+        figures = {f"data_epoch/{name}": epochs[name] / self._config.num_streams for name in names}
+        for kind, tokens in {"data_share": served, "data_share_asked": asked}.items():
+            if len(names) > 1 and (all_tokens := sum(tokens.values())):
+                figures |= {f"{kind}/{name}": count / all_tokens for name, count in tokens.items()}
+        figures["split_documents"] = int(split)
+        if self._config.packing == TRUNCATE:
+            figures["truncated_tokens"] = int(truncated)
+        if self._config.bad_documents == SKIP:
+            figures["skipped_documents"] = int(skipped)
+        return figures
+
     def take_notes(self) -> list[str]:
         """What the person watching should know about the data handed out or the state loaded since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
     def state_dict(self) -> dict:
-        """What was handed out, whatever was packed ahead: JSON values, a few integers per stream.
+        """What was handed out, whatever was packed ahead: JSON values, some numbers per stream and component.
 
-        It covers this rank's streams; :func:`merge_states` makes one of all ranks'. The first rank's holds the shards'
+        It covers this rank's streams; :func:`merge_states` makes one of all ranks'. The first rank's holds the files'
         digests as well.
         """
         opened = self._open()
-        streams = {str(stream): dict(state) for stream, state in self._states.items()}
-        shards = {} if opened.digests is None else {"shards": list(opened.digests)}
+        streams = {str(stream): state for stream, state in self._states.items()}
+        digests = {name: list(s.digests) for name, s in opened.sources.items() if s.digests is not None}
+        shards = {"shards": digests} if digests else {}
         return {"identity": self._identity(), "next_row": self._next_sequence, "streams": streams, **shards}
 
     def load_state_dict(self, state: dict) -> None:
@@ -131,35 +171,20 @@ class SequenceLoader:
         opened = self._open()
         if absent := {"identity", "next_row", "streams"} - state.keys():
             raise ConfigError(f"the checkpoint's data position lacks {', '.join(sorted(absent))}; resume from another")
-        for name, value in self._identity().items():
-            saved = state["identity"].get(name, value)
-            if saved != value:
-                raise ConfigError(f"{name}={value!r}: the saved data position is for {saved!r}, and means nothing here")
-        self._notes += compare_shards(opened, state)
-        self._check_positions(state["streams"])
+        self._notes += compare_identity(self._identity(), state["identity"])
+        self._notes += compare_files(opened.sources, state)
         missing = [stream for stream in self._states if str(stream) not in state["streams"]]
         if missing:
             raise ValueError(f"the saved data position lacks streams {missing}: merge the states of all ranks")
-        self._states = {stream: state["streams"][str(stream)] for stream in self._states}
-        # Earlier versions did not count them.
-        self._skipped = {stream: state.get("skipped", 0) for stream, state in self._states.items()}
+        read = {stream: read_state(state["streams"][str(stream)], stream, opened.sources) for stream in self._states}
+        self._notes += read_again(read.values(), opened.sources)
+        self._states = read
+        self._skipped = {
+            stream: sum(position["skipped"] for position in saved["positions"].values())
+            for stream, saved in read.items()
+        }
         self._next_sequence = state["next_row"]
         self._place()
-
-    def _check_positions(self, streams: dict[str, dict[str, int]]) -> None:
-        """Refuse positions of this rank's streams that cannot be."""
-        opened = self._open()
-        for stream, first in opened.states.items():
-            position = {**first, **streams.get(str(stream), {})}  # earlier versions saved fewer numbers
-            fits = set(position) == set(first)
-            fits &= all(type(value) is int and value >= 0 for value in position.values())
-            if not fits:
-                raise ConfigError(f"damaged: no position in the training data: stream {stream}: {position}")
-            if position["num_shards"] > len(opened.shards):
-                raise ConfigError(
-                    f"the training data's files: the saved data position is for {position['num_shards']}, and here are "
-                    f"{len(opened.shards)}"
-                )
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -176,8 +201,9 @@ class SequenceLoader:
             self._opened = every[0]
         return self._opened
 
-    def _identity(self) -> dict[str, int | str | None]:
-        return {**self._settings, **self._open().identity}
+    def _identity(self) -> dict[str, Setting]:
+        sources = self._open().sources.values()
+        return {**self._settings, **{name: value for s in sources for name, value in s.identity.items()}}
 
     def _place(self) -> None:
         """Tells the workers to go on after what was handed out."""
@@ -186,26 +212,36 @@ class SequenceLoader:
             worker.place({stream: self._states[stream] for stream in streams})
         self._asked = self._error = None
 
-    def _ask(self, count: int, length: int) -> None:
-        self._asked = self._next_sequence, count, length
-        streams = self._streams_asked()
-        for worker in self._workers:
-            worker.ask([stream for stream in streams if self._worker_of(stream) is worker], length)
+    def _request(self, plan: StepPlan) -> tuple[int, int, int, dict[str, float]]:
+        unknown = [name for name in plan.data_weights if source_of(name) not in self._config.named_sources]
+        if unknown or not any(weight > 0 for weight in plan.data_weights.values()):
+            names = ", ".join(self._config.named_sources)
+            raise ValueError(f"data_weights={dict(plan.data_weights)}: the sources are {names}, and one must have some")
+        count = plan.micro_batches(self._dp_size) * plan.micro_batch_size
+        return self._next_sequence, count, plan.sequence_length, dict(plan.data_weights)
 
-    def _receive(self) -> list[Packed]:
+    def _ask(self, plan: StepPlan) -> None:
+        self._asked = self._request(plan)
+        streams, (_, _, length, weights) = self._streams_asked(), self._asked
+        for worker in self._workers:
+            worker.ask([stream for stream in streams if self._worker_of(stream) is worker], length, weights)
+
+    def _receive(self) -> list[PackedSequence]:
         """What was asked for, in the order of the run."""
-        packed = {id(worker): iter(worker.receive()) for worker in self._workers}
-        received = [(stream, next(packed[id(self._worker_of(stream))])) for stream in self._streams_asked()]
-        self._states |= {stream: p.state for stream, p in received}
-        self._skipped |= {stream: p.skipped for stream, p in received}
-        self._notes += (note for _, p in received for note in p.notes)
-        return [p for _, p in received]
+        packed = [worker.receive() for worker in self._workers]
+        sequences = {id(w): iter(p.sequences) for w, p in zip(self._workers, packed, strict=True)}
+        received = [next(sequences[id(self._worker_of(stream))]) for stream in self._streams_asked()]
+        for answer in packed:
+            self._states |= answer.states
+            self._skipped |= answer.skipped
+            self._notes += answer.notes
+        return received
 
     def _streams_asked(self) -> list[int]:
         assert self._asked is not None
-        next_sequence, count, _ = self._asked
+        next_sequence, count, *_ = self._asked
         mine = next_sequence + (self._dp_rank - next_sequence) % self._dp_size  # this rank's first from there
-        return [(mine + i * self._dp_size) % self._num_streams for i in range(count)]
+        return [(mine + i * self._dp_size) % self._config.num_streams for i in range(count)]
 
     def _worker_of(self, stream: int) -> Worker:
         return self._workers[stream // self._dp_size % len(self._workers)]
@@ -248,51 +284,16 @@ def build_train_loader(
         workers: Sequence[Worker] = _share(dealt, peers, timeout_s)
     else:
         workers = [InProcess(Streams(config, tokenizer, seed, mine, digests))]
-    identity = {
+    identity: dict[str, Setting] = {
         "seed": seed,
-        "data.source": config.source,
         "data.num_streams": num_streams,
         "data.shuffle_documents": config.shuffle_documents,
+        "data.medium_length": config.medium_length,
+        "data.long_length": config.long_length,
+        EXCLUDES: config.exclude_held_out and config.has_validation,
+        **{f"{config.path_of(name)}.source": source.source for name, source in config.named_sources.items()},
     }
-    return SequenceLoader(
-        workers, source=config.source, num_streams=num_streams, dp_rank=dp_rank, dp_size=dp_size, identity=identity
-    )
-
-
-def compare_shards(opened: Opened, state: dict) -> list[str]:
-    """Refuse other content than a saved position's; shards may have been added at the end. What there is to say of it.
-
-    Raises:
-        ConfigError: naming the file that differs.
-    """
-    saved, digests = state.get("shards"), opened.digests
-    if digests is None:  # another rank compares
-        return []
-    if saved is None:
-        name = "fingerprint of the training data's files"
-        fingerprint = state["identity"].get(name)
-        if fingerprint not in (None, opened.fingerprint):
-            raise ConfigError(
-                f"{name}: the saved data position is for files of other names or sizes, or in another order"
-            )
-        return ["data: the saved position does not say what the files held; only names and sizes were compared"]
-    for i, digest in enumerate(saved):
-        if i == len(digests):
-            raise ConfigError(
-                f"the training data's files: the saved data position is for {len(saved)}, and here are {i}"
-            )
-        if digest != digests[i]:
-            raise ConfigError(
-                f"{opened.shards[i]!r}: not file number {i + 1} of the saved data position: its size, head or tail "
-                "differs; files may be added, but only after the others"
-            )
-    added = opened.shards[len(saved) :]
-    if not added:
-        return []
-    return [
-        f"data: {len(added)} added after the {len(saved)} files of the saved position, the first {added[0]!r}; "
-        "each stream reads what was added from its next epoch on"
-    ]
+    return SequenceLoader(workers, config=config, dp_rank=dp_rank, dp_size=dp_size, identity=identity)
 
 
 def _share(dealt: Sequence[Streams], peers: dist.ProcessGroup | None, timeout_s: float) -> list[WorkerProcess]:

@@ -7,15 +7,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from minimax_train.data.config import TRAIN_TOKENIZER, DataConfig
-from minimax_train.data.shuffle import permutation
-from minimax_train.data.sources import TRAIN, open_source
+from minimax_train.data.shuffle import permutation, stable_hash
+from minimax_train.data.sources import TRAIN, Source, open_sources
 from minimax_train.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,6 +42,7 @@ class Tokenizer:
     Attributes:
         eos_id: the id that ends every document.
         vocab_size: one more than the largest id.
+        is_byte_level: whether a text has at most as many tokens as bytes, and a space that is put before it.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_id: int) -> None:
@@ -50,6 +52,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self.eos_id = eos_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.is_byte_level = backend.normalizer is None and "ByteLevel" in repr(backend.pre_tokenizer)
 
     def __reduce__(self) -> tuple:
         """For worker processes: what the constructor sets is not part of the backend's own pickle."""
@@ -66,7 +69,11 @@ class Tokenizer:
         The interpreter lock is free meanwhile, for the training loop beside which this runs.
         """
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([*encoding.ids, self.eos_id], dtype=np.int64) for encoding in encodings]
+        return [self._ended(encoding.ids) for encoding in encodings]
+
+    def _ended(self, ids: list[int]) -> np.ndarray:
+        ids.append(self.eos_id)  # the list was made for this call; a copy would cost 3 %
+        return np.array(ids, dtype=np.int64)
 
     def encode_in_pieces(self, text: str) -> Iterator[np.ndarray]:
         """The ids of :meth:`encode_document` one part after the other, int64, for documents of any length.
@@ -81,6 +88,12 @@ class Tokenizer:
         while together := list(islice(pieces, _PIECES_TOGETHER)):
             yield np.concatenate([ids[:-1] for ids in self.encode_documents(together)])
         yield np.array([self.eos_id], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same of two tokenizers whose ids mean the same tokens."""
+        named = sorted((i, token) for token, i in self._backend.get_vocab().items())
+        return f"{stable_hash(self.eos_id, *named):016x}"
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids, special tokens left out."""
@@ -188,15 +201,27 @@ def _without_long_words(text: str) -> Iterator[str]:
 
 
 def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
-    source = open_source(config, TRAIN)
+    sources = open_sources(config, TRAIN)
+    tokens = [source.description for source in sources.values() if source.is_tokens]
+    if tokens:
+        raise ConfigError(
+            f"data.tokenizer={TRAIN_TOKENIZER!r}: {tokens[0]} holds tokens: must be the tokenizer that made them"
+        )
+    dealt = [_texts(source) for source in sources.values()]
+    first = [next(texts, None) for texts in dealt]
+    for source, text in zip(sources.values(), first, strict=True):
+        if text is None:
+            raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")
+    # In turns, as long as each lasts.
+    rest = (text for turn in zip_longest(*dealt) for text in turn)
+    return train_bpe(islice((text for text in chain(first, rest) if text), config.tokenizer_documents), vocab_size)
+
+
+def _texts(source: Source) -> Iterator[str]:
     # Shards in a drawn order: the first documents of a sorted list of files are all of a kind.
     order = permutation(len(source.shards), "tokenizer")
     read = (document.content for shard in order for document in source.read(shard) if isinstance(document.content, str))
-    documents = (text[:LONG_DOCUMENT] for text in read)  # all that training looks at
-    first = next(documents, None)
-    if first is None:
-        raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")
-    return train_bpe([first, *islice(documents, config.tokenizer_documents - 1)], vocab_size)
+    return (text[:LONG_DOCUMENT] for text in read)  # all that training looks at
 
 
 def _save_trained(backend: tokenizers.Tokenizer, directory: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from minimax_train.data.batch import MicroBatch
 from minimax_train.data.config import DataConfig
+from minimax_train.data.held_out import Content, is_in_share
+from minimax_train.data.mixture import MixtureStream
 from minimax_train.data.packing import PackedSequence, SequencePacker, filler
-from minimax_train.data.sources import VALIDATION, open_source
-from minimax_train.data.streams import DocumentStream
+from minimax_train.data.sources import TRAIN, VALIDATION, open_source
+from minimax_train.data.streams import DocumentStream, Lengths
 from minimax_train.data.tokenizer import Tokenizer
 from minimax_train.documents import IGNORE_INDEX
 from minimax_train.errors import ConfigError
@@ -30,7 +32,7 @@ class ValidationSequences:
         self._sequences, self._dp_size = sequences[dp_rank::dp_size], dp_size
         length = len(sequences[0].tokens_S)
         tokens_S, labels_S = filler(length, int(sequences[0].tokens_S[0]))
-        self._stand_in = PackedSequence(tokens_S, labels_S, [length], [0])
+        self._stand_in = PackedSequence(tokens_S, labels_S, [length], [sequences[0].origins[0]])
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """This rank's sequences, ``size`` at a time, on the host; as many micro-batches as on every other rank."""
@@ -42,28 +44,71 @@ class ValidationSequences:
 
 def build_validation_sequences(
     config: DataConfig, tokenizer: Tokenizer, *, num_sequences: int, sequence_length: int, dp_rank: int, dp_size: int
-) -> ValidationSequences:
-    """The first packed sequences of the held-out documents, or as many as these fill.
+) -> dict[str, ValidationSequences]:
+    """By source, of those that hold documents out: the first packed sequences of these, or as many as they fill.
 
     Every rank packs the same single pass over the held-out documents, so all know how many there are without asking
-    each other. A last one that the documents do not fill is completed by a document without targets.
+    each other. Documents are split where they do not fit, whatever ``packing`` says. A last sequence that the documents
+    do not fill is completed by a document without targets.
 
     Raises:
         ValueError: when no held-out documents are configured or found, they cannot be read, or hold no target.
     """
     if num_sequences < 1:
         raise ValueError(f"num_sequences={num_sequences}: evaluation needs a positive number")
-    stream = DocumentStream(
-        open_source(config, VALIDATION), tokenizer, stream=0, num_streams=1, seed=0, shuffle_documents=1, repeat=False
-    )
-    packer = SequencePacker(stream)
-    packed: list[PackedSequence] = []
-    while len(packed) < num_sequences and (sequence := packer.next_sequence(sequence_length)) is not None:
-        packed.append(sequence)
-    if not any((sequence.labels_S != IGNORE_INDEX).any() for sequence in packed):
-        raise ConfigError(
-            f"recipe.eval_sequences={num_sequences}: the first {len(packed)} held-out sequences of {sequence_length} "
-            "tokens hold no target, since each of their documents is a single token; hold out other documents, or pass "
-            "recipe.eval_interval=0"
+    every = config.named_sources
+    names = [name for name in every if every[name].is_held_out]
+    if not names:
+        kind = next(iter(every.values())).source
+        field = "validation_files=[]" if kind == "files" else "validation_split=None"
+        raise ConfigError(f"data.{field}: evaluation needs held-out documents; name some or switch evaluation off")
+    held_out = {}
+    for name in names:
+        documents = held_out_documents(config, name, tokenizer)
+        packer, packed = SequencePacker(documents), []
+        while len(packed) < num_sequences:
+            sequence = packer.next_sequence(sequence_length, {name: 1.0})
+            if sequence is None:
+                break
+            packed.append(sequence)
+        path = config.path_of(name)
+        if not packed:
+            raise ConfigError(
+                f"{path}.held_out={every[name].held_out}: no document is held out; hold out a larger share"
+            )
+        if not any((sequence.labels_S != IGNORE_INDEX).any() for sequence in packed):
+            of = f" of {path}" if config.sources else ""
+            raise ConfigError(
+                f"recipe.eval_sequences={num_sequences}: the first {len(packed)} held-out sequences{of} of "
+                f"{sequence_length} tokens hold no target, since each of their documents is a single token; hold out "
+                "other documents, or pass recipe.eval_interval=0"
+            )
+        held_out[name] = ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size, skipped=documents.skipped)
+    return held_out
+
+
+def held_out_documents(config: DataConfig, name: str, tokenizer: Tokenizer) -> MixtureStream:
+    """A source's held-out documents, once: its own files or split of them, or those of its training documents."""
+    how, path = config.named_sources[name], config.path_of(name)
+    split = VALIDATION if how.has_validation_files else TRAIN
+    source = open_source(how, split, path=path, bad_documents=config.bad_documents).with_tokenizer(tokenizer)
+
+    def keeps(content: Content) -> bool:
+        return is_in_share(content, how.held_out)
+
+    def open_cursor(_: str, only: int | None) -> DocumentStream:
+        return DocumentStream(
+            source,
+            tokenizer,
+            stream=0,
+            num_streams=1,
+            seed=0,
+            shuffle_documents=1,
+            lengths=Lengths(config.medium_length, config.long_length),
+            path=path,
+            repeat=False,
+            only=only,
+            keeps=None if how.has_validation_files else keeps,
         )
-    return ValidationSequences(packed, dp_rank=dp_rank, dp_size=dp_size, skipped=stream.skipped)
+
+    return MixtureStream(list(config.named_sources), open_cursor)

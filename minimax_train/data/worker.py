@@ -1,8 +1,7 @@
-"""Reading, tokenising and packing: in the trainer's process, or in a process beside it.
+"""Reading, tokenising and packing in a process beside the trainer's, whose interpreter only launches kernels.
 
-In a process of its own it does not hold the interpreter that launches kernels. Ranks of one machine that take the same
-packed sequences (tensor- and context-parallel ones) share a process; each of them makes the same requests in the same
-order, and the process does each of them once.
+Ranks of one machine that take the same packed sequences (tensor- and context-parallel ones) share a process; each of
+them makes the same requests in the same order, and the process does each of them once.
 """
 
 from __future__ import annotations
@@ -21,179 +20,15 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from minimax_train.data.config import DataConfig
-from minimax_train.data.packing import PackedSequence, SequencePacker
-from minimax_train.data.sources import TRAIN, Source, open_source
-from minimax_train.data.streams import DocumentStream
-from minimax_train.data.tokenizer import Tokenizer
+from minimax_train.data.in_process import InProcess, Opened, Packed, Streams
 from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.parallel.environment import end_with_parent
 
-_DOCUMENTS_SAMPLED, _CHARACTERS_SAMPLED = 1000, 1000
 _EXIT_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A packed sequence, and of its stream: the state after it, the bad documents passed over since the beginning of
-    the run, and what there is to say of them."""
-
-    sequence: PackedSequence
-    state: dict[str, int]
-    skipped: int
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Which of a run's streams to pack, and out of what; what a worker process is sent.
-
-    Attributes:
-        digests: whether to look into all shards for their digests.
-    """
-
-    config: DataConfig
-    tokenizer: Tokenizer
-    seed: int
-    streams: Sequence[int]
-    digests: bool
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What opening the data set told.
-
-    Attributes:
-        states: of the streams at the beginning.
-        shards: the source's, by name.
-        digests: what each shard's content is told from another's by; None where nobody asked for them.
-        identity: what the documents depend on besides the shards' content, by configuration field.
-        fingerprint: of the shards in the states that earlier versions saved.
-    """
-
-    states: dict[int, dict[str, int]]
-    shards: Sequence[str]
-    digests: Sequence[str] | None
-    identity: Mapping[str, str | None]
-    fingerprint: str
-
-
-class Worker(Protocol):
-    """Packs some of a rank's streams. One request for sequences is under way at a time."""
-
-    def opened(self) -> Opened:
-        """Wait until the data set is open.
-
-        Raises:
-            ConfigError: when it cannot be opened.
-        """
-        ...
-
-    def place(self, states: dict[int, dict[str, int]]) -> None:
-        """Go on from other positions, by stream; what was asked for is dropped."""
-        ...
-
-    def ask(self, streams: Sequence[int], length: int) -> None:
-        """Ask for the next sequence of ``length`` tokens of each of these streams, one after the other."""
-        ...
-
-    def receive(self) -> list[Packed]:
-        """What was asked for, in that order.
-
-        Raises:
-            ConfigError, TrainingError: what went wrong while reading; or that the worker process ended or hangs.
-        """
-        ...
-
-    def leave(self) -> None:
-        """Ask for nothing more: the process ends when all its ranks have left."""
-        ...
-
-    def close(self) -> None:
-        """Wait for the process to end."""
-        ...
-
-
-class InProcess:
-    """A worker that is no process: it packs what was asked for when it is received."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._opened: Opened | None = None
-        self._packers: dict[int, SequencePacker] = {}
-        self._asked: tuple[Sequence[int], int] | None = None
-
-    def opened(self) -> Opened:
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
-
-    def _open(self) -> Opened:
-        config, tokenizer, source = (
-            self._streams.config,
-            self._streams.tokenizer,
-            open_source(self._streams.config, TRAIN),
-        )
-        for stream in self._streams.streams:
-            documents = DocumentStream(
-                source,
-                tokenizer,
-                stream=stream,
-                num_streams=config.num_streams,
-                seed=self._streams.seed,
-                shuffle_documents=config.shuffle_documents,
-            )
-            self._packers[stream] = SequencePacker(documents)
-        # With fewer shards than streams, the last stream is the first that has no document.
-        deals_shards = len(source.shards) >= config.num_streams
-        for stream in self._packers if deals_shards else [max(self._packers)]:
-            self._packers[stream].stream.check()
-        _check_targets(source, tokenizer)
-        states = {stream: packer.state_dict() for stream, packer in self._packers.items()}
-        digests = source.digests() if self._streams.digests else None
-        return Opened(states, source.shards, digests, source.identity, source.fingerprint)
-
-    def place(self, states: dict[int, dict[str, int]]) -> None:
-        for stream, state in states.items():
-            self._packers[stream].load_state_dict(state)
-        self._asked = None
-
-    def ask(self, streams: Sequence[int], length: int) -> None:
-        self._asked = streams, length
-
-    def receive(self) -> list[Packed]:
-        assert self._asked is not None, "nothing was asked for"
-        streams, length = self._asked
-        packed = [self._pack(stream, length) for stream in streams]
-        self._asked = None
-        return packed
-
-    def _pack(self, stream: int, length: int) -> Packed:
-        packer = self._packers[stream]
-        sequence = packer.next_sequence(length)
-        assert sequence is not None, "streams that train repeat for ever"
-        return Packed(sequence, packer.state_dict(), packer.stream.skipped, packer.stream.take_notes())
-
-    def leave(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _check_targets(source: Source, tokenizer: Tokenizer) -> None:
-    """Refuse documents of one token each, with which a model learns nothing but to end them."""
-    starts = (text[:_CHARACTERS_SAMPLED] for text in islice(source.documents(), _DOCUMENTS_SAMPLED))
-    if all(len(ids) <= 2 for start in starts for ids in tokenizer.encode_documents([start])):
-        raise ConfigError(
-            f"{source.description}: no document (of the first {_DOCUMENTS_SAMPLED}) is longer than one token: there is "
-            "nothing to learn but its end; is this the text to train on?"
-        )
 
 
 class WorkerProcess:
@@ -219,18 +54,18 @@ class WorkerProcess:
             self._pid, self._opened = self._answer()
         return self._opened
 
-    def place(self, states: dict[int, dict[str, int]]) -> None:
+    def place(self, states: dict[int, dict]) -> None:
         self.opened()
         while self._pending:
             self._pending -= 1
             self._read()  # what was asked for, or why not
         self._send(("place", states))
 
-    def ask(self, streams: Sequence[int], length: int) -> None:
+    def ask(self, streams: Sequence[int], length: int, weights: Mapping[str, float]) -> None:
         self._pending += 1
-        self._send(("pack", list(streams), length))
+        self._send(("pack", list(streams), length, dict(weights)))
 
-    def receive(self) -> list[Packed]:
+    def receive(self) -> Packed:
         self._pending -= 1
         return self._answer()
 
@@ -363,9 +198,9 @@ def serve(streams: Streams, connections: Iterable[Connection]) -> None:
         worker = InProcess(streams)
         return os.getpid(), worker.opened()
 
-    def pack(names: Sequence[int], length: int) -> list[Packed]:
+    def pack(names: Sequence[int], length: int, weights: Mapping[str, float]) -> Packed:
         assert worker is not None
-        worker.ask(names, length)
+        worker.ask(names, length, weights)
         return worker.receive()
 
     made = dict.fromkeys(connections, 0)  # requests, by connection

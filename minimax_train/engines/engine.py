@@ -4,7 +4,7 @@ The trainer asks for steps and knows nothing of how they are made: a pipeline sc
 DeepSpeed or Megatron-Core, fits behind :meth:`Engine.run`. Every method is called by all ranks together. Only
 :meth:`Engine.evaluate` and :meth:`Engine.diagnose` make the host wait for the device; a step does not.
 
-Shape legend: L layers, E experts.
+Shape legend: L layers, E experts, O origins of a document (:attr:`DataConfig.origins`).
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class StepSums(NamedTuple):
         entropy: of the routers' probabilities in nats, over tokens and layers.
         dropped: assignments over an expert's capacity, in all layers.
         scores: pairs of tokens that a causal attention looks at; this rank's part of them.
+        loss_by_origin_O: cross-entropy in nats, summed over the targets in documents of each origin, float64.
+        targets_by_origin_O: how many these are, float64; this rank's part of them.
         tokens_per_expert_LE: assignments to each expert before any were dropped, int64.
     """
 
@@ -71,6 +73,8 @@ class StepSums(NamedTuple):
     entropy: Tensor
     dropped: Tensor
     scores: Tensor
+    loss_by_origin_O: Tensor
+    targets_by_origin_O: Tensor
     tokens_per_expert_LE: Tensor
 
 

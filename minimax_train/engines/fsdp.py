@@ -4,7 +4,7 @@ Each parameter is sharded over all ranks that hold the same part of it (:meth:`P
 splits over dp x cp x tp, what tp splits over dp x cp, experts over edp. So no rank holds anything twice, and every sum
 over a gradient's elements is the sum of all ranks' shards.
 
-Shape legend: L layers, E experts.
+Shape legend: T tokens, L layers, E experts, O origins of a document.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.optim.adamw import adamw
 
 from minimax_train.data import MicroBatch
 from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
+from minimax_train.documents import IGNORE_INDEX
 from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
 from minimax_train.errors import require_choice
 from minimax_train.model import HybridModel, ModelLoss, initialize
@@ -118,6 +119,7 @@ class FSDPEngine(Engine):
             }
             for name, parameter in self.parameters.items()
         }
+        self._num_origins = len(config.data.origins)
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
         self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
 
@@ -127,6 +129,7 @@ class FSDPEngine(Engine):
         dist.all_reduce(targets, group=self.grid.group("dp_cp"))
         targets.clamp_(min=1)
         sums, tokens_per_expert_LE = [], []
+        by_origin_2O = torch.zeros(2, self._num_origins, dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             with self.phases("forward"):
                 out = self._forward(batch, plan)
@@ -136,11 +139,23 @@ class FSDPEngine(Engine):
                 (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
             sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.entropy, out.dropped)]))
             tokens_per_expert_LE.append(out.tokens_per_expert_LE)
+            by_token_2T = torch.stack([out.token_losses_T.double(), (batch.labels_T != IGNORE_INDEX).double()])
+            by_origin_2O.index_add_(1, batch.origins_T, by_token_2T)
         total = torch.stack(sums).sum(0)
         self._loss = total[:2].sum()
         loss, aux_loss, entropy, dropped = total
         scores = total.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size("cp_tp"))
-        return StepSums(loss, aux_loss, entropy, dropped, scores, torch.stack(tokens_per_expert_LE).sum(0))
+        loss_by_origin_O, targets_by_origin_O = by_origin_2O
+        return StepSums(
+            loss=loss,
+            aux_loss=aux_loss,
+            entropy=entropy,
+            dropped=dropped,
+            scores=scores,
+            loss_by_origin_O=loss_by_origin_O,
+            targets_by_origin_O=targets_by_origin_O / self.grid.size("tp"),
+            tokens_per_expert_LE=torch.stack(tokens_per_expert_LE).sum(0),
+        )
 
     def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
         return self.model(
@@ -205,11 +220,14 @@ class FSDPEngine(Engine):
             )
 
     def totals(self, sums: StepSums) -> StepSums:
-        *scalars, tokens_per_expert_LE = sums
-        total, tokens_per_expert_LE = torch.stack(scalars), tokens_per_expert_LE.clone()
+        *real, tokens_per_expert_LE = sums
+        total, tokens_per_expert_LE = torch.cat([x.flatten() for x in real]), tokens_per_expert_LE.clone()
         for x in (total, tokens_per_expert_LE):
             dist.all_reduce(x, group=self.grid.group(WORLD))
-        return StepSums(*total, tokens_per_expert_LE=tokens_per_expert_LE)
+        parts = total.split([x.numel() for x in real])
+        return StepSums(
+            *(part.view_as(x) for part, x in zip(parts, real, strict=True)), tokens_per_expert_LE=tokens_per_expert_LE
+        )
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:

@@ -14,6 +14,7 @@ SHOWN = {
     "loss": "loss {:.4f}",
     "grad_norm": "grad {:.2f}",
     "learning_rate": "lr {:.2e}",
+    "tokens": "{:,} tokens",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "{:.1%} MFU",
     "validation_loss": "held-out loss {:.4f}",
@@ -86,7 +87,7 @@ class ConsoleReporter:
     """Shows progress on standard output."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
-        self.total_steps = total_steps
+        self.total_steps, self.stage = total_steps, ""
         output: Any = Output(sys.stdout, "standard output is closed: the run goes on without, and writes metrics.jsonl")
         self.console = Console(file=output, soft_wrap=True, highlight=False)
         self.progress: Progress | None = None
@@ -104,11 +105,11 @@ class ConsoleReporter:
             self.progress.start()
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        line = summarize(metrics)
+        line = f"{self.stage}  {summarize(metrics)}".strip()
         if self.progress is None or "validation_loss" in metrics:
             self.say(f"step {step}/{self.total_steps}  {line}")
         else:
-            self.progress.update(self.task, completed=step, description=line)
+            self.progress.update(self.task, completed=step, total=self.total_steps, description=line)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -64,6 +64,11 @@ class MetricLog:
         if self.wandb is not None:
             self.wandb.log({"step": step, **metrics})
 
+    def plan(self, total_steps: int, stage: str) -> None:
+        """How many steps the run has as far as is known now, and what the console calls this part of it."""
+        if self.enabled:
+            self.console.total_steps, self.console.stage = total_steps, stage
+
     def holds(self, step: int, name: str) -> bool:
         """Whether a metric of a step has been recorded; the same on all ranks."""
         return on_first_rank(

@@ -29,10 +29,11 @@ from minimax_train.parallel.context.layout import SequenceShard
 
 
 class ModelLoss(NamedTuple):
-    """Sums over this rank's tokens of a micro-batch; whoever owns the whole batch divides.
+    """Sums over this rank's tokens of a micro-batch, and the tokens' own; whoever owns the whole batch divides.
 
     Attributes:
         token_loss: cross-entropy in nats summed over tokens that have a label, scalar; this rank's part of it.
+        token_losses_T: its summands, without gradient; with tensor parallelism, this rank's part of each.
         aux_loss: load-balancing loss summed over layers and packed sequences, before its coefficient, scalar; 0 where
             that is.
         entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
@@ -41,6 +42,7 @@ class ModelLoss(NamedTuple):
     """
 
     token_loss: Tensor
+    token_losses_T: Tensor
     aux_loss: Tensor
     entropy: Tensor
     tokens_per_expert_LE: Tensor
@@ -136,10 +138,12 @@ class HybridModel(nn.Module):
         x_TD = self.ranks.tp.gather(self.norm(x_TD))
         if labels_T is None:
             return self.head(x_TD)
+        token_loss, token_losses_T = linear_cross_entropy(
+            x_TD, local(self.head.weight), labels_T, shard=self.vocabulary, implementation=self.kernels.loss
+        )
         return ModelLoss(
-            token_loss=linear_cross_entropy(
-                x_TD, local(self.head.weight), labels_T, shard=self.vocabulary, implementation=self.kernels.loss
-            ),
+            token_loss=token_loss,
+            token_losses_T=token_losses_T,
             aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
             entropy=torch.stack([report.entropy for report in reports]).sum(),
             tokens_per_expert_LE=torch.stack([report.tokens_per_expert_E for report in reports]),

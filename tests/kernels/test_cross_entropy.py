@@ -17,6 +17,12 @@ VOCABULARY = 200_064
 TOLERANCES = {torch.float64: (1e-14, 1e-13), torch.float32: (1e-6, 1e-5), torch.bfloat16: (3e-3, 2e-2)}
 
 
+@torch.no_grad()
+def _one_by_one(x, weight, labels):
+    tokens = zip(x.split(1), labels.split(1), strict=True)
+    return torch.stack([linear_cross_entropy_naive(x_1D, weight, label_1) for x_1D, label_1 in tokens])
+
+
 def _check(implementation, dtype, T, D, V, scale=1.0):
     torch.manual_seed(V)
     x, weight = (torch.randn(shape, device=DEVICE).bfloat16().double() for shape in [(T, D), (V, D)])
@@ -29,9 +35,12 @@ def _check(implementation, dtype, T, D, V, scale=1.0):
         if results:
             loss = linear_cross_entropy_naive(*leaves, labels)
         else:
-            loss = linear_cross_entropy(*leaves, labels, implementation=implementation)
-            assert loss.dtype == torch.promote_types(dtype, torch.float32)
+            loss, losses = linear_cross_entropy(*leaves, labels, implementation=implementation)
+            assert loss.dtype == losses.dtype == torch.promote_types(dtype, torch.float32)
+            assert not losses.requires_grad
         results.append([loss, *torch.autograd.grad(loss * scale, leaves)])
+    assert relative_error(losses, _one_by_one(*leaves, labels)) < TOLERANCES[dtype][0]
+    assert not losses[labels == IGNORE_INDEX].any()
     for i, (ours, right) in enumerate(zip(*results, strict=True)):
         assert relative_error(ours, right) < TOLERANCES[dtype][min(i, 1)]
     return results
@@ -115,8 +124,8 @@ def test_parts_of_the_vocabulary_add_up(implementation, dtype, tokens, sizes, bu
         start = sum(sizes[:rank])
         parts = [x.clone().requires_grad_(), weight[start : start + sizes[rank]].clone().requires_grad_()]
         shard = VocabularyShard(start, ranks, merge)
-        loss = linear_cross_entropy(*parts, labels, shard=shard, implementation=implementation)
-        return loss, *torch.autograd.grad(loss, parts)
+        loss, losses = linear_cross_entropy(*parts, labels, shard=shard, implementation=implementation)
+        return loss, losses, *torch.autograd.grad(loss, parts)
 
     # Ranks take turns here: first they say their log-sums, then they are told what these come to.
     said = [[] for _ in sizes]
@@ -127,15 +136,16 @@ def test_parts_of_the_vocabulary_add_up(implementation, dtype, tokens, sizes, bu
     for rank in range(ranks):
         told = iter(merged)
         results.append(run(rank, lambda log_sum, told=told: torch.stack([next(told) for _ in log_sum])))
-    losses, dx, dw = zip(*results, strict=True)
-    assert relative_error(sum(losses), right) < TOLERANCES[dtype][0]
+    loss, losses, dx, dw = zip(*results, strict=True)
+    assert relative_error(sum(loss), right) < TOLERANCES[dtype][0]
+    assert relative_error(sum(losses), _one_by_one(*leaves, labels)) < TOLERANCES[dtype][0]
     assert relative_error(sum(dx), right_dx) < TOLERANCES[dtype][1]
     assert relative_error(torch.cat(dw), right_dw) < TOLERANCES[dtype][1]
 
 
 def test_loss_without_gradient():
     x, weight = torch.randn(5, 3), torch.randn(4, 3)
-    loss = linear_cross_entropy(x, weight, torch.tensor([0, 1, 2, 3, IGNORE_INDEX]))
+    loss, _ = linear_cross_entropy(x, weight, torch.tensor([0, 1, 2, 3, IGNORE_INDEX]))
     torch.testing.assert_close(loss, F.cross_entropy((x @ weight.T)[:4], torch.arange(4), reduction="sum"))
 
 
@@ -143,14 +153,14 @@ def test_factor_of_the_gradient_is_not_rounded():
     x, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.randn(4, 8).bfloat16()
     factor = torch.tensor(1 + 0.98 * 2**-8)  # 1 in bfloat16
     unscaled, scaled = (
-        torch.autograd.grad(linear_cross_entropy(x, weight, torch.arange(5) % 4) * f, x)[0] for f in (1.0, factor)
+        torch.autograd.grad(linear_cross_entropy(x, weight, torch.arange(5) % 4)[0] * f, x)[0] for f in (1.0, factor)
     )
     assert torch.equal(scaled, (unscaled.float() * factor).bfloat16()) and not torch.equal(scaled, unscaled)
 
 
 def test_a_second_backward_pass_is_refused():
     x = torch.randn(5, 8, requires_grad=True)
-    loss = linear_cross_entropy(x, torch.randn(4, 8), torch.arange(5) % 4)
+    loss, _ = linear_cross_entropy(x, torch.randn(4, 8), torch.arange(5) % 4)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
@@ -165,7 +175,7 @@ def test_memory_and_error_at_a_real_vocabulary(D, bound):
     labels = torch.randint(VOCABULARY, (T,), device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = linear_cross_entropy(x, weight, labels)
+    loss, _ = linear_cross_entropy(x, weight, labels)
     dx, dw = torch.autograd.grad(loss, [x, weight])
     extra = torch.cuda.max_memory_allocated() - before - dx.nbytes - dw.nbytes
     assert extra < 2 * 2**30

@@ -28,7 +28,6 @@ from support.runs import overrides
         ("recipe.steps=many", r"recipe.steps=many: .*accepted: int"),
         ("recipe.steps=1.5", r"recipe.steps=1.5: .*accepted: int"),
         ("model=tinny", r"(?s)model/tinny.*tiny"),
-        ("recipe=minimax-01", r"recipe.steps: no value given"),
         ("model.layer_pattern=LLS", r"model.layer_pattern='LLS': .*length 3 must divide model.num_layers=8"),
         ("model.layer_pattern=LLLX", r"model.layer_pattern='LLLX': must be made of L \(lightning\) and S"),
         ("model.num_kv_heads=3", r"model.num_kv_heads=3: must divide model.num_heads=4"),
@@ -61,7 +60,7 @@ from support.runs import overrides
             r"parallel.token_groups=257: must be at most 256, the tokens of a rank's micro-batch",
         ),
         ("device=tpu", r"device='tpu': must be one of auto, cpu, cuda"),
-        ("recipe.steps=null", r"recipe.steps=null: .*not Optional \(accepted: int\)"),
+        ("recipe.warmup_steps=null", r"recipe.warmup_steps=null: .*not Optional \(accepted: int\)"),
         ("data.train_files=[a,null]", r"data.train_files=\[a,null\]: .*accepted: list\[str\]"),
         ("recipe.learning_rate=inf", r"recipe.learning_rate=inf: must be between 1e-12 and 100$"),
         ("recipe.weight_decay=inf", r"recipe.weight_decay=inf: must be between 0 and 100$"),
@@ -147,7 +146,8 @@ def test_world_size_that_does_not_divide():
 def test_every_preset_composes():
     for name in ("tiny", "small", "medium", "proxy", "text-01"):
         load_config([f"model={name}"])
-    load_config(["recipe=minimax-01", "recipe.steps=10000"])
+    for name in ("short", "minimax-01", "wsd", "cosine"):
+        load_config([f"recipe={name}"])
     load_config(["experiment=demo"])
 
 

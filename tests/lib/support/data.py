@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minimax_train.data import MicroBatch
+from minimax_train.data.sources import Document
 from minimax_train.errors import ConfigError
 from minimax_train.recipe import StepPlan
 
@@ -25,6 +26,8 @@ EOS = 0
 
 class WordTokenizer:
     """A document is numbers in words: ``"7 8"`` is 7, 8, end."""
+
+    is_byte_level = True
 
     def encode_document(self, text: str) -> np.ndarray:
         return np.array([*map(int, text.split()), EOS], dtype=np.int64)
@@ -67,20 +70,23 @@ def random_documents(count: int, seed: int = 0, longest: int = 30) -> list[str]:
 class ListSource:
     """A source in memory: shards of documents."""
 
-    contents: list[list[str]]
+    contents: list[list[str | np.ndarray | None]]
     description: str = "data.train_files=['listed']"
 
     @property
-    def shards(self) -> list[str]:
+    def files(self) -> list[str]:
         return [f"shard {i}" for i in range(len(self.contents))]
 
-    def read(self, shard: int, start_row: int = 0) -> Iterator[tuple[int, str]]:
-        for row, text in enumerate(self.contents[shard][start_row:], start_row):
-            if text:
-                yield row, text
+    shards = files
 
-    def documents(self) -> Iterator[str]:
-        return (text for shard in range(len(self.contents)) for _, text in self.read(shard))
+    def split(self, num_streams: int, num_files: int | None = None) -> ListSource:
+        whole = num_files in (None, len(self.contents))
+        return self if whole else replace(self, contents=self.contents[:num_files])
+
+    def read(self, shard: int, start_row: int = 0, offset: int = 0) -> Iterator[Document]:
+        for row, text in enumerate(self.contents[shard][start_row:], start_row):
+            if text is not None and len(text):
+                yield Document(row, 0, text)
 
 
 def write_shards(folder: Path, file_format: str, shards: Sequence[Sequence[str]]) -> str:
@@ -101,7 +107,7 @@ def write_shards(folder: Path, file_format: str, shards: Sequence[Sequence[str]]
 
 
 def next_micro_batches(
-    loader, size: int, number: int, *, length: int, dp_size: int = 1, source="files"
+    loader, size: int, number: int, *, length: int, dp_size: int = 1, source="files", weights=None
 ) -> list[MicroBatch]:
     """What a loader hands out of a step of ``number`` micro-batches of ``size`` packed sequences a rank."""
     plan = StepPlan(
@@ -110,7 +116,7 @@ def next_micro_batches(
         micro_batch_size=size,
         sequence_length=length,
         rope_base=1e4,
-        data_weights={source: 1.0},
+        data_weights=weights or {source: 1.0},
         stage="test",
     )
     return loader.next_micro_batches(plan)

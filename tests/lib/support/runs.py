@@ -84,5 +84,6 @@ def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:
     # On the host: torch's functional collectives crash over gloo on CUDA tensors.
     gradients = [p.grad.cpu().full_tensor() for p in trainer.engine.parameters.values()]
     sums = {name: float(value) for name, value in totals._asdict().items() if value.dim() == 0}
+    sums |= {f"loss_by_origin/{i}": float(loss) for i, loss in enumerate(totals.loss_by_origin_O)}
     sums |= {f"tokens_per_expert/{i}": float(n) for i, n in enumerate(totals.tokens_per_expert_LE.flatten())}
     return sums, float(sum(gradient.double().square().sum() for gradient in gradients)) ** 0.5

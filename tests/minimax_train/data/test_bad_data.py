@@ -1,6 +1,9 @@
 """What users' files hold that they should not, and data that changed under a saved position: through the command."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -58,6 +61,10 @@ def refused(folder, *more):
 def config_of(*files, file_format="json", **options):
     files = [str(file) for file in files]
     return DataConfig(source="files", format=file_format, train_files=files, num_workers=0, **options)
+
+
+def opened(config):
+    return open_source(config, TRAIN, path="data", bad_documents=config.bad_documents)
 
 
 def loader_of(config, **options):
@@ -122,9 +129,11 @@ def test_data_that_changed_under_a_saved_position(odd_run):
     progress = next(folder.glob("run/checkpoints/*/progress.json"))
     saved = json.loads(progress.read_text())
     del saved["data"]["shards"]
-    for stream in saved["data"]["streams"].values():
-        assert stream["offset"] == 128
-        del stream["content"], stream["num_shards"], stream["skipped"]
+    for name, stream in saved["data"]["streams"].items():
+        assert [drawn[:2] for drawn in stream["drawn"]] == [["files", 128]]
+        position = stream["positions"]["files"]
+        old = {key: position[key] for key in ("epoch", "shard", "row", "index", "block", "taken")}
+        saved["data"]["streams"][name] = {**old, "offset": 128}
     progress.write_text(json.dumps(saved))
     assert f"'{path}', row 2: the data changed: the saved position is 128 tokens into it" in refused(folder, *more)
 
@@ -145,10 +154,10 @@ def test_data_that_changed_under_a_saved_position(odd_run):
 def test_bad_lines(tmp_path, bad, reason):
     path = write(tmp_path / "a.jsonl", line(text="a"), bad, b"", line(text="b"))
     with pytest.raises(ValueError, match=r"a.jsonl'") as caught:
-        list(open_source(config_of(path), TRAIN).documents())
+        list(opened(config_of(path)).documents())
     assert reason in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "as a worker process would send it"
-    source = pickle.loads(pickle.dumps(open_source(config_of(path, bad_documents="skip"), TRAIN)))
+    source = pickle.loads(pickle.dumps(opened(config_of(path, bad_documents="skip"))))
     assert list(source.documents()) == ["a", "b"]
     rows = list(source.read(0))
     assert [document.row for document in rows] == [0, 1, 2] and isinstance(rows[1].content, BadDocument)
@@ -159,24 +168,24 @@ def test_bad_lines(tmp_path, bad, reason):
 def test_good_lines(tmp_path, separator, start):
     lines = [json.dumps({"text": text}) for text in ("a", "b\n", "\U0001f600")]
     (tmp_path / "a.jsonl").write_bytes((start + separator.join(lines)).encode())
-    assert list(open_source(config_of(tmp_path / "a.jsonl"), TRAIN).documents()) == ["a", "b\n", "\U0001f600"]
+    assert list(opened(config_of(tmp_path / "a.jsonl")).documents()) == ["a", "b\n", "\U0001f600"]
 
 
 def test_one_json_list(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "a"}, "b", {"text": None}, {"text": "c", "other": 1}], indent=2))
-    source = open_source(config_of(path), TRAIN)
+    source = opened(config_of(path))
     assert [(row, text) for row, _, text in source.read(0)] == [(0, "a"), (1, "b"), (3, "c")]
     assert [(row, text) for row, _, text in source.read(0, 2)] == [(3, "c")]
     path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}]')
     with pytest.raises(ValueError, match=r"a.json'.*line 2: byte 0xff is not UTF-8"):
-        list(open_source(config_of(path), TRAIN).documents())
+        list(opened(config_of(path)).documents())
 
 
 def test_a_hub_data_sets_other_columns_do_not_matter(tmp_path):
     write(tmp_path / "train-0.jsonl", line(text="2024-05-01", meta=1))
     write(tmp_path / "train-1.jsonl", line(text="2024-05-02", meta={"a": []}), NOT_UTF8)
-    source = open_source(DataConfig(source="hub", name=str(tmp_path), bad_documents="skip"), TRAIN)
+    source = opened(DataConfig(source="hub", name=str(tmp_path), bad_documents="skip"))
     assert list(source.documents()) == ["2024-05-01", "2024-05-02"]
 
 
@@ -185,30 +194,47 @@ def test_a_row_of_parquet_that_is_not_utf8(tmp_path):
     pq.write_table(pa.table({"text": texts.dictionary_encode()}), tmp_path / "a.parquet")
     config = config_of(tmp_path / "a.parquet", file_format="parquet")
     with pytest.raises(ValueError, match=r"a.parquet', row 2: not UTF-8"):
-        list(open_source(config, TRAIN).documents())
+        list(opened(config).documents())
     config.bad_documents = "skip"
-    assert list(open_source(config, TRAIN).documents()) == ["a", "b"]
+    assert list(opened(config).documents()) == ["a", "b"]
 
 
-def test_a_compressed_file_that_is_cut_short(tmp_path):
-    import gzip
+@pytest.mark.parametrize("length", [0, 1, 5000, -1])
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_that_is_cut_short(tmp_path, kind, length):
+    content = b"\n".join(line(text=random.Random(i).random().hex()) for i in range(1000))
+    functions = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    compress = functions.get(kind) or (lambda content: pa.Codec("zstd").compress(content, asbytes=True))
+    path = tmp_path / f"a.jsonl.{kind}"
+    path.write_bytes(compress(content)[:length])
+    with pytest.raises(ValueError, match=rf"data.train_files=.*: cannot read '.*a.jsonl.{kind}'.*: \w+: ."):
+        list(opened(config_of(path, bad_documents="skip")).documents())
 
-    content = gzip.compress(b"\n".join(line(text=random.Random(i).random().hex()) for i in range(1000)))
-    (tmp_path / "a.jsonl.gz").write_bytes(content[:5000])
-    with pytest.raises(ValueError, match=r"cannot read '.*a.jsonl.gz'.*: EOFError"):
-        list(open_source(config_of(tmp_path / "a.jsonl.gz", bad_documents="skip"), TRAIN).documents())
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "empty"])
+def test_an_arrow_file_that_is_corrupt(tmp_path, kind, damage):
+    table = pa.table({"text": [f"{i}" for i in range(3000)]})
+    path = tmp_path / "a.arrow"
+    with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    content = path.read_bytes()
+    garbled = content[:30] + b"\x07" * 300 + content[330:]
+    path.write_bytes({"truncated": content[:5000], "garbled": garbled, "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"data.train_files=.*a.arrow'"):
+        list(opened(config_of(path, file_format="arrow")).documents())
 
 
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a.jsonl' must be a file on disk"):
-        open_source(config_of(tmp_path / "a.jsonl"), TRAIN)
+        opened(config_of(tmp_path / "a.jsonl"))
 
 
 def test_a_wrong_column_is_not_a_million_bad_documents(tmp_path):
     path = write(tmp_path / "a.jsonl", *[line(body="a")] * 1500)
     with pytest.raises(ValueError, match=r"the first 1000 documents are bad.*columns are body"):
-        list(open_source(config_of(path, bad_documents="skip"), TRAIN).documents())
+        list(opened(config_of(path, bad_documents="skip")).documents())
 
 
 @pytest.mark.parametrize("num_files", [1, 4])
@@ -339,7 +365,7 @@ def test_blocks_of_long_documents_are_read_as_they_are_needed(tmp_path, monkeypa
     again = loader_of(config)
     take(again, 7, 31)
     state = again.state_dict()
-    assert state["streams"]["0"]["block"] > 0
+    assert state["streams"]["0"]["positions"]["files"]["block"] > 0
     again.load_state_dict(state)
     assert take(again, 13, 31) == rows[7:]
 
@@ -351,7 +377,7 @@ def test_the_cost_of_a_file_does_not_grow_with_their_number(tmp_path):
         for i in range(count):
             write(folder / f"{i:05d}.jsonl", line(text=SENTENCE))
         started = time.process_time()
-        source = open_source(config_of(folder / "*.jsonl"), TRAIN)
+        source = opened(config_of(folder / "*.jsonl"))
         assert sum(1 for _ in source.documents()) == count
         source.digests()
         return (time.process_time() - started) / count

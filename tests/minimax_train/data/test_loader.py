@@ -1,14 +1,14 @@
 """The loader on files: independence of the ranks, exact resume, prefetching."""
 
+import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minimax_train.data import DataConfig, build_train_loader, merge_states, readers, sources
-from minimax_train.data.packing import SequencePacker
-from minimax_train.data.streams import DocumentStream
+from minimax_train.data import DataConfig, build_train_loader, merge_states, readers
 from minimax_train.parallel.context.layout import SequenceLayout
 from support.data import WordTokenizer, next_micro_batches, random_documents, rows_of, write_shards
 
@@ -112,6 +112,20 @@ def test_resumed_twice_the_rows_are_the_same(config, first, second):
     assert got == expected
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_file_that_is_read_again_from_its_start_is_said(json_config, tmp_path, compressed):
+    if compressed:
+        for path in tmp_path.glob("*.jsonl"):
+            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        json_config = replace(json_config, train_files=[f"{tmp_path}/*.jsonl.gz"])
+    first = loader(json_config)
+    take(first, 40)
+    second = loader(json_config)
+    second.load_state_dict(through_json(first.state_dict()))
+    said = [note for note in second.take_notes() if "read again from its start" in note]
+    assert len(said) == compressed
+
+
 def test_resume_with_other_data_parallel_sizes(json_config):
     expected = take(loader(json_config), 48)
     got, state = [], None
@@ -145,14 +159,10 @@ def test_the_state_is_of_what_was_handed_out(json_config):
     batches_of(rows, 2, 4)
     state = rows.state_dict()
     assert state["next_row"] == 8
-    source = sources.open_source(json_config, sources.TRAIN)
     for stream in range(NUM_STREAMS):
-        documents = DocumentStream(
-            source, WordTokenizer(), stream=stream, num_streams=NUM_STREAMS, seed=7, shuffle_documents=4
-        )
-        packer = SequencePacker(documents)
-        packer.next_sequence(LENGTH), packer.next_sequence(LENGTH)
-        assert state["streams"][str(stream)] == packer.state_dict()
+        alone = loader(json_config, stream, NUM_STREAMS)
+        take(alone, 2, step=1)
+        assert state["streams"][str(stream)] == alone.state_dict()["streams"][str(stream)]
 
 
 def test_the_state_is_not_changed_by_going_on(json_config):
@@ -213,10 +223,8 @@ def test_another_sequence_length_goes_on_at_the_same_token(json_config):
 
 
 def test_a_plan_for_other_data_is_refused(json_config):
-    rows = loader(json_config)
-    rows._source = "hub"
-    with pytest.raises(ValueError, match=r"data_weights=.*files.*: there is one source, 'hub'"):
-        batches_of(rows, 1, 1)
+    with pytest.raises(ValueError, match=r"data_weights=.*web.*: the sources are files"):
+        next_micro_batches(loader(json_config), 1, 1, length=LENGTH, source="web")
 
 
 class FailingTokenizer(WordTokenizer):

@@ -4,13 +4,13 @@ import pytest
 
 from minimax_train.data import streams
 from minimax_train.data.shuffle import permutation, stable_hash
-from minimax_train.data.streams import DocumentStream
+from minimax_train.data.streams import DocumentStream, Lengths
 from minimax_train.errors import ConfigError
 from support.data import ListSource, WordTokenizer, documents
 
 
 def stream(source, index, num_streams, **options):
-    settings = {"seed": 0, "shuffle_documents": 4} | options
+    settings = {"seed": 0, "shuffle_documents": 4, "lengths": Lengths(8, 16)} | options
     return DocumentStream(source, WordTokenizer(), stream=index, num_streams=num_streams, **settings)
 
 
@@ -22,7 +22,7 @@ def one_epoch(documents_of):
 
 
 def first_of(document):
-    return int(next(document)[0])
+    return int(next(document.pieces)[0])
 
 
 def sharded(num_shards, lengths):
@@ -42,7 +42,7 @@ def test_with_enough_shards_a_stream_reads_only_its_own():
     source = sharded(8, [1] * 32)
     read = set()
     original = source.read
-    source.read = lambda shard, start_row=0: read.add(shard) or original(shard, start_row)
+    source.read = lambda shard, *start: read.add(shard) or original(shard, *start)
     one_epoch(stream(source, 1, 4, repeat=False))
     assert read == {1, 5}
 
@@ -94,13 +94,13 @@ def test_resumed_anywhere_in_what_is_encoded_together(monkeypatch, shuffle_docum
     monkeypatch.setattr(streams, "ENCODED_TOGETHER", 3)
     source = sharded(2, [1] * 20)
     whole = stream(source, 0, 1, shuffle_documents=shuffle_documents)
-    states, order = [whole.state_dict()], []
+    states, order = [whole.position], []
     for _ in range(45):  # more than two epochs
         order.append(first_of(whole.next_document()))
-        states.append(whole.state_dict())
+        states.append(whole.position)
     resumed = stream(source, 0, 1, shuffle_documents=shuffle_documents)
     for at in reversed(range(45)):  # on one object, whose own documents encoded ahead must not come back
-        resumed.load_state_dict(states[at])
+        resumed.go_to(states[at])
         assert [first_of(resumed.next_document()) for _ in range(min(5, 45 - at))] == order[at : at + 5]
 
 
@@ -109,7 +109,7 @@ def test_data_that_shrank_since_the_position_was_saved():
     for _ in range(4):
         documents_of.next_document()
     shrunk = stream(sharded(1, [1] * 3), 0, 1)
-    shrunk.load_state_dict(documents_of.state_dict())
+    shrunk.go_to(documents_of.position)
     with pytest.raises(ConfigError, match=r"data.train_files=.*the data changed"):
         shrunk.next_document()
 

@@ -20,9 +20,11 @@ def config(tmp_path):
 
 
 def held_out_sequences(config, number, dp_rank=0, dp_size=1):
-    return build_validation_sequences(
+    every = build_validation_sequences(
         config, WordTokenizer(), num_sequences=number, sequence_length=16, dp_rank=dp_rank, dp_size=dp_size
     )
+    assert list(every) == ["files"]
+    return every["files"]
 
 
 def evaluation(config, rows, dp_size, rows_per_micro_batch):

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from minimax_train.data import DataConfig, build_train_loader
+from minimax_train.data.config import MixtureSourceConfig
 from minimax_train.data.tokenizer import Tokenizer, train_bpe
 from minimax_train.errors import ConfigError, TrainingError
 from support.data import Troubled, WordTokenizer, next_micro_batches, random_documents, rows_of, write_shards
@@ -57,6 +58,21 @@ def test_the_same_sequences_and_states_as_without(config, workers, dp_size):
     got.load_state_dict(state)
     assert steps(got, 7, 2) == following
     got.close()
+
+
+def test_weights_that_change_reach_the_worker(config, tmp_path):
+    how = MixtureSourceConfig(format="json", train_files=config.train_files)
+    other = write_shards(tmp_path / "other", "json", [random_documents(40, seed=1)] * 7)
+    sources = {"a": how, "b": MixtureSourceConfig(format="json", train_files=[other])}
+    mixture = DataConfig(sources=sources, num_streams=6, shuffle_documents=4)
+    taken = []
+    for workers in (0, 1):
+        rows = loader(mixture, workers)
+        for weights in ({"a": 1.0}, {"a": 0.25, "b": 0.75}, {"a": 0.25, "b": 0.75}, {"a/short": 1.0}):
+            batches = next_micro_batches(rows, 1, 5, length=LENGTH, weights=weights)
+            taken.append((rows_of(batches), rows.state_dict(), rows.figures()))
+        rows.close()
+    assert taken[:4] == taken[4:]
 
 
 def _of_a_rank(grid, config):

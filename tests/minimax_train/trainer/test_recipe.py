@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minimax_train.config import load_config
+from minimax_train.recipe import Progress, Recipe
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import tiny_run
@@ -13,15 +14,18 @@ from support.runs import tiny_run
 
 def test_schedule():
     shape = ["recipe.warmup_steps=4", "recipe.decay_steps=5", "recipe.steps=20", "recipe.learning_rate=0.8"]
-    recipe = load_config([*shape, "recipe.min_learning_rate=0.1"]).recipe
-    rates = [recipe.learning_rate_at(step) for step in range(20)]
+
+    def rate(step, *more):
+        return Recipe(load_config([*shape, *more])).at(Progress(step), {}).learning_rate
+
+    rates = [rate(step, "recipe.min_learning_rate=0.1") for step in range(20)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:15] == [0.8] * 11
     assert rates[15:] == pytest.approx([0.8 * 8 ** (-k / 5) for k in range(1, 6)])
-    linear = load_config([*shape, "recipe.min_learning_rate=0", "recipe.decay_shape=linear"]).recipe
-    assert [linear.learning_rate_at(s) for s in range(15, 20)] == pytest.approx([0.64, 0.48, 0.32, 0.16, 0.0])
-    cosine = load_config([*shape, "recipe.min_learning_rate=0", "recipe.decay_shape=cosine"]).recipe
-    assert cosine.learning_rate_at(16) == pytest.approx(0.4 * (1 + math.cos(0.4 * math.pi)))
+    linear = ["recipe.min_learning_rate=0", "recipe.decay_shape=linear"]
+    assert [rate(step, *linear) for step in range(15, 20)] == pytest.approx([0.64, 0.48, 0.32, 0.16, 0.0])
+    cosine = ["recipe.min_learning_rate=0", "recipe.decay_shape=cosine"]
+    assert rate(16, *cosine) == pytest.approx(0.4 * (1 + math.cos(0.4 * math.pi)))
 
 
 def _steps(grid, config):
