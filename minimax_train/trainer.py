@@ -257,8 +257,9 @@ class Trainer:
                 f"step {self.progress.step + 1}: stage {plan.stage}: {plan.global_batch_size} packed sequences of "
                 f"{plan.sequence_length} tokens a step, RoPE base {plan.rope_base:g}"
             )
+        if plan.stage != self.stage or self.config.recipe.critical_batch:
+            self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
         self.stage = plan.stage
-        self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
 
     def _evaluate_if_left_out(self) -> None:
         """Of a run that ended between a step's checkpoint and its evaluation."""

@@ -21,18 +21,8 @@ def count_tokens(config: DataConfig, tokenizer: Tokenizer) -> int:
     source, keeps = source.with_tokenizer(tokenizer), kept_in_training(config, tokenizer)[name]
     if source.format == MEGATRON and keeps is None:
         return sum(TokenFile(file).num_tokens(tokenizer.eos_id) for file in source.files)
-    stream = DocumentStream(
-        source,
-        tokenizer,
-        stream=0,
-        num_streams=1,
-        seed=0,
-        shuffle_documents=1,
-        lengths=Lengths(config.medium_length, config.long_length),
-        path=config.path_of(name),
-        repeat=False,
-        keeps=keeps,
-    )
+    lengths = Lengths(config.medium_length, config.long_length)
+    stream = DocumentStream.once(source, tokenizer, lengths=lengths, path=config.path_of(name), keeps=keeps)
     tokens = 0
     while (document := stream.next_document()) is not None:
         tokens += sum(len(piece) for piece in document.pieces)

@@ -158,6 +158,32 @@ class DocumentStream:
         self._said = 0
         self.go_to(Position(self._start))
 
+    @classmethod
+    def once(
+        cls,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        lengths: Lengths,
+        path: str,
+        only: int | None = None,
+        keeps: Keeps | None = None,
+    ) -> DocumentStream:
+        """All documents of a source once, in their order."""
+        return cls(
+            source,
+            tokenizer,
+            stream=0,
+            num_streams=1,
+            seed=0,
+            shuffle_documents=1,
+            lengths=lengths,
+            path=path,
+            repeat=False,
+            only=only,
+            keeps=keeps,
+        )
+
     def next_document(self, *, keep_all: bool = False) -> TokenDocument | None:
         """The next document; None after the last one where epochs do not repeat.
 

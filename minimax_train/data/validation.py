@@ -97,18 +97,7 @@ def held_out_documents(config: DataConfig, name: str, tokenizer: Tokenizer) -> M
         return is_in_share(content, how.held_out)
 
     def open_cursor(_: str, only: int | None) -> DocumentStream:
-        return DocumentStream(
-            source,
-            tokenizer,
-            stream=0,
-            num_streams=1,
-            seed=0,
-            shuffle_documents=1,
-            lengths=Lengths(config.medium_length, config.long_length),
-            path=path,
-            repeat=False,
-            only=only,
-            keeps=None if how.has_validation_files else keeps,
-        )
+        lengths, kept = Lengths(config.medium_length, config.long_length), None if how.has_validation_files else keeps
+        return DocumentStream.once(source, tokenizer, lengths=lengths, path=path, only=only, keeps=kept)
 
     return MixtureStream(list(config.named_sources), open_cursor)
