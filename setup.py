@@ -46,6 +46,7 @@ setup(
             "minimax-train = minimax_train.__main__:main",
             "minimax-data = minimax_train.data.cli:main",
             "minimax-convert = minimax_train.convert.cli:main",
+            "minimax-checkpoint = minimax_train.checkpoint.cli:main",
         ],
     },
 )

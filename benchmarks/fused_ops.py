@@ -1,4 +1,4 @@
-"""Experts, norms, rotary embedding, SiLU and loss on one GPU, each beside plain PyTorch: rows for ``kernels.py --op``.
+"""Experts, norms, RoPE, SiLU, loss and AdamW on one GPU, each beside plain PyTorch: rows for ``kernels.py --op``.
 
 Times are medians of plain calls, gradients included where it says so; at these sizes the device is what is waited for.
 A share of the copy rate is the bytes that the op must read and write once, over the time, over the rate of a copy in
@@ -13,12 +13,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timing import extra_memory, gemm, gemm_rate, times, times_in_turns
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
+from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.experts import (
     Permutation,
@@ -38,6 +41,7 @@ EXPERTS = [(16_384, 6144, 9216, 32, 2), (65_536, 1024, 2816, 16, 2)]
 NORMS = [(32_768, 6144), (32_768, 8192), (131_072, 1024)]
 SILUS = [(32_768, 64), (131_072, 8)]  # tokens, heads
 VOCABULARY = 200_064
+PARAMETERS = [2**20 + 16, 2**29, 2**30 + 16]
 SHARES = "share_of_dense", "share_of_dense_of_its_size"
 
 
@@ -294,4 +298,44 @@ def loss(rate: float) -> list[dict]:
     return rows
 
 
-OPS = {"experts": experts, "norm": norm, "rope": rope, "silu": silu, "loss": loss}
+def adamw(rate: float) -> list[dict]:
+    """The update and the norm of flat float32 gradients; the floor is the bytes of :mod:`minimax_train.kernels.adamw`.
+
+    Moments are float32 but where a name says otherwise; the copy is one of the weights, in bfloat16.
+    """
+    rows = []
+    _header("AdamW, parameters", "implementation", "ms", "bytes a parameter", "share of the copy rate")
+    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    for N in PARAMETERS:
+        master, grad, exp_avg, exp_avg_sq = (torch.zeros(N, device="cuda") for _ in range(4))
+        grad.normal_()
+        weight, *halves = (torch.zeros(N, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        (one, step), (frozen, not_finite) = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda")
+        ours = partial(
+            adamw_, master, grad, step=one, learning_rate=one * 1e-4, grad_scale=one, frozen=frozen,
+            not_finite=not_finite, **options,
+        )  # fmt: skip
+        peer = partial(
+            torch_adamw, [master], [grad], [exp_avg], [exp_avg_sq], [], [step], fused=True, found_inf=frozen,
+            amsgrad=False, maximize=False, lr=1e-4, **options,
+        )  # fmt: skip
+        runs: dict[str, tuple[int, Callable[[], object]]] = {
+            "triton": (30, partial(ours, exp_avg, exp_avg_sq, weight)),
+            "triton, no copy": (28, partial(ours, exp_avg, exp_avg_sq)),
+            "triton, bfloat16 moments": (22, partial(ours, *halves, weight)),
+            "torch, fused": (28, peer),
+            "torch, fused, then the copy": (30, lambda peer=peer, w=weight, m=master: (peer(), w.copy_(m))),
+            "triton, norm": (4, partial(squared_norm, grad)),
+            "torch, norm": (4, partial(torch._foreach_norm, [grad])),
+        }
+        for name, (size, run) in runs.items():
+            ms = times(run)
+            share = size * N / (ms * 1e-3) / rate
+            _print(N, name, ms, size, share)
+            rows.append({"op": "adamw", "name": name, "parameters": N, "ms": ms, "share_of_copy": share})
+        del master, grad, exp_avg, exp_avg_sq, weight, halves, ours, peer, runs, run
+        torch.cuda.empty_cache()
+    return rows
+
+
+OPS = {"experts": experts, "norm": norm, "rope": rope, "silu": silu, "loss": loss, "adamw": adamw}

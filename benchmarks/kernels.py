@@ -1,6 +1,6 @@
 """Kernels on one GPU, side by side: time, share of the memory floor, error; a table, and JSON with ``--json``.
 
-    python benchmarks/kernels.py [--op lightning experts norm rope silu loss] [--json FILE]
+    python benchmarks/kernels.py [--op lightning experts norm rope silu loss adamw] [--json FILE]
                                  [--tokens 8192 32768 131072] [--heads 64 8] [--peer]
 
 Peers: ``pip install flash-linear-attention lightning-attn``.

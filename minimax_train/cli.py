@@ -25,6 +25,7 @@ from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
+from minimax_train.startup import Startup
 
 # From a SIGINT to the end of a process that does not come to it by itself; torchrun kills after 30.
 _INTERRUPT_S = 20.0
@@ -124,7 +125,7 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 def _out_of_memory(error: RuntimeError | MemoryError) -> TrainingError:
     told = TrainingError(
         f"out of memory: {str(error).partition('. Of the allocated')[0] or 'of the host'}; a smaller model, "
-        "recipe.micro_batch_size or data.sequence_length, recipe.activation_checkpointing=true, or more ranks take less"
+        "recipe.micro_batch_size or data.sequence_length, recipe.activation_checkpointing=full, or more ranks take less"
     )
     told.__cause__, told.on_all_ranks = error, False
     return told
@@ -153,6 +154,7 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     from minimax_train.run_dir import on_grid_of_stage
     from minimax_train.trainer import Trainer
 
+    startup = Startup()
     device_type = config.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +169,9 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
     try:
         if config.has_other_grids:
             config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
-        trainer = Trainer(config, ProcessGrid.create(device_type, timeout, **config.parallel.sizes), device)
+        grid = ProcessGrid.create(device_type, timeout, **config.parallel.sizes)
+        startup.mark("process groups")
+        trainer = Trainer(config, grid, device, startup)
         try:
             trainer.train()
         except KeyboardInterrupt:

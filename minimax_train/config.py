@@ -27,6 +27,7 @@ from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, divisors, nearest_divisors
 from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
+from minimax_train.recipe.config import RENAMED_RECOMPUTATIONS
 
 # Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
 RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
@@ -97,6 +98,8 @@ class Config:
         seed: of initial weights and data order.
         device: ``cuda``, ``cpu``, or ``auto`` for the GPU where there is one.
         kernels: which implementation of each op runs.
+        cache_dir: where compiled kernels and trained tokenizers are kept for later runs, shared by all runs and ranks;
+            ``auto`` for ``minimax_train`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, null for none.
     The other fields are the groups, each documented at its own dataclass.
     """
 
@@ -111,6 +114,7 @@ class Config:
     run_dir: Annotated[str, PATH] = "runs/default"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
+    cache_dir: Annotated[str | None, PATH] = AUTO
 
     def __post_init__(self) -> None:
         check_fields("", self)
@@ -254,6 +258,9 @@ def _with_new_names(saved: Tree) -> Tree:
         group, _, name = old.rpartition(".")
         if name in (node := _group(saved, group)):
             node[new.rpartition(".")[2]] = node.pop(name)
+    recipe, key = _group(saved, "recipe"), "activation_checkpointing"
+    if key in recipe:
+        recipe[key] = RENAMED_RECOMPUTATIONS.get(str(recipe[key]).lower(), recipe[key])
     for group, renamed in [("kernels", RENAMED), ("model", RENAMED_SCOPES)]:
         node = _group(saved, group)
         for name, value in node.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -104,3 +104,83 @@ class Documents(Derived):
         shift_N = to_device(torch.tensor(self.first_positions), self.device) - self.cu_seqlens[:-1]
         shift_T = shift_N.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=self.device) + shift_T
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceDocuments(Documents):
+    """Documents whose lengths only the device knows, in static memory: those of a CUDA graph, filled before a replay.
+
+    There are always N; the last may be empty. What is derived from the lengths is computed on the device, and kept
+    until the next :meth:`fill` or :meth:`forget`. Call one of them before a capture, and ``forget`` after it: what a
+    graph does not compute itself its replays would read as it was for an earlier fill, and what it does compute is in
+    memory that other graphs may share.
+
+    Attributes:
+        cu_seqlens_cpu: has no values: reading one is an error.
+        tokens: tokens of all documents together.
+        longest: tokens of the longest document there may be.
+    """
+
+    tokens: int
+    longest: int
+
+    @classmethod
+    def of_shape(
+        cls, *, num_documents: int, num_tokens: int, max_length: int, device: torch.device | str
+    ) -> DeviceDocuments:
+        """At most that many documents, of at most ``max_length`` tokens each; until the first fill some such ones.
+
+        Raises:
+            ValueError: when so many documents of that length do not hold the tokens.
+        """
+        if num_documents < 1 or num_documents * max_length < num_tokens:
+            raise ValueError(f"{num_documents} documents of at most {max_length} tokens cannot hold {num_tokens}")
+        cu_seqlens = torch.arange(num_documents + 1).mul_(max_length).clamp_(max=num_tokens).int()
+        return cls(to_device(cu_seqlens, device), cu_seqlens.to("meta"), (0,) * num_documents, num_tokens, max_length)
+
+    def fill(self, documents: Documents) -> None:
+        """Take over another batch's documents, in the order of the device's work; the host does not wait.
+
+        Args:
+            documents: whole ones, known to the host.
+
+        Raises:
+            ValueError: for too many documents, a longer one, other tokens, or parts of documents.
+        """
+        count, tokens, longest = len(documents), documents.num_tokens, documents.max_length
+        fits = count <= len(self) and longest <= self.longest and tokens == self.tokens
+        if not fits or any(documents.first_positions):
+            raise ValueError(
+                f"{count} documents of {tokens} tokens, the longest of {longest}: must be at most {len(self)} whole "
+                f"ones of {self.tokens} tokens, the longest of at most {self.longest}"
+            )
+        padded = torch.full((len(self) + 1,), tokens, dtype=torch.int32)
+        padded[: count + 1] = documents.cu_seqlens_cpu
+        self.cu_seqlens.copy_(to_device(padded, self.device))
+        self.forget()
+
+    def forget(self) -> None:
+        """Compute whatever was derived again at its next use."""
+        self._derived.clear()
+
+    @cached_property
+    def bounds(self) -> NoReturn:
+        raise RuntimeError("only the device knows where these documents begin: an op that asks cannot be captured")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens
+
+    @property
+    def max_length(self) -> int:
+        """A bound, not the length of the longest document that is there."""
+        return self.longest
+
+    @property
+    def positions_T(self) -> Tensor:
+        return self.derive("positions", DeviceDocuments._positions)
+
+    def _positions(self) -> Tensor:
+        tokens_T = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
+        document_T = torch.searchsorted(self.cu_seqlens[1:], tokens_T, right=True)
+        return (tokens_T - self.cu_seqlens[document_T]).long()

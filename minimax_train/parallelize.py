@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minimax_train.capture import uncaptured
 from minimax_train.config import Config, ParallelConfig
 from minimax_train.engines import ENGINES, Engine
 from minimax_train.kernels.experts import expert_mlp
@@ -38,7 +39,7 @@ def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases
         experts=expert_layer(config, grid),
     )
     with torch.device("meta"):
-        model = HybridModel(config.model, config.kernels, ranks, recompute=config.recipe.activation_checkpointing)
+        model = HybridModel(config.model, config.kernels, ranks)
     split_parameters(model, grid)
     return ENGINES[config.engine.name](model, config, grid, device, phases)
 
@@ -59,7 +60,8 @@ def expert_layer(config: Config, grid: ProcessGrid) -> Callable[..., Tensor]:
     if grid.size("ep") * grid.size("etp") == 1:
         return expert_mlp
     ep, etp = GroupCommunicator(grid.group("ep")), GroupCommunicator(grid.group("etp"))
-    return ExpertParallel(ep, etp, num_experts=config.model.num_experts, token_groups=config.parallel.token_groups)
+    experts = ExpertParallel(ep, etp, num_experts=config.model.num_experts, token_groups=config.parallel.token_groups)
+    return experts if ep.size == 1 else uncaptured(experts)  # which learns split sizes from the device
 
 
 def split_parameters(model: HybridModel, grid: ProcessGrid) -> None:

@@ -13,8 +13,9 @@ from torch.profiler import record_function
 class Phases:
     """``with phases("forward"): ...`` marks a phase in profiler traces and adds up the host's seconds in it.
 
-    Phases are ``data``, ``forward``, ``backward``, ``optimizer``, ``report``, ``evaluate`` and ``checkpoint``. On a GPU
-    the host runs ahead of the device, whose time shows where the host waits for it: in ``report``, a step later.
+    Phases are ``data``, ``forward`` and ``backward`` (together ``graph``, where they are a CUDA graph), ``optimizer``,
+    ``report``, ``evaluate`` and ``checkpoint``. On a GPU the host runs ahead of the device, whose time shows where the
+    host waits for it: in ``report``, a step later.
     """
 
     def __init__(self) -> None:

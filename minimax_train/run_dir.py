@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minimax_train.cache import find_cache
 from minimax_train.checkpoint.reading import METADATA
 from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
 from minimax_train.config import Config, config_on, flatten, read_config, save_config
@@ -34,13 +35,15 @@ def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, 
     """Take the folder for this run alone, check it, write configuration and tokenizer; called by all ranks.
 
     Returns:
-        The tokenizer, and the checkpoint to resume from, which :meth:`CheckpointStore.check` found whole.
+        The tokenizer, and the checkpoint to resume from: the newest that is whole.
 
     Raises:
         ConfigError: on all ranks, when the folder is in use, holds what no run wrote, another run, or a damaged one.
     """
     folder = Path(config.run_dir)
-    checkpoint = on_first_rank(lambda: _prepare(config, folder, store))
+    on_first_rank(lambda: _take(config, folder, store))
+    checkpoint = store.newest_whole()
+    on_first_rank(lambda: _prepare(config, folder, checkpoint, store))
     return load_tokenizer(folder / TOKENIZER), checkpoint
 
 
@@ -58,7 +61,7 @@ def on_grid_of_stage(config: Config, world_size: int) -> Config:
         with _usable(config):
             checkpoint = store.latest()
     if checkpoint is not None:
-        progress = store.check(checkpoint)
+        checkpoint, progress = store.newest_checked()
         recipe.check_resumed(progress, str(checkpoint))
         stage = recipe.stage(progress.policy)
         accepted = (
@@ -86,7 +89,8 @@ def _usable(config: Config) -> Iterator[None]:
         raise ConfigError(f"run_dir={config.run_dir!r}: must be a folder this run can write: {error}") from error
 
 
-def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | None:
+def _take(config: Config, folder: Path, store: CheckpointStore) -> None:
+    """Make sure that the folder is, or may become, that of this run alone."""
     with _usable(config):
         _refuse_place(config, folder.resolve())
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +102,9 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | Non
             f"run_dir={config.run_dir!r}: already holds {checkpoint.name}; "
             "pass checkpoint.resume=auto to continue it, or another run_dir"
         )
+
+
+def _prepare(config: Config, folder: Path, checkpoint: Path | None, store: CheckpointStore) -> None:
     try:
         if checkpoint is None:
             _start(config, folder)
@@ -106,7 +113,6 @@ def _prepare(config: Config, folder: Path, store: CheckpointStore) -> Path | Non
         save_config(config, folder / CONFIG)
     except OSError as error:
         raise ConfigError(f"run_dir={config.run_dir!r}: cannot be made ready: {error}") from error
-    return checkpoint
 
 
 def _refuse_place(config: Config, folder: Path) -> None:
@@ -162,7 +168,7 @@ def _start(config: Config, folder: Path) -> None:
 
 def _prepare_tokenizer(config: Config, draft: Path) -> Tokenizer:
     try:
-        return prepare_tokenizer(config.data, config.model.vocab_size, draft)
+        return prepare_tokenizer(config.data, config.model.vocab_size, draft, find_cache(config.cache_dir))
     except Exception as error:
         if type(error) is Exception:  # tokenizers knows no other: a disk that is full
             raise OSError(str(error)) from error
@@ -237,7 +243,10 @@ def _tokenizer_json(folder: Path) -> object:
 
 def _refuse_other_tokens(config: Config, weights: str, tokenizer: Tokenizer) -> None:
     """Embedding rows of initial weights mean the tokens they were trained with."""
-    theirs = find_checkpoint(weights) / TOKENIZER
+    try:
+        theirs = find_checkpoint(weights) / TOKENIZER
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint.initial_weights={weights!r}: {error}") from error
     if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "

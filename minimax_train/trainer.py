@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minimax_train.cache import find_cache, use_kernel_cache
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
@@ -29,12 +30,19 @@ from minimax_train.parallelize import build_engine
 from minimax_train.phases import Phases
 from minimax_train.recipe import Progress, Recipe, StepPlan
 from minimax_train.run_dir import prepare_run_dir
+from minimax_train.startup import Startup
 
 
 class Trainer:
-    """One process of a training run."""
+    """One process of a training run.
 
-    def __init__(self, config: Config, grid: ProcessGrid, device: torch.device) -> None:
+    Args:
+        startup: of this process, with what was done before; told after the first step.
+    """
+
+    def __init__(self, config: Config, grid: ProcessGrid, device: torch.device, startup: Startup | None = None) -> None:
+        self.startup = Startup() if startup is None else startup
+        use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
         self.store = CheckpointStore(self.run_dir, config.checkpoint.keep)
@@ -51,9 +59,12 @@ class Trainer:
             peers=grid.group("cp_tp"),
             timeout_s=config.parallel.timeout_s,
         )
+        self.startup.mark("tokenizer")
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine)
+        self.startup.mark("model")
         self._compare_data(on_every_rank(self.loader.open))
+        self.startup.mark("waiting for data")
         self.progress = self._restore(resumed)
         self.first_step = self.progress.step  # taken before this process
         self.notes = self._count_epoch()
@@ -84,13 +95,20 @@ class Trainer:
         if self.is_over:
             self.log.say(f"all {self.progress.step} steps were taken before: nothing is left to train")
         held_out = [] if self.evaluation is None else self.evaluation.notes
-        for note in [*self.recipe.notes, *self.notes, *self.loader.take_notes(), *held_out]:
+        for note in [*self.recipe.notes, *self.notes, *held_out]:
             self.log.say(note)
+        self._say_notes()
         late: TakenStep | None = None
         with closing(self.loader), self.log:
             self._evaluate_if_left_out()
+            self.startup.mark("checkpoint")
+            if not self.is_over:
+                # The grid was chosen for the newest checkpoint, which may have been damaged.
+                self._stop_for_another_grid()
             while not self.is_over:
                 taken = self.train_step()
+                if taken.number == self.first_step + 1:
+                    self._tell_startup(taken)
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
                 step, ends = taken.number, self.ends_stage
@@ -174,8 +192,12 @@ class Trainer:
         self.log.report(taken.number, metrics | self.loader.figures(self.grid.group("dp")))
         if taken.number % self.config.logging.interval == 0:  # not where a run ends that may be extended
             self.progress.policy = self.recipe.learn(self.progress, self.progress.policy, taken.plan, metrics["loss"])
-        for note in self.loader.take_notes():
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        for note in [*self.loader.take_notes(), *self.engine.notes]:
             self.log.say(note)
+        self.engine.notes.clear()
 
     def metrics(self, taken: TakenStep) -> dict[str, float]:
         """Of a step, when the device is done with it; its seconds are the mean since the step reported before.
@@ -260,6 +282,11 @@ class Trainer:
         if plan.stage != self.stage or self.config.recipe.critical_batch:
             self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
         self.stage = plan.stage
+
+    def _tell_startup(self, first: TakenStep) -> None:
+        first.wait()
+        self.startup.mark("first step")
+        self.log.say(str(self.startup))
 
     def _evaluate_if_left_out(self) -> None:
         """Of a run that ended between a step's checkpoint and its evaluation."""

@@ -73,6 +73,9 @@ class ProcessEnvironment:
                 raise ValueError(f"process {self.local_rank} of this machine has no GPU: it has {gpus}; start {gpus}")
             device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(device)
+            # Ranks capture CUDA graphs at different times, as their documents have it: a capture must not exchange
+            # anything between them, as NCCL does to register the memory of captured collectives.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         else:
             device = torch.device("cpu")
         if self.init_method and (host := urlsplit(self.init_method).hostname):

@@ -92,6 +92,19 @@ class ProcessGrid:
             return self.joined[axes[0]]
         return (self.dense if axes[0] in DENSE else self.expert)[axes]
 
+    def layout(self, *axes: str) -> DeviceMesh:
+        """The ranks that differ from this one on the given axes, those of one side or joined ones, in that order: where
+        parts of a tensor lie. It has no process group."""
+        side = self.expert if set(axes) & set(EXPERT) else self.dense
+        names = list(EXPERT if side is self.expert else DENSE)
+        parts = [JOINED.get(axis, (axis,)) for axis in axes]
+        wanted = [name for part in parts for name in part]
+        place = [slice(None) if name in wanted else side.get_local_rank(name) for name in names]
+        kept = [name for name in names if name in wanted]
+        ranks = side.mesh[tuple(place)].permute([kept.index(name) for name in wanted])
+        sizes = [prod(side.size(names.index(name)) for name in part) for part in parts]
+        return DeviceMesh(self.device_type, ranks.reshape(sizes), mesh_dim_names=axes, _init_backend=False)
+
     def size(self, axis: str) -> int:
         return self.mesh(axis).size()
 

@@ -58,8 +58,6 @@ class TensorParallel:
         Args:
             weights_WD: one or more, the dtype of x.
         """
-        if self._communicator is None:
-            return tuple(F.linear(x_tD, weight_WD) for weight_WD in weights_WD)
         return _GatherProject.apply(x_tD, self._communicator, *weights_WD)
 
     def vocabulary(self, size: int) -> VocabularyShard | None:
@@ -104,22 +102,27 @@ class _Move(torch.autograd.Function):
 
 
 class _GatherProject(torch.autograd.Function):
+    """The gradient of x is summed over the weights in the GEMMs that make it."""
+
     @staticmethod
     def forward(ctx, x_tD, communicator, *weights_WD):
         ctx.save_for_backward(x_tD, *weights_WD)
         ctx.communicator = communicator
-        x_TD = _gathered(x_tD, communicator)
+        x_TD = x_tD if communicator is None else _gathered(x_tD, communicator)
         return tuple(F.linear(x_TD, weight_WD) for weight_WD in weights_WD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients_TW):
         x_tD, *weights_WD = ctx.saved_tensors
-        gathering = ctx.communicator.all_gather(x_tD)
+        communicator = ctx.communicator
+        gathering = None if communicator is None else communicator.all_gather(x_tD)
         dx_TD = gradients_TW[0] @ weights_WD[0]
         for d_TW, weight_WD in zip(gradients_TW[1:], weights_WD[1:], strict=True):
             dx_TD.addmm_(d_TW, weight_WD)
-        scattering = ctx.communicator.reduce_scatter(dx_TD.unflatten(0, (ctx.communicator.size, -1)))
+        if gathering is None:
+            return dx_TD, None, *(d_TW.t() @ x_tD for d_TW in gradients_TW)
+        scattering = communicator.reduce_scatter(dx_TD.unflatten(0, (communicator.size, -1)))
         x_TD = gathering.wait().flatten(0, 1)
         d_weights_WD = [d_TW.t() @ x_TD for d_TW in gradients_TW]
         return scattering.wait(), None, *d_weights_WD

@@ -209,7 +209,7 @@ def _accumulate(
 
 @gluon.jit
 def subsplit_states(
-    y_desc, z_desc, local, slopes, starts, document_ids, cu_seqlens, num_tiles, num_subsplits, PER_SPLIT,
+    y_desc, z_desc, local, slopes, starts, document_ids, cu_seqlens, tile_count, num_subsplits, PER_SPLIT,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -220,6 +220,7 @@ def subsplit_states(
 
     h = gl.program_id(0)
     row = gl.program_id(1)
+    num_tiles = gl.load(tile_count)
     slope = gl.load(slopes + h).to(gl.float32)
     subsplit = row + PER_SPLIT if REVERSE else row
     boundary = _first_tile(num_tiles, subsplit if REVERSE else subsplit + 1, num_subsplits)
@@ -428,7 +429,7 @@ def attend(
     x_desc, y_desc, z_desc, out_desc, out, initial, final, local, slopes, starts, infos, document_ids, rows, cu_seqlens,
     out_t, out_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     local_f, local_h, local_k, local_v,
-    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+    num_tokens, tile_count, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
     INITIAL_MAPPED: gl.constexpr, FINAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
@@ -437,6 +438,7 @@ def attend(
     HALF: gl.constexpr = BV // 2
     h = gl.program_id(0)
     split = gl.program_id(1)
+    num_tiles = gl.load(tile_count)
     slope = gl.load(slopes + h).to(gl.float32)
     low = _first_tile(num_tiles, split * PER_SPLIT, num_subsplits)
     high = _first_tile(num_tiles, split * PER_SPLIT + PER_SPLIT, num_subsplits)
@@ -649,7 +651,7 @@ def attend_dk_dv(
     slopes, starts, infos, document_ids, rows, runs, cu_seqlens,
     dk_t, dk_h, dv_t, dv_h, initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     local_f, local_h, local_k, local_v,
-    num_tokens, num_tiles, num_subsplits, PER_SPLIT,
+    num_tokens, tile_count, num_subsplits, PER_SPLIT,
     K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     HAS_INITIAL: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_LOCAL: gl.constexpr,
     INITIAL_MAPPED: gl.constexpr, SUBSPLITS: gl.constexpr, STAGES: gl.constexpr,
@@ -658,6 +660,7 @@ def attend_dk_dv(
     dtype: gl.constexpr = q_desc.dtype
     h = gl.program_id(0)
     split = gl.program_id(1)
+    num_tiles = gl.load(tile_count)
     slope = gl.load(slopes + h).to(gl.float32)
     low = _first_tile(num_tiles, split * PER_SPLIT, num_subsplits)
     high = _first_tile(num_tiles, split * PER_SPLIT + PER_SPLIT, num_subsplits)

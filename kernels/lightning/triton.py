@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimax_train.documents import Documents, to_device
+from minimax_train.documents import DeviceDocuments, Documents, to_device
 from minimax_train.kernels.lightning import triton_kernels
 from minimax_train.kernels.lightning.state_passing import StatePassing
-from minimax_train.kernels.lightning.tiles import Tiles, tile_ends
+from minimax_train.kernels.lightning.tiles import tile_ends
 
 
 def _power_of_two(size: int) -> int:
@@ -89,25 +89,20 @@ def choose_hopper(x_THK: Tensor) -> bool:
 
 
 class _Table(NamedTuple):
-    """Tiles as the kernels read them, int32; ``starts`` has T and ``document_ids`` the last document as sentinel."""
+    """The documents' tiles as ``cut_tiles`` writes them; the device alone knows how many there are."""
 
     starts: Tensor
     infos: Tensor
     document_ids: Tensor
-    count: int
+    count: Tensor
 
 
 def _table(documents: Documents, size: int) -> _Table:
-    tiles = Tiles.of(documents, size)
-    ends_B = tiles.starts_B + tiles.lengths_B
-    cu_seqlens = documents.cu_seqlens
-    begins_document_B = tiles.starts_B == cu_seqlens[tiles.documents_B]
-    ends_document_B = ends_B == cu_seqlens[tiles.documents_B + 1]
-    infos_B = begins_document_B * triton_kernels.BEGINS.value + ends_document_B * triton_kernels.ENDS.value
-    infos_B += tiles.lengths_B << triton_kernels.LENGTH_SHIFT.value
-    starts = torch.cat([tiles.starts_B, ends_B[-1:]])
-    document_ids = torch.cat([tiles.documents_B, tiles.documents_B[-1:]])
-    return _Table(starts.int(), infos_B.int(), document_ids.int(), len(infos_B))
+    T, N = documents.num_tokens, len(documents)
+    most = min(T, (T + N * (size - 1)) // size)
+    table = _Table(*(torch.empty(B, dtype=torch.int32, device=documents.device) for B in (most + 1, most, most, 1)))
+    triton_kernels.cut_tiles[(N,)](documents.cu_seqlens, *table, C=size)
+    return table
 
 
 def _state_rows(documents: Documents, state_of: tuple[int, ...]) -> Tensor:
@@ -169,10 +164,11 @@ class _Call(NamedTuple):
         H, K = x_THK.shape[1:]
         tile = choose_tile(x_THK.dtype, K, V)
         table = documents.derive(("lightning table", tile.tokens), lambda d: _table(d, tile.tokens))
-        splits, per_split = choose_splits(table.count, H * _ceil_div(max(K, V), tile.values), x_THK.device)
-        # No split may be empty: nothing would write its local state.
-        splits = min(splits, table.count)
-        per_split = min(per_split, table.count // splits)
+        # No fewer than these tiles, whatever the documents: every sub-split has one, and writes its local state.
+        least = _ceil_div(documents.num_tokens, tile.tokens)
+        splits, per_split = choose_splits(least, H * _ceil_div(max(K, V), tile.values), x_THK.device)
+        splits = min(splits, least)
+        per_split = min(per_split, least // splits)
         hopper = max(K, V) <= 128 and choose_hopper(x_THK)
         state_rows = table.document_ids  # any pointer: not followed unless states are mapped
         if state_of is not None:
@@ -180,7 +176,7 @@ class _Call(NamedTuple):
         return cls(slopes_H, documents, tile, splits, per_split, table, hopper, state_of, state_rows)
 
     @property
-    def _counts(self) -> tuple[int, int, int]:
+    def _counts(self) -> tuple[Tensor, int, int]:
         """Tiles, sub-splits, and sub-splits per split."""
         return self.table.count, self.splits * self.per_split, self.per_split
 
@@ -339,7 +335,9 @@ class _Call(NamedTuple):
         keys, values = [(x, C, BK) for x in (q_THK, k_THK)], [(x, C, BV) for x in (v_THV, do_THV)]
         states = (d_final_NHKV, d_initial_NHKV, d_local_FHKV)
         strides, flags = self._states(*states, initial_mapped=mapped)
-        runs = self.documents.derive(("lightning runs", C, self.state_of), lambda d: _runs(d, C, self.state_of))
+        runs = self.table.infos  # any pointer: not followed unless there are states
+        if d_final_NHKV is not None:
+            runs = self.documents.derive(("lightning runs", C, self.state_of), lambda d: _runs(d, C, self.state_of))
         hopper.attend_dk_dv[H, self.splits](
             *hopper.descriptors(*keys, *values, (dk_THK, C, BK), (dv_THV, C, BV)), dk_THK, dv_THV,
             *self._pointers(*states), *self._tables, runs, self.documents.cu_seqlens,
@@ -431,8 +429,11 @@ def lightning_attention_triton(
     Arguments and results as in :func:`minimax_train.kernels.lightning.lightning_attention`.
 
     Raises:
-        ValueError: for a dtype the kernels do not take, or q, k and v of different dtypes.
+        ValueError: for a dtype the kernels do not take, q, k and v of different dtypes, or states of documents whose
+            lengths only the device knows.
     """
+    if isinstance(documents, DeviceDocuments) and (initial_state_NHKV is not None or final_state_of is not None):
+        raise ValueError("kernels.lightning='triton' has no states of DeviceDocuments: one that is empty has no tile")
     dtypes = {q_THK.dtype, k_THK.dtype, v_THV.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         raise ValueError(f"kernels.lightning='triton' takes q, k, v of one of bfloat16, float16, float32, got {dtypes}")

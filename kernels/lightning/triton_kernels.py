@@ -4,6 +4,7 @@ All walk tiles of at most C tokens, each inside one document, forwards or (REVER
 ``out_i = sum_j decay^|i - j| (x_i . y_j) z_j`` over the tokens j of i's document on its side of i, token i included.
 One program walks one split of the tiles, with one head's float32 state ``sum_j decay^... y_j z_j^T`` in registers. It
 begins with the state at the split's boundary, which it sums from the local states that ``subsplit_states`` has written.
+How many tiles there are only the device knows: ``cut_tiles`` makes the tables, and every kernel reads their length.
 ``block_states`` computes the local states of any token ranges, for context parallelism.
 
 Every decay is the exponential of a non-positive number. Contributions that have decayed below exp(-DECAY_CUTOFF) before
@@ -21,10 +22,43 @@ from minimax_train.kernels.lightning import state_passing
 DECAY_CUTOFF = tl.constexpr(state_passing.DECAY_CUTOFF[torch.float32])
 # Least tiles in a block of ``block_states``.
 MIN_TILES = tl.constexpr(8)
+# Tiles, or documents, that ``cut_tiles`` looks at together.
+LANES = tl.constexpr(128)
 # Bits of a tile's info word: whether its document begins and ends with it, then its length.
 BEGINS = tl.constexpr(1)
 ENDS = tl.constexpr(2)
 LENGTH_SHIFT = tl.constexpr(2)
+
+
+@triton.jit
+def cut_tiles(cu_seqlens, starts, infos, document_ids, tile_count, C: tl.constexpr):
+    """The tiles of one document, after those of the documents before it. A document without tokens has none.
+
+    Of the B tiles there are: ``starts [B + 1]``, first token of each, then T; ``infos [B]``; ``document_ids [B]``;
+    ``tile_count [1]``, which is B. All int32.
+    """
+    n = tl.program_id(0)
+    lanes = tl.arange(0, LANES)
+    first = 0
+    for i in range(0, n, LANES):
+        earlier = i + lanes
+        begin = tl.load(cu_seqlens + earlier, mask=earlier < n, other=0)
+        end = tl.load(cu_seqlens + earlier + 1, mask=earlier < n, other=0)
+        first += tl.sum((end - begin + C - 1) // C, 0)
+    begin = tl.load(cu_seqlens + n)
+    end = tl.load(cu_seqlens + n + 1)
+    count = (end - begin + C - 1) // C
+    for i in range(0, count, LANES):
+        tile = i + lanes
+        start = begin + tile * C
+        info = tl.minimum(end - start, C) << LENGTH_SHIFT
+        info += tl.where(tile == 0, BEGINS, 0) + tl.where(tile == count - 1, ENDS, 0)
+        tl.store(starts + first + tile, start, mask=tile < count)
+        tl.store(infos + first + tile, info, mask=tile < count)
+        tl.store(document_ids + first + tile, tl.zeros_like(tile) + n, mask=tile < count)
+    if n == tl.num_programs(0) - 1:
+        tl.store(starts + first + count, end)
+        tl.store(tile_count, first + count)
 
 
 @triton.jit
@@ -84,7 +118,7 @@ def _accumulate(
 def subsplit_states(
     y, z, local, slopes, starts, document_ids, cu_seqlens,
     y_t, y_h, z_t, z_h,
-    num_tiles, num_subsplits, PER_SPLIT,
+    tile_count, num_subsplits, PER_SPLIT,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,6 +130,7 @@ def subsplit_states(
     slice_v = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)  # times a stride it may not fit in 32 bits
     row = tl.program_id(2)
+    num_tiles = tl.load(tile_count)
     slope = tl.load(slopes + h).to(tl.float32)
     subsplit = row + PER_SPLIT if REVERSE else row
     # The sub-split's boundary, its other edge, and the nearest boundary of a split, where the state is read first.
@@ -214,7 +249,7 @@ def attend(
     x_t, x_h, y_t, y_h, z_t, z_h, out_t, out_h,
     initial_n, initial_h, initial_k, initial_v, final_n, final_h, final_k, final_v,
     local_f, local_h, local_k, local_v,
-    num_tiles, num_subsplits, PER_SPLIT,
+    tile_count, num_subsplits, PER_SPLIT,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_LOCAL: tl.constexpr,
     INITIAL_MAPPED: tl.constexpr, FINAL_MAPPED: tl.constexpr, SUBSPLITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -223,6 +258,7 @@ def attend(
     slice_v = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)  # times a stride it may not fit in 32 bits
     split = tl.program_id(2)
+    num_tiles = tl.load(tile_count)
     slope = tl.load(slopes + h).to(tl.float32)
     low = _first_tile(num_tiles, split * PER_SPLIT, num_subsplits)
     high = _first_tile(num_tiles, split * PER_SPLIT + PER_SPLIT, num_subsplits)

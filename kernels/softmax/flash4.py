@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from minimax_train.documents import Documents
+from minimax_train.kernels.compile_cache import one_at_a_time
 
 
 @cache
@@ -44,13 +45,18 @@ def _options(queries: Documents, keys: Documents, causal: bool, scale: float) ->
     return {"causal": causal, "softmax_scale": scale, **lengths}
 
 
+def _kernel(q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, causal: bool) -> tuple:
+    """What a kernel is compiled for."""
+    return q_QHK.dtype, q_QHK.shape[1:], k_SGK.shape[1], v_SGV.shape[2], causal
+
+
 def attention_forward(
     q_QHK: Tensor, k_SGK: Tensor, v_SGV: Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_forward`."""
-    out_QHV, lse_HQ, *_ = _interface()._flash_attn_fwd(
-        q_QHK, k_SGK, v_SGV, return_lse=True, **_options(queries, keys, causal, scale)
-    )
+    options = _options(queries, keys, causal, scale)
+    with one_at_a_time("forward", *_kernel(q_QHK, k_SGK, v_SGV, causal)):
+        out_QHV, lse_HQ, *_ = _interface()._flash_attn_fwd(q_QHK, k_SGK, v_SGV, return_lse=True, **options)
     return out_QHV, lse_HQ.T
 
 
@@ -68,7 +74,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in :func:`minimax_train.kernels.softmax.attention_backward`."""
     lse_HQ, options = lse_QH.T.contiguous(), _options(queries, keys, causal, scale)
-    grad_q, grad_k, grad_v, *_ = _interface()._flash_attn_bwd(
-        q_QHK, k_SGK, v_SGV, out_QHV, grad_out_QHV, lse_HQ, **options
-    )
+    with one_at_a_time("backward", *_kernel(q_QHK, k_SGK, v_SGV, causal)):
+        grad_q, grad_k, grad_v, *_ = _interface()._flash_attn_bwd(
+            q_QHK, k_SGK, v_SGV, out_QHV, grad_out_QHV, lse_HQ, **options
+        )
     return grad_q, grad_k, grad_v

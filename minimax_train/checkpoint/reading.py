@@ -1,43 +1,100 @@
-"""Saved checkpoints opened and checked: what is damaged is told in one line that names the file."""
+"""Saved checkpoints opened and checked: what is damaged is told in one line that names the file.
+
+A checkpoint cannot run code. Its index is a pickle, of which only the classes listed here are made; tensors are read
+by ``torch.load(weights_only=True)``, as torch's FileSystemReader does; other objects, which torch would unpickle
+whatever they are, are refused.
+"""
 
 from __future__ import annotations
 
 import io
+import pathlib
+import pickle
 import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint import CheckpointException, LoadPlan, LoadPlanner, filesystem, metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
+from torch.serialization import _get_layout
 
+from minimax_train.checkpoint.manifest import SHARD, DamagedCheckpoint, check_hashes, check_sizes, read_manifest
 from minimax_train.errors import ConfigError, one_line
 
 METADATA = ".metadata"
 
+_INDEX_CLASSES = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    torch.Size,
+    _get_layout,
+)
+# All that an index may name, by module and name.
+_INDEX_NAMES: dict[tuple[str, str], Any] = {
+    **{(made.__module__, made.__qualname__): made for made in _INDEX_CLASSES},
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    # The folder it was saved to. Python 3.13 alone has these classes elsewhere.
+    **{(module, name): pathlib.PurePath for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath")},
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes what the index of a checkpoint consists of, and nothing else.
+
+    Raises:
+        ConfigError: naming the file, and the class or function it asks for.
+    """
+
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        super().__init__(stream)
+        self._file = file
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        try:
+            return _INDEX_NAMES[module_name, global_name]
+        except KeyError:
+            raise ConfigError(
+                f"{self._file}: refused: it asks for {module_name}.{global_name}, which is no part of a checkpoint's "
+                "index and could run code"
+            ) from None
+
 
 class CheckpointFiles(dcp.FileSystemReader):
-    """The files of one checkpoint, its index read and compared with the shards' sizes once.
+    """The files of one checkpoint; its index is read once, and the files are compared with its manifest then.
 
     Args:
         path: the checkpoint.
-        verify: compare what is read with the checksums saved beside it, which reads it twice.
+        verify: compare each shard with its checksum before it is read first, which reads it twice.
     """
 
     def __init__(self, path: Path, *, verify: bool = False) -> None:
         super().__init__(path)
         self._folder, self._verify = path, verify
         self._metadata: Metadata | None = None
+        self._manifest = None
+        self._verified: set[str] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, once the first rank has seen every shard that it names there in full length. Reads no tensor.
+        """The index, once the first rank has seen every shard there in full length, and every other file as it was
+        saved. Reads no tensor.
 
         Raises:
-            ConfigError: naming the file that is missing, cut short or no index.
+            DamagedCheckpoint: naming the file that is missing, not as it was saved, or no index.
+            ConfigError: when the index asks for what could run code.
         """
         if self._metadata is None:
             self._metadata = self._read_metadata()
@@ -66,10 +123,16 @@ class CheckpointFiles(dcp.FileSystemReader):
         """As torch has it, a shard at a time, so that an error can name it."""
         by_shard: dict[str, list] = {}
         for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                name = item.storage_index.fqn
+                raise ConfigError(f"{self._folder / METADATA}: refused: {name} is a pickled object, must be a tensor")
             by_shard.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_shard.items():
+            if self._verify and self._manifest is not None and name not in self._verified:
+                check_hashes(self._folder, self._manifest, [name])
+                self._verified.add(name)
             try:
-                if self._verify:
+                if self._verify and self._manifest is None:
                     for item in items:
                         self._check_record(item.storage_index)
                 super().read_data(replace(plan, items=items), planner)
@@ -92,23 +155,40 @@ class CheckpointFiles(dcp.FileSystemReader):
     def _read_metadata(self) -> Metadata:
         file = self._folder / METADATA
         if not file.is_file():
-            raise ConfigError(f"{self._folder}: not a whole checkpoint: there is no {METADATA} in it")
+            raise DamagedCheckpoint(f"{self._folder}: not a whole checkpoint: there is no {METADATA} in it")
+        # One rank looks: a thousand would ask a file system for a thousand files each.
+        looks = not dist.is_initialized() or dist.get_rank() == 0
+        if looks:
+            self._check_files()
         ends: dict[str, int] = {}
         try:
-            metadata = super().read_metadata()
-            dict(metadata.state_dict_metadata)
-            for info in metadata.storage_data.values():
+            with open(file, "rb") as stream:
+                index = _IndexUnpickler(file, stream).load()
+            if not isinstance(index, Metadata):
+                raise TypeError(f"it holds a {type(index).__name__}")
+            index.storage_meta = index.storage_meta or StorageMeta()
+            index.storage_meta.load_id = self.load_id
+            dict(index.state_dict_metadata)
+            for info in index.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(f"{info.relative_path!r} is no file of the checkpoint's folder")
                 ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
             shards = {name: self._folder / name for name in sorted(ends)}
-        except OSError:
+        except (OSError, ConfigError):
             raise
         except Exception as error:  # unpickling damaged bytes may raise anything
-            raise ConfigError(f"{file}: damaged: not the index of a checkpoint: {one_line(error)}") from error
-        # One rank looks: a thousand would ask a file system for a thousand shards each.
-        for name, shard in shards.items() if not dist.is_initialized() or dist.get_rank() == 0 else ():
+            raise DamagedCheckpoint(f"{file}: damaged: not the index of a checkpoint: {one_line(error)}") from error
+        for name, shard in shards.items() if looks else ():
             if not shard.is_file():
-                raise ConfigError(f"{shard}: missing, though {file} names it")
+                raise DamagedCheckpoint(f"{shard}: missing, though {file} names it")
             size = shard.stat().st_size
             if size < ends[name]:
-                raise ConfigError(f"{shard}: damaged: it has {size} bytes, {file} says {ends[name]}")
-        return metadata
+                raise DamagedCheckpoint(f"{shard}: damaged: it has {size} bytes, {file} says {ends[name]}")
+        return index
+
+    def _check_files(self) -> None:
+        self._manifest = read_manifest(self._folder)
+        if self._manifest is not None:
+            check_sizes(self._folder, self._manifest)
+            small = [name for name in self._manifest if not name.endswith(SHARD)]
+            check_hashes(self._folder, self._manifest, small)

@@ -4,6 +4,7 @@ run_dir/checkpoints/step-00000200/
     *.distcp .metadata      parameters and optimizer state by parameter name, loadable on any number of ranks
     progress.json           step, tokens, the position of every data stream, what the recipe has learned
     config.yaml tokenizer/  what is needed to use the checkpoint on its own; sizes and RoPE base as of its step
+    manifest.json           size and SHA-256 of each of these files
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
+from minimax_train.checkpoint.manifest import DamagedCheckpoint, Entry, check_shards, seal, sync_folder, write_manifest
 from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
 from minimax_train.errors import ConfigError, TrainingError, require
 from minimax_train.files import CHECKPOINTS, CONFIG, TOKENIZER, UNFINISHED
-from minimax_train.first_rank import on_first_rank
+from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.metrics.console import note
 from minimax_train.recipe import Progress
 
@@ -44,20 +46,65 @@ class CheckpointStore:
         self.run_dir, self.keep = run_dir, keep
         self.folder = run_dir / CHECKPOINTS
 
+    def all(self) -> list[Path]:
+        """What is named like finished checkpoints, oldest first."""
+        return _named(self.folder)
+
     def latest(self) -> Path | None:
         """What is named like the newest finished checkpoint; :meth:`check` tells whether it is one."""
         return (_named(self.folder) or [None])[-1]
 
-    def check(self, path: Path) -> Progress:
-        """Look at a checkpoint's files, but not into its tensors.
+    def newest_checked(self) -> tuple[Path, Progress]:
+        """The newest checkpoint that :meth:`check` does not find damaged, and its progress.
 
         Raises:
-            ConfigError: naming the file that is missing or damaged, or what stands where a checkpoint should.
+            DamagedCheckpoint: of the newest, when all are.
+            ConfigError: as :meth:`check`.
+        """
+        damage: list[DamagedCheckpoint] = []
+        for path in reversed(_named(self.folder)):
+            try:
+                return path, self.check(path)
+            except DamagedCheckpoint as error:
+                damage.append(error)
+        raise damage[0]
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files are all as they were saved. Damaged ones that are newer are renamed, which
+        is told. Called by all ranks together; each reads its share of the shards.
+
+        Raises:
+            DamagedCheckpoint: of the newest, when all are damaged; none is renamed then.
+            ConfigError: as :meth:`check`, or when files cannot be read or renamed.
+        """
+        damaged: dict[Path, DamagedCheckpoint] = {}
+        for path in reversed(on_first_rank(lambda: _named(self.folder))):
+            try:
+                on_first_rank(lambda path=path: self.check(path))
+                check_shards(path)
+            except DamagedCheckpoint as error:
+                damaged[path] = error
+                continue
+            on_first_rank(lambda path=path: self._set_aside(damaged, path))
+            return path
+        if damaged:
+            raise next(iter(damaged.values()))
+        return None
+
+    def check(self, path: Path) -> Progress:
+        """Look at a checkpoint's files, but not into its shards.
+
+        Raises:
+            DamagedCheckpoint: naming the file that is missing or not as it was saved.
+            ConfigError: naming what stands where a checkpoint should, or a file that cannot be read.
         """
         if not path.is_dir() or not any(path.iterdir()):
             what = "an empty folder" if path.is_dir() else "a file"
             raise ConfigError(f"{path}: not a checkpoint but {what}, which no run has saved; move it away")
-        CheckpointFiles(path).read_metadata()
+        try:
+            CheckpointFiles(path).read_metadata()
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
         return _read_progress(path)
 
     def save(self, progress: Progress, state: dict[str, Any], config: str) -> Path:
@@ -79,18 +126,23 @@ class CheckpointStore:
                     shutil.rmtree(left)
             draft.mkdir(parents=True)
 
-        def finish() -> None:
+        def finish(sealed: dict[str, Entry]) -> None:
             (draft / PROGRESS).write_text(json.dumps(asdict(progress)))
             (draft / CONFIG).write_text(config, encoding="utf-8")
             shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
+            write_manifest(draft, sealed)
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, "stands where it should go", str(path))
             draft.rename(path)
+            sync_folder(self.folder)
 
         try:
             on_first_rank(begin)
-            dcp.save(state, storage_writer=_Writer(draft))
-            on_first_rank(finish)
+            writer = _Writer(draft)
+            dcp.save(state, storage_writer=writer)
+            # Each rank reads its own files back, from the page cache.
+            sealed = on_every_rank(lambda: {name: seal(draft / name) for name in writer.written})
+            on_first_rank(lambda: finish({name: entry for part in sealed for name, entry in part.items()}))
         except (OSError, CheckpointException, TrainingError) as error:
             raise self._not_saved(path, draft, state, error) from error
         on_first_rank(self._remove_old)
@@ -105,6 +157,18 @@ class CheckpointStore:
         progress = on_first_rank(lambda: _read_progress(path))
         CheckpointFiles(path).load(state)
         return progress
+
+    def _set_aside(self, damaged: Mapping[Path, DamagedCheckpoint], instead: Path) -> None:
+        for path, error in damaged.items():
+            number, kept = 0, path.with_name(f"{path.name}.damaged")
+            while os.path.lexists(kept):
+                number += 1
+                kept = path.with_name(f"{path.name}.damaged.{number}")
+            try:
+                path.rename(kept)
+            except OSError as refused:
+                raise ConfigError(f"{error}; {path.name} cannot be renamed {kept.name}: {refused}") from error
+            note(f"{error}; it is kept as {kept.name}, and the run goes on from {instead}")
 
     def _remove_old(self) -> None:
         for path in self._saved()[: -self.keep] if self.keep else []:
@@ -145,11 +209,21 @@ class CheckpointStore:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's, with the system's error (no space left) instead of the serializer's that comes of it."""
+    """torch's, with the system's error (no space left) instead of the serializer's that comes of it.
+
+    Attributes:
+        written: names of the files that this rank has written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.written: list[str] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         try:
-            return super().write_data(plan, planner)
+            done = super().write_data(plan, planner)
+            self.written = sorted({result.storage_data.relative_path for result in done.wait()})
+            return done
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -165,6 +239,7 @@ def load_weights(path: Path, model: dict[str, Tensor]) -> None:
     """
     files = CheckpointFiles(path)
     on_first_rank(lambda: files.read_metadata() and None)
+    check_shards(path)
     stored = files.read_metadata().state_dict_metadata
     for name, parameter in model.items():
         size = getattr(stored.get(f"model.{name}"), "size", None)
@@ -202,9 +277,9 @@ def _read_progress(path: Path) -> Progress:
     try:
         progress = Progress(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: damaged: not the progress of a run: {error}") from error
+        raise DamagedCheckpoint(f"{file}: damaged: not the progress of a run: {error}") from error
     if progress.step != int(path.name.partition("-")[2]):
-        raise ConfigError(f"{file}: damaged: it says step {progress.step!r}, its folder {path.name}")
+        raise DamagedCheckpoint(f"{file}: damaged: it says step {progress.step!r}, its folder {path.name}")
     return progress
 
 

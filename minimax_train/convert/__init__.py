@@ -1,8 +1,12 @@
-"""Conversion between this project's checkpoints and transformers' ``MiniMaxForCausalLM``, both ways.
+"""Conversion between this project's checkpoints and Hugging Face folders, both ways.
+
+Two layouts: transformers' ``MiniMaxForCausalLM``, and the original one of MiniMax-Text-01.
 
 names        which tensor of theirs lies where in which parameter of ours
 decays       the buffers of lightning attention that transformers keeps beside the weights
 hf_config    ModelConfig to and from transformers' MiniMaxConfig
+text_01_config  ModelConfig to and from the config.json of MiniMax-Text-01
+layouts      what the two layouts differ in
 checkpoint   reading and writing checkpoints one parameter at a time
 shards       reading and writing safetensors folders one tensor, or one shard, at a time
 tokenizer    files and special tokens

@@ -7,6 +7,7 @@ A converted checkpoint holds what ``checkpoint.initial_weights`` and ``minimax-c
     model/imported.yaml       the same as a Hydra group: ``minimax-train --config-dir CHECKPOINT model=imported``
     huggingface.json          what it was converted from (Origin)
     tokenizer/                where there was one
+    manifest.json             size and SHA-256 of each of these files
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minimax_train.convert.from_hf import from_hf
+from minimax_train.convert.layouts import LAYOUTS, MINIMAX
 from minimax_train.convert.shards import parse_size
 from minimax_train.convert.to_hf import to_hf
 from minimax_train.errors import ConfigError, require
@@ -30,8 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.direction == "to-hf":
             size = parse_size(options.max_shard_size)
-            to_hf(options.source, options.target, dtype=dtype, max_shard_bytes=size, report=_report)
-            print(f"done: {options.target}; load it with MiniMaxForCausalLM.from_pretrained({options.target!r})")
+            to_hf(
+                options.source,
+                options.target,
+                layout=options.layout,
+                dtype=dtype,
+                max_shard_bytes=size,
+                report=_report,
+            )
+            print(f"done: {options.target}; {LAYOUTS[options.layout].loading.format(repr(options.target))}")
         else:
             from_hf(options.source, options.target, dtype=dtype, rotary_dim=options.rotary_dim, report=_report)
             tokenizer = Path(options.target) / TOKENIZER
@@ -55,16 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "minimax-convert", description="Convert checkpoints to and from transformers' MiniMaxForCausalLM."
+        "minimax-convert",
+        description="Convert checkpoints to and from Hugging Face folders: transformers' MiniMaxForCausalLM and the "
+        "original layout of MiniMax-Text-01.",
     )
     commands = parser.add_subparsers(dest="direction", required=True)
-    to = commands.add_parser("to-hf", help="a run or a checkpoint to a folder that from_pretrained loads")
+    to = commands.add_parser("to-hf", help="a run or a checkpoint to a Hugging Face folder")
     back = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint")
     to.add_argument("source", metavar="SRC", help="a checkpoint, or a run, whose newest is taken")
     back.add_argument("source", metavar="SRC", help="a folder with config.json and safetensors")
     for command in (to, back):
         command.add_argument("target", metavar="DST", help="a new or empty folder")
         command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the weights (default: as they are)")
+    to.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=MINIMAX,
+        help="transformers' minimax, or the original one of MiniMax-Text-01, which vLLM reads (default: minimax); "
+        "from-hf finds out by itself",
+    )
     to.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file (default: 5GB)")
     back.add_argument(
         "--rotary-dim",

@@ -1,4 +1,4 @@
-"""From a folder of transformers' ``MiniMaxForCausalLM`` to a checkpoint of ours."""
+"""From a Hugging Face folder, in either layout, to a checkpoint of ours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minimax_train.checkpoint.manifest import write_manifest
 from minimax_train.convert.checkpoint import Origin, write_model_config, write_origin, write_parameters
 from minimax_train.convert.decays import SLOPES, decay_outputs
 from minimax_train.convert.draft import draft_of, require_space
 from minimax_train.convert.hf_config import from_hf_config, parse
 from minimax_train.convert.json_file import read_json
+from minimax_train.convert.layouts import layout_of
 from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, fused_shape, put
 from minimax_train.convert.shards import Output, TensorFolder, require_finite
 from minimax_train.convert.tokenizer import copy_tokenizer, note_of_added_tokens, open_tokenizer
@@ -36,11 +38,11 @@ def from_hf(
     """Convert a Hugging Face folder. Host memory: one parameter, or one expert where a parameter holds all of them.
 
     Args:
-        source: a folder with ``config.json`` and safetensors, as ``save_pretrained`` writes it.
+        source: a folder with ``config.json``, which says in which layout it is, and safetensors.
         target: a new folder.
         dtype: of the weights; as in the source if None.
         rotary_dim: how many leading dimensions of each head the weights were trained to rotate, where ``config.json``
-            names another number than transformers would rotate.
+            names another number than transformers would rotate; None in the layout of MiniMax-Text-01.
         report: told of the progress, a line at a time.
 
     Raises:
@@ -52,7 +54,13 @@ def from_hf(
             raise ConfigError(f"{source}: not a Hugging Face model: there is no config.json")
         raw = read_json(source / "config.json")
         try:
-            model, block_size = from_hf_config(raw, rotary_dim=rotary_dim), parse(raw).block_size
+            layout = layout_of(raw)
+            if layout.in_transformers:
+                model = from_hf_config(raw, rotary_dim=rotary_dim)
+            else:
+                accepted = "only for transformers' layout: here config.json says what is rotated, as rotary_dim"
+                require(rotary_dim is None, "--rotary-dim", rotary_dim, accepted)
+                model = layout.read_model(raw)
         except ConfigError as error:
             raise ConfigError(f"{source / 'config.json'}: {error}") from error
         generation = source / "generation_config.json"
@@ -62,8 +70,10 @@ def from_hf(
         tensors = _Tensors(TensorFolder(source))
         tensors.check_sizes(model)
         # Weights that were trained to rotate the leading dimensions lie as ours do.
-        parameters = correspondence(model, permute_rotary=rotary_dim is None)
-        decays = list(decay_outputs(model, block_size, torch.float32))
+        parameters = correspondence(model, permute_rotary=layout.in_transformers and rotary_dim is None)
+        decays: list[Output] = []
+        if layout.in_transformers:
+            decays += decay_outputs(model, parse(raw).block_size, torch.float32)
         tensors.check(parameters, model, decays)
         decay_dtype = tensors.check_decays(decays)
         total = sum(parameter.shape.numel() for parameter in parameters)
@@ -89,6 +99,7 @@ def from_hf(
         write_parameters(draft, parameters, dtype_of, make)
         write_model_config(model, draft)
         write_origin(Origin(raw, generation_config, decay_dtype), draft)
+        write_manifest(draft)
 
 
 class _Tensors:

@@ -106,7 +106,7 @@ def to_hf_config(model: ModelConfig, surroundings: Surroundings, dtype: torch.dt
         **values,
         layer_types=[names.layer_type for names in attention_names(model)],
         rope_parameters=_to_rope(model),
-        router_aux_loss_coef=_their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
+        router_aux_loss_coef=their_aux(model.aux_loss_coefficient, model.num_layers, model.num_experts),
         tie_word_embeddings=False,
         max_position_embeddings=surroundings.max_position_embeddings,
         bos_token_id=surroundings.bos_token_id,
@@ -149,12 +149,16 @@ def from_hf_config(raw: dict[str, Any], *, rotary_dim: int | None = None) -> Mod
             rotary_dim=rotary_dim,
             rope_base=base,
             residual_scale=None if alpha == deep_norm_alpha(layers) else alpha,
-            aux_loss_coefficient=_our_aux(hf.router_aux_loss_coef, layers, experts),
+            aux_loss_coefficient=our_aux(hf.router_aux_loss_coef, layers, experts),
         )
     except ConfigError as error:
-        names = {ours: theirs for theirs, ours in SAME.items()}
-        told = re.sub(r"\bmodel\.(\w+)", lambda match: names.get(match[1], match[0]), str(error))
-        raise ConfigError(told) from error
+        raise in_their_names(error, SAME) from error
+
+
+def in_their_names(error: ConfigError, theirs_to_ours: dict[str, str]) -> ConfigError:
+    """What is wrong with a model, in the names of ``config.json``."""
+    names = {ours: theirs for theirs, ours in theirs_to_ours.items()}
+    return ConfigError(re.sub(r"\bmodel\.(\w+)", lambda match: names.get(match[1], match[0]), str(error)))
 
 
 def parse(raw: dict[str, Any]) -> MiniMaxConfig:
@@ -168,7 +172,7 @@ def parse(raw: dict[str, Any]) -> MiniMaxConfig:
     require(raw.get("model_type") == MODEL_TYPE, "model_type", raw.get("model_type"), f"must be {MODEL_TYPE!r}")
     for name in ("num_hidden_layers", "num_labels"):  # before transformers makes lists as long
         if isinstance(raw.get(name), int):
-            _require_within(name, raw[name], *WHOLE["num_hidden_layers"])
+            require_within(name, raw[name], *WHOLE["num_hidden_layers"])
     for name in ("dtype", "torch_dtype"):  # what else transformers does not check
         value = raw.get(name)
         known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
@@ -185,25 +189,27 @@ def parse(raw: dict[str, Any]) -> MiniMaxConfig:
         raise ConfigError(f"transformers refuses it: {one_line(error)}") from error
     for name, ends in (WHOLE | NUMBERS).items():
         if getattr(hf, name) is not None:
-            _require_within(name, getattr(hf, name), *ends)
+            require_within(name, getattr(hf, name), *ends)
     for name in TOKEN_IDS:
-        _require_token_ids(name, getattr(hf, name), hf.vocab_size)
+        require_token_ids(name, getattr(hf, name), hf.vocab_size)
     return hf
 
 
-def _require_within(name: str, value: Any, lowest: float, highest: float) -> None:
+def require_within(name: str, value: Any, lowest: float, highest: float) -> None:
+    """Refuse a number outside a range, ends included: a whole number where the ends are."""
     kind = "whole number" if isinstance(lowest, int) else "number"
     require(lowest <= value <= highest, name, value, f"must be a {kind} from {lowest} to {highest}")
 
 
-def _require_token_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None:
+def require_token_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None:
+    """Refuse ids that are not of the vocabulary; null is accepted."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     fits = all(0 <= i < vocab_size for i in ids) and value != []
     require(fits, name, value, f"must be null, or an id from 0 to {vocab_size - 1}: vocab_size is {vocab_size}")
 
 
 def _pattern(hf: MiniMaxConfig) -> str:
-    """The shortest pattern whose repetition is ``layer_types``."""
+    """``layer_types`` as ``model.layer_pattern``."""
     layers = hf.num_hidden_layers
     kinds = {kind.hugging_face.layer_type: letter for letter, kind in ATTENTIONS.items() if kind.hugging_face}
     names = hf.layer_types or ()
@@ -211,6 +217,12 @@ def _pattern(hf: MiniMaxConfig) -> str:
         require(name in kinds, "layer_types", name, f"must be one of {', '.join(kinds)}")
     letters = "".join(kinds[name] for name in names)
     require(len(letters) == layers, "layer_types", hf.layer_types, f"must name num_hidden_layers={layers} layers")
+    return shortest_pattern(letters)
+
+
+def shortest_pattern(letters: str) -> str:
+    """The shortest text whose repetition is ``letters``."""
+    layers = len(letters)
     lengths = [length for length in range(1, layers + 1) if layers % length == 0]
     return next(letters[:length] for length in lengths if letters[:length] * (layers // length) == letters)
 
@@ -282,7 +294,7 @@ def _require_rope_number(rope: dict[str, Any], key: str, lowest: float, highest:
     value = rope.get(key)  # transformers checks no type here
     require(_is_number(value), f"rope_parameters.{key}", value, "must be a number")
     highest = min(highest, 2**63 - 1) if isinstance(value, int) else highest  # torch's for a whole number
-    _require_within(f"rope_parameters.{key}", value, lowest, highest)
+    require_within(f"rope_parameters.{key}", value, lowest, highest)
 
 
 def _is_number(value: object) -> bool:
@@ -304,15 +316,15 @@ def _fraction(rotary_dim: int, head_dim: int) -> float:
     return fraction if int(fraction * head_dim // 2) == rotary_dim // 2 else (rotary_dim + 0.5) / head_dim
 
 
-def _their_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
+def their_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
     """Ours is the sum over layers of ``1/E sum_i f_i m_i``; theirs ``E sum_i f_i m_i`` with f and m averaged over
     layers. The same objective for one layer, or for layers that route alike."""
     return coefficient * num_layers / num_experts**2
 
 
-def _our_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
+def our_aux(coefficient: float, num_layers: int, num_experts: int) -> float:
     guess = coefficient * num_experts**2 / num_layers
-    return _invert(coefficient, guess, lambda ours: _their_aux(ours, num_layers, num_experts))
+    return _invert(coefficient, guess, lambda ours: their_aux(ours, num_layers, num_experts))
 
 
 def _invert(value: float, guess: float, forward: Callable[[float], float]) -> float:

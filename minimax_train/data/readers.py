@@ -19,16 +19,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
-from datasets.utils.file_utils import xopen
 
 from minimax_train.data.columns import NoText, TextColumns
 from minimax_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
 
 _ROWS_PER_READ = 256
 _BYTES_PER_READ = 1 << 20
@@ -141,7 +142,7 @@ def read_json(path: str, columns: TextColumns, start_row: int, offset: int, part
 
 def read_parquet(path: str, columns: TextColumns, start_row: int, offset: int, part: Part) -> Iterator[Row]:
     """The rows of a Parquet file; row groups before ``start_row`` are not read."""
-    with xopen(path, "rb") as opened:
+    with open_raw(path) as opened:
         file, row = pq.ParquetFile(opened), 0
         for name in columns.names:
             _check_column(columns, name, path, file.schema_arrow)
@@ -234,7 +235,7 @@ def _least(edges: list[int]) -> int:
 
 def _open(path: str) -> Iterator[tuple[str, IO[bytes], bool]]:
     """The file, decompressed, or the files in a zip archive, by name; and whether it can be sought in."""
-    with xopen(path, "rb") as raw:
+    with open_raw(path) as raw:
         compression = _compression(path, raw)
         if compression == "zip":
             with zipfile.ZipFile(raw) as archive:
@@ -244,6 +245,14 @@ def _open(path: str) -> Iterator[tuple[str, IO[bytes], bool]]:
                             yield f"zip://{member}::{path}", file, False
         else:
             yield path, _decompressed(raw, compression), compression is None
+
+
+def open_raw(path: str) -> IO[bytes]:
+    if os.path.isfile(path):
+        return open(path, "rb")
+    from datasets.utils.file_utils import xopen  # takes a second or two to import, and local files do not need it
+
+    return xopen(path, "rb")
 
 
 def _compression(path: str, file: IO[bytes]) -> str | None:
@@ -342,7 +351,7 @@ def _text_of(item: Any, columns: TextColumns) -> str | NoText | None:
 @contextmanager
 def _arrow_batches(path: str) -> Iterator[Iterator[pa.RecordBatch]]:
     is_local = os.path.isfile(path)
-    with pa.memory_map(path) if is_local else pa.PythonFile(xopen(path, "rb"), mode="r") as file:
+    with pa.memory_map(path) if is_local else pa.PythonFile(open_raw(path), mode="r") as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
         file.seek(0)
         if is_file:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from minimax_train.cache import find_cache
 from minimax_train.config import load_config
 from minimax_train.data.config import LENGTHS
 from minimax_train.data.pictures import plot_lengths, plot_mixture
@@ -37,7 +38,8 @@ def show_mixture(arguments: Sequence[str]) -> None:
     folder = Path(options.pictures)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as draft:
-        tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, Path(draft) / "tokenizer")
+        cache = find_cache(config.cache_dir)
+        tokenizer = prepare_tokenizer(config.data, config.model.vocab_size, Path(draft) / "tokenizer", cache)
     report = show(config, tokenizer, int(options.tokens))
     Output(sys.stdout).write("".join(f"{line}\n" for line in lines(report)))
     if options.json:

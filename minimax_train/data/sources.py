@@ -17,10 +17,7 @@ from gzip import BadGzipFile
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
-from datasets.packaged_modules.json.json import Json
-from datasets.packaged_modules.parquet.parquet import Parquet
 
 from minimax_train.data import readers
 from minimax_train.data.columns import TextColumns
@@ -33,6 +30,8 @@ from minimax_train.errors import ConfigError, one_line
 from minimax_train.metrics.console import note
 
 if TYPE_CHECKING:
+    import datasets
+
     from minimax_train.data.tokenizer import Tokenizer
 
 TRAIN, VALIDATION = "train", "validation"
@@ -353,6 +352,10 @@ def _columns_identity(config: SourceConfig, path: str) -> dict[str, str | None]:
 
 
 def _open_hub(config: SourceConfig, part: str, path: str, skips_bad: bool) -> Source:
+    import datasets  # takes a second or two, and files on this machine do not need it
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
     field = f"{part}_split"
     split = getattr(config, field)
     assert config.name is not None
@@ -388,6 +391,8 @@ def _open_hub(config: SourceConfig, part: str, path: str, skips_bad: bool) -> So
 def _opening(description: str) -> Iterator[None]:
     """Without progress bars, and without a request to the hub's download counter, which is made (and waited for, where
     there is no network) even for local files. What goes wrong becomes an error of the configuration."""
+    import datasets
+
     bars_enabled, counts = not datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False

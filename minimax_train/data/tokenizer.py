@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from minimax_train.data.config import TRAIN_TOKENIZER, DataConfig
 from minimax_train.data.shuffle import permutation, stable_hash
 from minimax_train.data.sources import TRAIN, Source, open_sources
 from minimax_train.errors import ConfigError
+from minimax_train.files import replace_text
+from minimax_train.kernels.compile_cache import locked
+from minimax_train.metrics.console import note
 
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCABULARY = 257  # every byte and the end of text
@@ -31,6 +35,8 @@ _PIECE, _PIECES_TOGETHER = 1 << 16, 16
 _BETWEEN_TOKENS = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 _SEARCHED = 4096
 
+# Of what :func:`train_bpe` does: another number when the same texts give another tokenizer.
+_TRAINING = 1
 # A word's share of BPE training grows with the square of its length: words longer than this are cut.
 _LONG_WORD = 256
 _ONE_WORD = re.compile(rf"[^\W_]{{{_LONG_WORD}}}|(?:[^\w\s]|_){{{_LONG_WORD}}}|\s{{{_LONG_WORD}}}")
@@ -104,7 +110,9 @@ class Tokenizer:
         return self.eos_id == other.eos_id and self._backend.get_vocab() == other._backend.get_vocab()
 
 
-def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
+def prepare_tokenizer(
+    config: DataConfig, vocab_size: int, directory: str | os.PathLike, cache: Path | None = None
+) -> Tokenizer:
     """Trains or loads the configured tokenizer and saves it to ``directory``; called by one rank.
 
     If ``directory`` already holds a tokenizer, as in a resumed run, it is loaded and nothing is trained.
@@ -113,6 +121,7 @@ def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.P
         config: names the tokenizer, or the documents to train one on.
         vocab_size: ``model.vocab_size``: how many ids a trained tokenizer may have, or any other must fit in.
         directory: opens with ``transformers.AutoTokenizer.from_pretrained``.
+        cache: a folder that keeps trained tokenizers: one trained on the same texts is taken from there.
 
     Raises:
         ConfigError: when the vocabulary does not fit, there is no end-of-text token, or the name cannot be loaded.
@@ -123,7 +132,7 @@ def prepare_tokenizer(config: DataConfig, vocab_size: int, directory: str | os.P
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         if config.tokenizer == TRAIN_TOKENIZER:
-            _save_trained(_train_on(config, vocab_size), draft)
+            _save_trained(_trained(config, vocab_size, cache), draft)
         else:
             _save_named(config.tokenizer, draft)
         tokenizer = load_tokenizer(draft)
@@ -200,7 +209,38 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
+def _trained(config: DataConfig, vocab_size: int, cache: Path | None) -> tokenizers.Tokenizer:
+    """The tokenizer that training gives, from the cache if it is there."""
+    if cache is None:
+        return train_bpe(_training_texts(config), vocab_size)
+    # Of the texts themselves: a digest of a file's ends would not see a change between them. Reading is the least part.
+    key = blake2b(f"{_TRAINING} {tokenizers.__version__} {vocab_size}".encode(), digest_size=16)
+    for text in _training_texts(config):
+        encoded = text.encode(errors="surrogatepass")
+        key.update(len(encoded).to_bytes(8, "little") + encoded)
+    kept = cache / "tokenizers" / f"{key.hexdigest()}.json"
+    if (backend := _kept(kept)) is not None:
+        note(f"the tokenizer was trained before, on the same documents: {kept}")
+        return backend
+    backend = train_bpe(_training_texts(config), vocab_size)
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        with locked(kept.parent / "lock"):  # other runs write there
+            replace_text(kept, backend.to_str(pretty=True))
+    except OSError as error:
+        note(f"{kept}: the tokenizer could not be kept for later runs: {error.strerror}")
+    return backend
+
+
+def _kept(file: Path) -> tokenizers.Tokenizer | None:
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception:  # absent, or cut short by a full disk; tokenizers raises bare Exception
+        return None
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    """What a tokenizer is trained on."""
     sources = open_sources(config, TRAIN)
     tokens = [source.description for source in sources.values() if source.is_tokens]
     if tokens:
@@ -214,7 +254,7 @@ def _train_on(config: DataConfig, vocab_size: int) -> tokenizers.Tokenizer:
             raise ConfigError(f"{source.description}: holds no document to train a tokenizer on")
     # In turns, as long as each lasts.
     rest = (text for turn in zip_longest(*dealt) for text in turn)
-    return train_bpe(islice((text for text in chain(first, rest) if text), config.tokenizer_documents), vocab_size)
+    return islice((text for text in chain(first, rest) if text), config.tokenizer_documents)
 
 
 def _texts(source: Source) -> Iterator[str]:

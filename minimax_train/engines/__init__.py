@@ -2,7 +2,8 @@
 
 from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
 from minimax_train.engines.fsdp import FSDPEngine
+from minimax_train.engines.zero1 import Zero1Engine
 
 __all__ = ["ENGINES", "Engine", "EngineConfig", "StepReport", "StepSums"]
 
-ENGINES: dict[str, type[Engine]] = {"fsdp": FSDPEngine}
+ENGINES: dict[str, type[Engine]] = {"fsdp": FSDPEngine, "zero1": Zero1Engine}

@@ -100,10 +100,12 @@ class Engine(ABC):
         config: of the run; the engine reads ``config.engine``, and of ``config.recipe`` the optimizer's settings.
         grid: the ranks.
         device: of this rank.
-        phases: marks ``forward``, ``backward`` and ``optimizer``.
+        phases: marks ``forward``, ``backward`` (together ``graph``, where they are a CUDA graph) and ``optimizer``.
     """
 
     config_type: ClassVar[type[EngineConfig]]
+    notes: list[str]
+    """What the person watching should know of how it runs, until someone takes it out."""
 
     @abstractmethod
     def __init__(

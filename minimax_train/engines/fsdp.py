@@ -1,16 +1,13 @@
-"""The default engine: PyTorch FSDP2 shards parameters, gradients and AdamW's state.
+"""PyTorch FSDP2 shards parameters, gradients and AdamW's state.
 
 Each parameter is sharded over all ranks that hold the same part of it (:meth:`ParameterLayout.replicas`): what no axis
 splits over dp x cp x tp, what tp splits over dp x cp, experts over edp. So no rank holds anything twice, and every sum
 over a gradient's elements is the sum of all ranks' shards.
-
-Shape legend: T tokens, L layers, E experts, O origins of a document.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,12 +19,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
-from minimax_train.data import MicroBatch
-from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
-from minimax_train.documents import IGNORE_INDEX
-from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
+from minimax_train.engines.autograd import AutogradEngine
+from minimax_train.engines.engine import EngineConfig, StepReport
 from minimax_train.errors import require_choice
-from minimax_train.model import HybridModel, ModelLoss, initialize
+from minimax_train.model import HybridModel, initialize
 from minimax_train.model.sharding import local, parameter_layouts
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import StepPlan
@@ -97,20 +92,21 @@ def _placement(parameter: nn.Parameter, ranks: int) -> Shard:
     return Shard(free[0] if free else 0)
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(AutogradEngine):
     """FSDP2 and AdamW (fused)."""
 
     config_type = FSDPConfig
 
     def __init__(self, model, config, grid, device, phases) -> None:
-        self.model, self.config, self.grid, self.device, self.phases = model, config, grid, device, phases
+        super().__init__(model, config, grid, device, phases)
         layouts = parameter_layouts(model)
         self._replicas = {name: grid.size(layout.replicas(grid)) for name, layout in layouts.items()}
+        self._reshards = config.engine.reshard_after_forward
         shard(model, config.engine, grid)
         model.to_empty(device=device)
         initialize(model, config.seed)
         # Kept from the start: after a forward pass without backward the model shows its gathered weights instead.
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.parameters = dict(model.named_parameters())
         self.optimizer_state = {
             name: {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -119,63 +115,34 @@ class FSDPEngine(Engine):
             }
             for name, parameter in self.parameters.items()
         }
-        self._num_origins = len(config.data.origins)
-        self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
+        self._choose_recomputation(self._still_needed())
 
-    def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
-        # Counted on the device: the host waits neither for it nor for other ranks.
-        targets = torch.full((), sum(batch.num_targets for batch in micro_batches), device=self.device)
-        dist.all_reduce(targets, group=self.grid.group("dp_cp"))
-        targets.clamp_(min=1)
-        sums, tokens_per_expert_LE = [], []
-        by_origin_2O = torch.zeros(2, self._num_origins, dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            with self.phases("forward"):
-                out = self._forward(batch, plan)
-                loss = out.token_loss / targets
-                aux_loss = out.aux_loss / plan.global_batch_size
-            with self.phases("backward"):
-                (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
-            sums.append(torch.stack([x.detach().double() for x in (loss, aux_loss, out.entropy, out.dropped)]))
-            tokens_per_expert_LE.append(out.tokens_per_expert_LE)
-            by_token_2T = torch.stack([out.token_losses_T.double(), (batch.labels_T != IGNORE_INDEX).double()])
-            by_origin_2O.index_add_(1, batch.origins_T, by_token_2T)
-        total = torch.stack(sums).sum(0)
-        self._loss = total[:2].sum()
-        loss, aux_loss, entropy, dropped = total
-        scores = total.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size("cp_tp"))
-        loss_by_origin_O, targets_by_origin_O = by_origin_2O
-        return StepSums(
-            loss=loss,
-            aux_loss=aux_loss,
-            entropy=entropy,
-            dropped=dropped,
-            scores=scores,
-            loss_by_origin_O=loss_by_origin_O,
-            targets_by_origin_O=targets_by_origin_O / self.grid.size("tp"),
-            tokens_per_expert_LE=torch.stack(tokens_per_expert_LE).sum(0),
-        )
-
-    def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
-        return self.model(
-            batch.tokens_T,
-            batch.documents,
-            batch.labels_T,
-            num_sequences=batch.num_sequences,
-            shard=batch.shard,
-            rope_base=plan.rope_base,
-        )
+    def _still_needed(self) -> int:
+        """Bytes of gradients, and of weights and gradients while they are whole: of two blocks, or where they are kept
+        of all, and of embedding and head."""
+        compute = self.config.engine.compute_dtype(self.device.type)
+        master = torch.promote_types(compute, torch.float32)
+        shards, whole = 0, dict.fromkeys(("", *(f"layers.{i}." for i in range(len(self.model.layers)))), 0)
+        for name, parameter in self.parameters.items():
+            elements = local(parameter).numel()
+            shards += elements * master.itemsize
+            block = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else ""
+            whole[block] += elements * self._replicas[name]
+        root, largest = whole.pop(""), max(whole.values())
+        gathered = root + (2 * largest if self._reshards else sum(whole.values()))
+        # A gradient in the dtype of compute, and a copy in that of the reduction.
+        reduced = max(root, largest) * (compute.itemsize + master.itemsize)
+        return shards + gathered * compute.itemsize + reduced
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
         with self.phases("optimizer"):
             gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-            norm = self._gradient_norm(list(gradients.values()))
+            norm = self._gradient_norm(x.double().square() for x in torch._foreach_norm(list(gradients.values())))
             self._freeze_unless(norm.isfinite())
-            if (clip := self.config.recipe.gradient_clip) is not None:
-                scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(list(gradients.values()), scale.to(next(iter(gradients.values())).dtype))
+            if self.config.recipe.gradient_clip is not None:
+                scale = self._clip_factor(norm).to(next(iter(gradients.values())).dtype)
+                torch._foreach_mul_(list(gradients.values()), scale)
             self._update(gradients, learning_rate)
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -184,16 +151,6 @@ class FSDPEngine(Engine):
             dist.all_reduce(largest, group=self.grid.group(WORLD))
             self._freeze_unless(largest.isfinite())
             return StepReport(norm, self._frozen == 0)
-
-    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """L2 norm of the whole model's gradient, over all ranks; NaN where any rank's loss is not finite."""
-        total = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        total = total.where(self._loss.isfinite(), math.nan)
-        dist.all_reduce(total, group=self.grid.group(WORLD))
-        return total.sqrt()
-
-    def _freeze_unless(self, finite: Tensor) -> None:
-        self._frozen.masked_fill_(~finite, 1.0)
 
     def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
         """AdamW on this rank's shards; nothing where ``_frozen`` is 1. Norms and biases do not decay."""
@@ -219,30 +176,6 @@ class FSDPEngine(Engine):
                 maximize=False,
             )
 
-    def totals(self, sums: StepSums) -> StepSums:
-        *real, tokens_per_expert_LE = sums
-        total, tokens_per_expert_LE = torch.cat([x.flatten() for x in real]), tokens_per_expert_LE.clone()
-        for x in (total, tokens_per_expert_LE):
-            dist.all_reduce(x, group=self.grid.group(WORLD))
-        parts = total.split([x.numel() for x in real])
-        return StepSums(
-            *(part.view_as(x) for part, x in zip(parts, real, strict=True)), tokens_per_expert_LE=tokens_per_expert_LE
-        )
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            loss += self._forward(batch.to(self.device), plan).token_loss.double()
-        dist.all_reduce(loss, group=self.grid.group(WORLD))
-        return float(loss)
-
-    def diagnose(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> str:
-        with non_finite_outputs(self.model) as outputs:
-            self.run(micro_batches, plan)
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        return describe_non_finite(self.parameters, gradients, outputs)
-
     def snapshot(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer_state}
 
@@ -250,14 +183,10 @@ class FSDPEngine(Engine):
         """Nothing is left to do: a snapshot holds the tensors that training uses."""
 
     def figures(self, plan: StepPlan) -> dict[str, float]:
-        engine = self.config.engine
-        compute = engine.compute_dtype(self.device.type).itemsize
+        compute = self.config.engine.compute_dtype(self.device.type).itemsize
         received = 0
         for name, parameter in self.parameters.items():
-            gathers = 2 if engine.reshard_after_forward and name.startswith("layers.") else 1
+            gathers = 2 if self._reshards and name.startswith("layers.") else 1
             others = local(parameter).numel() * (self._replicas[name] - 1)
             received += others * (gathers * compute + parameter.dtype.itemsize)
-        figures = {"data_parallel_gib": received * plan.micro_batches(self.grid.size("dp")) / 2**30}
-        if self.device.type == "cuda":
-            figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return figures
+        return {"data_parallel_gib": received * plan.micro_batches(self.grid.size("dp")) / 2**30, **self._memory()}

@@ -21,9 +21,11 @@ from minimax_train.model.config import ModelConfig
 from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
+from minimax_train.model.memory import RECOMPUTATIONS
 from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
 from minimax_train.model.pools import TokenSpans
 from minimax_train.model.ranks import ModelRanks
+from minimax_train.model.recompute import selective
 from minimax_train.model.sharding import Linear, Sharding, local
 from minimax_train.parallel.context.layout import SequenceShard
 
@@ -52,11 +54,9 @@ class ModelLoss(NamedTuple):
 class Block(nn.Module):
     """Attention, then experts, each a DeepNorm residual ``h = norm(x); y = alpha h + f(h)`` (arXiv 2203.00555)."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks, *, recompute: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks) -> None:
         super().__init__()
-        self.alpha, self.recompute = config.alpha, recompute
+        self.alpha, self.recomputation = config.alpha, "none"
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.attention = config.attentions[layer].module(config, layer, kernels, ranks)
         self.expert_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, kernels)
@@ -64,9 +64,12 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
         # Inside the module rather than around it, so that a sharding engine gathers the weights once per pass.
-        if self.recompute and torch.is_grad_enabled():
+        if self.recomputation == "none" or not torch.is_grad_enabled():
+            return self._forward(x_TD, context, spans)
+        if self.recomputation == "full":
             return checkpoint(self._forward, x_TD, context, spans, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x_TD, context, spans)
+        with selective():
+            return self._forward(x_TD, context, spans)
 
     def _forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
         h_TD = self.attention_norm(x_TD)
@@ -78,13 +81,20 @@ class Block(nn.Module):
         return {"attention_norm.weight": Constant(1.0), "expert_norm.weight": Constant(1.0)}
 
 
+class Embedding(nn.Embedding):
+    """Without initial weights where it has no memory: PyTorch would import its compiler for them, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class HybridModel(nn.Module):
     """Decoder-only language model over packed documents.
 
     Args:
         kernels: which implementation of each op runs.
         ranks: those that compute it together; None for this one alone.
-        recompute: compute each block's activations again in its backward pass rather than keep them.
     """
 
     def __init__(
@@ -92,19 +102,22 @@ class HybridModel(nn.Module):
         config: ModelConfig,
         kernels: KernelConfig | None = None,
         ranks: ModelRanks | None = None,
-        *,
-        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.kernels, self.ranks = kernels, ranks = kernels or KernelConfig(), ranks or ModelRanks()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, layer, kernels, ranks, recompute=recompute) for layer in range(config.num_layers)
-        )
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, kernels, ranks) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = Linear(config.hidden_size, config.vocab_size)
         self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
+
+    def set_recomputation(self, kind: str) -> None:
+        """What the backward pass of each block computes again rather than keep: one of :data:`RECOMPUTATIONS`."""
+        assert kind in RECOMPUTATIONS
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.recomputation = kind
 
     def forward(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minimax_train.documents import Documents, to_device
 from minimax_train.model.ranks import ModelRanks
-from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
+from minimax_train.parallel.context.layout import SequenceShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,12 @@ class TokenSpans:
 
     @classmethod
     def of(cls, documents: Documents, shard: SequenceShard | None, num_sequences: int, ranks: ModelRanks) -> TokenSpans:
-        """Those of a micro-batch; arguments as of :meth:`minimax_train.model.model.HybridModel.forward`."""
-        shard = shard or SequenceLayout("contiguous", 1).shard(documents, 0)
+        """Those of a micro-batch; arguments as of :meth:`minimax_train.model.model.HybridModel.forward`.
+
+        Without a shard all is made on the device: a CUDA graph may compute it.
+        """
+        if shard is None:
+            return cls._of_whole(documents.num_tokens, documents.device, num_sequences, ranks)
         sequence_length, tp = shard.whole.num_tokens // num_sequences, ranks.tp
         tokens_T = shard.global_tokens_T.chunk(tp.size)[tp.rank]
         key_T = tokens_T // shard.chunk_size * num_sequences + tokens_T // sequence_length
@@ -81,6 +85,19 @@ class TokenSpans:
         span_T, sequence_P, place_P = (to_device(x, documents.device) for x in host)
         num_places = len(shard.chunks) * tp.size
         return cls(ranks, span_T, sequence_P, place_P, num_places, num_sequences, sequence_length)
+
+    @classmethod
+    def _of_whole(
+        cls, num_tokens: int, device: torch.device | str, num_sequences: int, ranks: ModelRanks
+    ) -> TokenSpans:
+        """Those of a rank whose tensor-parallel group has all tokens: of each packed sequence at most one."""
+        sequence_length, tp = num_tokens // num_sequences, ranks.tp
+        tokens = tp.local_range(num_tokens)
+        first, last = tokens[0] // sequence_length, tokens[-1] // sequence_length
+        span_T = torch.arange(tokens.start, tokens.stop, device=device) // sequence_length - first
+        sequence_P = torch.arange(first, last + 1, device=device)
+        place_P = torch.full_like(sequence_P, tp.rank)
+        return cls(ranks, span_T, sequence_P, place_P, tp.size, num_sequences, sequence_length)
 
     def pools(self, scope: str) -> TokenPools:
         """Made at the first use of a scope (``sequence``, ``global`` or ``rank``) and shared by all layers."""

@@ -67,6 +67,22 @@ class ParameterLayout:
         size = {"shape": torch.Size(self.shape), "stride": tuple(strides)}
         return DTensor.from_local(tensor, grid.mesh(*splits), placements, run_check=False, **size)
 
+    def shard(self, grid: ProcessGrid, part: Tensor) -> Tensor:
+        """What is split further over :meth:`replicas`, along dimension 0, as ``torch.chunk`` does.
+
+        Args:
+            part: this rank's.
+        """
+        axes = [axis for axis in self.splits if grid.size(axis) > 1]
+        placements = [Shard(self.splits[axis]) for axis in axes]
+        if grid.size(replicas := self.replicas(grid)) > 1:
+            axes, placements = [*axes, replicas], [*placements, Shard(0)]
+        if not axes:
+            return part
+        strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        size = {"shape": torch.Size(self.shape), "stride": strides}
+        return DTensor.from_local(part, grid.layout(*axes), placements, run_check=False, **size)
+
     def replicas(self, grid: ProcessGrid) -> str:
         """The axis of the ranks that hold the same part, over which its gradient is summed."""
         axes = {axis for axis in self.splits if grid.size(axis) > 1}

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 from minimax_train.errors import ConfigError, require, require_choice
 from minimax_train.fields import Range, check_fields
+from minimax_train.kernels.dispatch import AUTO
+from minimax_train.model.memory import RECOMPUTATIONS
 
 DECAY_SHAPES = ("exponential", "linear", "cosine")
+RENAMED_RECOMPUTATIONS = {"true": "full", "false": "none"}
 LENGTH_UNITS = ("steps", "tokens", "epochs")
 # The stage of a recipe that names none.
 ONLY_STAGE = "pretraining"
@@ -131,7 +134,10 @@ class RecipeConfig:
             loss ** -critical_batch_exponent``, loss in nats (Kaplan et al. 2020, arXiv 2001.08361, equation 1.4).
         weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
         gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
-        activation_checkpointing: keep only each block's input and recompute the rest in the backward pass.
+        activation_checkpointing: what a block's backward pass computes again rather than keep from the forward pass:
+            ``none``; ``selective``: what is cheap (norms, SiLU of q, k and v, the attention's gate); ``full``: all but
+            the block's input; ``auto``: the first of these whose estimated memory fits in the GPU
+            (``minimax_train/model/memory.py``), ``none`` on a CPU.
         eval_interval, eval_sequences: every how many steps, and on how many held-out packed sequences; interval 0 for
             never. A stage's end is evaluated too.
     """
@@ -161,7 +167,7 @@ class RecipeConfig:
     adam_eps: Annotated[float, Range(1e-20, 1e-2)] = 1e-8
     weight_decay: Annotated[float, Range(0, 100)] = 0.1
     gradient_clip: Annotated[float | None, Range(1e-6, 1e6, null="no limit")] = 1.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = AUTO
     eval_interval: Annotated[int, Range(0, 10**9)] = 100
     eval_sequences: Annotated[int, Range(1, 10**9)] = 64
 
@@ -170,6 +176,10 @@ class RecipeConfig:
         for name, stage in self.stages.items():
             check_fields(f"recipe.stages.{name}", stage)
         require_choice("recipe.decay_shape", self.decay_shape, DECAY_SHAPES)
+        key, kind = "recipe.activation_checkpointing", self.activation_checkpointing
+        renamed = RENAMED_RECOMPUTATIONS.get(kind.lower())
+        require(renamed is None, key, kind, f"renamed: use {renamed!r}")
+        require_choice(key, kind, (AUTO, *RECOMPUTATIONS))
         if self.stages:
             self._refuse_set(_OF_STAGES, "is for a run without recipe.stages; each stage says its own")
         else:

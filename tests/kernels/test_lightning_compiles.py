@@ -32,8 +32,8 @@ KERNELS = {
 }
 POINTERS = {"out": "*bf16", "dk": "*bf16", "dv": "*bf16"}
 POINTERS |= dict.fromkeys(("initial", "final", "local", "slopes"), "*fp32")
-POINTERS |= dict.fromkeys(("starts", "infos", "document_ids", "rows", "runs", "cu_seqlens"), "*i32")
-POINTERS |= dict.fromkeys(("ranges", "block_table"), "*i32")
+POINTERS |= dict.fromkeys(("starts", "infos", "document_ids", "tile_count", "rows", "runs"), "*i32")
+POINTERS |= dict.fromkeys(("cu_seqlens", "ranges", "block_table"), "*i32")
 
 for name, (warps, constants, widths) in KERNELS.items():
     kernel = getattr(hopper, name)

@@ -43,7 +43,7 @@ from support.runs import overrides
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
         ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'$"),
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
-        ("engine.name=zero", r"engine.name='zero': must be one of fsdp"),
+        ("engine.name=zero", r"engine.name='zero': must be one of fsdp, zero1"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
         ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 assignment"),
         (
@@ -119,11 +119,13 @@ def test_old_names_are_refused_and_what_was_saved_under_them_is_read(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             load_config([override])
-    config = load_config(["recipe.eval_sequences=5", "kernels.norm=torch", "kernels.experts=torch"])
+    new_kernels = ["kernels.norm=torch", "kernels.experts=torch"]
+    config = load_config(["recipe.eval_sequences=5", "recipe.activation_checkpointing=full", *new_kernels])
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     old = [("eval_sequences:", "eval_rows:"), ("scope: sequence", "scope: row"), ("norm: torch", "norm: plain")]
-    for new, before in [*old, ("experts: torch", "experts: loop")]:
+    old += [("activation_checkpointing: full", "activation_checkpointing: true"), ("experts: torch", "experts: loop")]
+    for new, before in old:
         assert new in text
         text = text.replace(new, before)
     (tmp_path / "config.yaml").write_text(text)

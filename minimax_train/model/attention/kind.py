@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -29,6 +29,20 @@ class HuggingFaceNames:
     has_decays: bool = False
 
 
+class Activations(NamedTuple):
+    """What an attention's forward pass leaves for its backward pass, for each token.
+
+    Attributes:
+        kept: numbers in the dtype of compute that are kept unless the whole block is computed again.
+        cheap: those of what selective recomputation computes again; its input is not among them.
+        float32: numbers in float32.
+    """
+
+    kept: int
+    cheap: int
+    float32: int
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionKind:
     """One kind of attention.
@@ -43,6 +57,7 @@ class AttentionKind:
         flops: of a layer's forward pass for one token, a multiply-add being two, norms and activations left out; from
             the sizes and the mean number of tokens that a token sees in a causal attention, itself included: in
             documents of n tokens ``(n + 1) / 2``.
+        activations: from the sizes alone, of all heads; their input and what they return left out.
         tp: the keys of ``model`` whose values tensor parallelism splits, and ``parallel.tp`` must divide; None where
             the attention cannot be split over ranks.
         cp: the keys of ``parallel`` that choose how context parallelism is done, with what each may be besides
@@ -55,6 +70,7 @@ class AttentionKind:
     module: Callable[..., nn.Module]
     parameters: Callable[[ModelConfig], int]
     flops: Callable[[ModelConfig, float], float]
+    activations: Callable[[ModelConfig], Activations]
     tp: tuple[str, ...] | None = None
     cp: Mapping[str, tuple[str, ...]] | None = None
     hugging_face: HuggingFaceNames | None = None

@@ -6,7 +6,7 @@ side by side.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,12 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.silu import silu_qkv
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.kind import AttentionKind, HuggingFaceNames
+from minimax_train.model.attention.kind import Activations, AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import GatedRMSNorm
 from minimax_train.model.ranks import ModelRanks
+from minimax_train.model.recompute import cheap
 from minimax_train.model.sharding import Linear, Sharding, local
 from minimax_train.parallel.context.lightning import METHODS, lightning_attention_cp
 
@@ -56,8 +57,9 @@ class LightningAttention(nn.Module):
     def forward(self, x_tD: Tensor, context: TokenContext) -> Tensor:
         tp = self.ranks.tp
         qkv_TW, gate_TW = tp.project(x_tD, local(self.qkv_proj.weight), local(self.gate_proj.weight))
-        qkv_THK = silu_qkv(qkv_TW, head_dim=self.config.head_dim, implementation=self.silu)
-        out_THK = self._attend(*qkv_THK, context)
+        silu = partial(silu_qkv, head_dim=self.config.head_dim, implementation=self.silu)
+        q_THK, k_THK, v_THK = cheap(silu, qkv_TW)
+        out_THK = self._attend(q_THK, k_THK, v_THK, context)
         return tp.scatter_sum(self.o_proj(self.norm(out_THK.flatten(1), gate_TW)))
 
     def _attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, context: TokenContext) -> Tensor:
@@ -99,12 +101,19 @@ def _flops(config: ModelConfig, num_scores: float) -> float:
     return 10 * config.hidden_size * width + 4 * width * config.head_dim
 
 
+def _activations(config: ModelConfig) -> Activations:
+    """qkv, gate and output; then q, k and v after SiLU and the gated norm's output; and that norm's scale."""
+    width = config.num_heads * config.head_dim
+    return Activations(kept=5 * width, cheap=4 * width, float32=1)
+
+
 LIGHTNING = AttentionKind(
     letter="L",
     name="lightning",
     module=LightningAttention,
     parameters=_parameters,
     flops=_flops,
+    activations=_activations,
     tp=("num_heads",),
     cp={"linear_cp": METHODS},
     hugging_face=HuggingFaceNames(

@@ -14,7 +14,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.kind import AttentionKind, HuggingFaceNames
+from minimax_train.model.attention.kind import Activations, AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.ranks import ModelRanks
@@ -84,12 +84,20 @@ def _flops(config: ModelConfig, num_scores: float) -> float:
     return 2 * _parameters(config) + 4 * config.num_heads * config.head_dim * num_scores
 
 
+def _activations(config: ModelConfig) -> Activations:
+    """q, k, v and output; and the log-sum-exp of every head."""
+    return Activations(
+        kept=2 * config.head_dim * (config.num_heads + config.num_kv_heads), cheap=0, float32=config.num_heads
+    )
+
+
 SOFTMAX = AttentionKind(
     letter="S",
     name="softmax",
     module=SoftmaxAttention,
     parameters=_parameters,
     flops=_flops,
+    activations=_activations,
     tp=("num_heads", "num_kv_heads"),
     cp={"softmax_cp": METHODS},
     hugging_face=HuggingFaceNames(

@@ -90,6 +90,7 @@ def recipe(folder: Path, steps: int, packing: str) -> list[str]:
         "engine.precision=float64",
         "parallel.timeout_s=60",
         "device=cpu",
+        "cache_dir=null",
         f"run_dir={folder}/run",
     ]
 

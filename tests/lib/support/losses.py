@@ -59,7 +59,7 @@ EVALUATED = (
     "recipe.eval_interval=5",
     "recipe.eval_sequences=5",
 )
-RECOMPUTE = "recipe.activation_checkpointing=true"
+FULL, SELECTIVE = (f"recipe.activation_checkpointing={kind}" for kind in ("full", "selective"))
 TWO_ROWS = "recipe.micro_batch_size=2"
 
 
@@ -95,10 +95,10 @@ RUNS = {
     "one": _run(1),
     "dp": _run(2),
     "cp-zigzag": _run(2, *ZIGZAG, TWO_ROWS, what=CAPACITY),
-    "cp-contiguous": _run(2, *CONTIGUOUS, RECOMPUTE, TWO_ROWS),
-    "tp": _run(2, "parallel.tp=2", TWO_ROWS, RECOMPUTE, what=CAPACITY),
+    "cp-contiguous": _run(2, *CONTIGUOUS, SELECTIVE, TWO_ROWS),
+    "tp": _run(2, "parallel.tp=2", TWO_ROWS, SELECTIVE, what=CAPACITY),
     "ep": _run(2, "parallel.ep=2", what=CAPACITY),
-    "etp": _run(2, "parallel.etp=2", "parallel.token_groups=3", RECOMPUTE),
+    "etp": _run(2, "parallel.etp=2", "parallel.token_groups=3", FULL),
     "tp-cp-global": _run(4, "parallel.tp=2", "parallel.cp=2", what=GLOBAL),
     "evaluated": _run(2, what=EVALUATED),
     "resumed": Run(

@@ -96,6 +96,7 @@ SMALL = {
     "recipe.decay_steps": "0",
     "recipe.eval_interval": "0",
     "device": "cpu",
+    "cache_dir": "null",
 }
 # What random configurations draw from, beside the odd values.
 PLAUSIBLE: dict[str, Sequence[str]] = {
@@ -117,6 +118,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "model.aux_loss_scope": ["rank", "sequence", "global"],
     "model.capacity_factor": ["null", "0.5", "1", "1.25"],
     "model.capacity_scope": ["rank", "sequence", "global"],
+    "cache_dir": ["null", "cache"],
     "data.sequence_length": ["1", "2", "31", "32", "100"],
     "data.num_streams": ["1", "2", "3"],
     "data.num_workers": ["0", "0", "0", "1", "2"],
@@ -145,7 +147,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "recipe.adam_eps": ["1e-15", "1e-8", "1e-5"],
     "recipe.weight_decay": ["0", "0.1"],
     "recipe.gradient_clip": ["null", "1", "0.1"],
-    "recipe.activation_checkpointing": ["true", "false"],
+    "recipe.activation_checkpointing": ["none", "selective", "full", "auto"],
     "recipe.tokens": ["64", "100.5"],
     "recipe.epochs": ["0.01", "1"],
     "recipe.batch_tokens": ["[64]", "[32, 64 from 50]"],

@@ -6,6 +6,12 @@ import json
 import random
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
 from minimax_train.config import Config, load_config
 from minimax_train.model import ModelConfig
 
@@ -27,6 +33,8 @@ MODEL = {
 # Heads, vocabulary and experts divide by 4 as well, for grids that split them.
 DIVISIBLE = ["model.num_heads=12", "model.num_kv_heads=4", "model.vocab_size=308", "model.num_experts=8"]
 DIVISIBLE += ["data.sequence_length=96"]
+# Of a run that has stages.
+UNSTAGED = ["recipe.steps=null", "recipe.decay_steps=null", "recipe.min_learning_rate=null"]
 WORDS = "attention state decay token expert router norm gate lightning softmax ring".split()  # noqa: SIM905
 
 
@@ -65,6 +73,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "recipe.eval_interval=3",
         "recipe.eval_sequences=5",
         "device=cpu",
+        "cache_dir=null",
         f"run_dir={folder}/run",
         *more,
     ]
@@ -74,15 +83,40 @@ def tiny_run(folder: Path, *more: str) -> Config:
     return load_config(overrides(folder, *more))
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor put together from what every rank holds of it, on the host."""
+    part, offsets = x, (0,) * x.dim()
+    if isinstance(x, DTensor):
+        part = x.to_local()
+        shape, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+        assert tuple(part.shape) == tuple(shape)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (part.detach().cpu().clone(), offsets))
+    result = torch.full(x.shape, torch.nan, dtype=part.dtype)
+    for piece, start in parts:
+        if piece.numel():
+            result[tuple(slice(a, a + size) for a, size in zip(start, piece.shape, strict=True))] = piece
+    return result
+
+
+def weights_of(trainer) -> dict[str, Tensor]:
+    """Master weights, whole, by parameter name; called by all ranks."""
+    return {name: whole(x) for name, x in trainer.engine.snapshot()["model"].items()}
+
+
+def gradients_of(trainer) -> dict[str, Tensor]:
+    """Those of the last ``engine.run``, summed over ranks, whole, by parameter name; called by all ranks."""
+    return {name: whole(x) for name, x in trainer.engine.gradients().items()}
+
+
 def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:
     """Forward and backward passes of a trainer's next step: its sums over all ranks, and the gradient's norm.
 
-    The gradients stay on the parameters.
+    The engine keeps the gradients.
     """
     plan = trainer.plan()
     totals = trainer.engine.totals(trainer.engine.run(trainer.next_batches(plan), plan))
-    # On the host: torch's functional collectives crash over gloo on CUDA tensors.
-    gradients = [p.grad.cpu().full_tensor() for p in trainer.engine.parameters.values()]
+    gradients = gradients_of(trainer).values()
     sums = {name: float(value) for name, value in totals._asdict().items() if value.dim() == 0}
     sums |= {f"loss_by_origin/{i}": float(loss) for i, loss in enumerate(totals.loss_by_origin_O)}
     sums |= {f"tokens_per_expert/{i}": float(n) for i, n in enumerate(totals.tokens_per_expert_LE.flatten())}

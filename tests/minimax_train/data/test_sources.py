@@ -404,8 +404,8 @@ class Failing:
 def failing(monkeypatch):
     """Failures to come, and the seconds that were waited for."""
     failures, waited = [], []
-    opening = readers.xopen
-    monkeypatch.setattr(readers, "xopen", lambda *path: Failing(opening(*path), failures, 10_000))
+    opening = readers.open_raw
+    monkeypatch.setattr(readers, "open_raw", lambda *path: Failing(opening(*path), failures, 10_000))
     monkeypatch.setattr("minimax_train.data.sources.time.sleep", waited.append)
     return failures, waited
 

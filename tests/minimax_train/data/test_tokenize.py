@@ -138,7 +138,14 @@ def test_a_run_on_the_tokens_is_the_run_on_the_text(tmp_path, texts):
     assert cli.main(arguments(tmp_path)) == 0
     run = [*arguments(tmp_path)[1:4], f"data.tokenizer={tmp_path}/out/tok-tokenizer"]
     run += [f"model.{key}={value}" for key, value in {**MODEL, "vocab_size": 300}.items()]
-    run += ["device=cpu", "data.sequence_length=61", "data.num_streams=1", "data.num_workers=0", "recipe.steps=3"]
+    run += [
+        "device=cpu",
+        "cache_dir=null",
+        "data.sequence_length=61",
+        "data.num_streams=1",
+        "data.num_workers=0",
+        "recipe.steps=3",
+    ]
     run += ["recipe.warmup_steps=0", "recipe.decay_steps=0", "recipe.eval_interval=0"]
     run += ["recipe.global_batch_size=2", "recipe.micro_batch_size=1"]
     tokens = (f"data.train_files=[{tmp_path}/out/tok-train.bin]", "data.format=megatron")

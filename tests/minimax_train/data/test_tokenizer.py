@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimax_train.data import DataConfig, load_tokenizer, prepare_tokenizer
+from minimax_train.data import tokenizer as tokenizer_module
+from minimax_train.data.files import match_files
 from minimax_train.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from support.data import write_shards
 
@@ -154,3 +158,60 @@ def test_truncation_saved_with_a_tokenizer_is_not_applied(trained, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_bytes((directory / "tokenizer_config.json").read_bytes())
     assert len(load_tokenizer(tmp_path).encode_document(TEXTS[1])) > 10
+
+
+def files_of(directory):
+    return {name: (directory / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+
+
+def test_a_tokenizer_trained_before_is_taken_from_the_cache(corpus, trained, tmp_path, capsys, monkeypatch):
+    _, directory = trained
+    prepare_tokenizer(corpus, 400, tmp_path / "first", tmp_path)
+    assert capsys.readouterr().err == ""
+    trains = []
+    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *a: trains.append(a) or train_bpe(*a))
+    prepare_tokenizer(corpus, 400, tmp_path / "second", tmp_path)
+    assert not trains and "the tokenizer was trained before" in capsys.readouterr().err
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second") == files_of(directory)
+    (kept,) = (tmp_path / "tokenizers").glob("*.json")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    prepare_tokenizer(corpus, 400, tmp_path / "third", tmp_path)
+    assert len(trains) == 1 and files_of(tmp_path / "third") == files_of(directory)
+    assert kept.read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_other_texts_or_another_vocabulary_are_trained_for(tmp_path, monkeypatch):
+    """One letter in the middle of a long file counts, its size, ends and time of change being the same."""
+    texts = [f"{text} {i}" for i in range(2000) for text in TEXTS]
+    config = DataConfig(
+        source="files",
+        format="json",
+        train_files=[write_shards(tmp_path, "json", [texts])],
+        tokenizer_documents=6000,
+    )
+    trains = []
+    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *a: trains.append(a) or train_bpe(*a))
+    prepare_tokenizer(config, 300, tmp_path / "a", tmp_path)
+    prepare_tokenizer(config, 301, tmp_path / "b", tmp_path)
+    (file,) = match_files("data.train_files", config.train_files)
+    before, content = os.stat(file), Path(file).read_bytes()
+    assert len(content) > 200_000
+    at = content.index(b"fox", len(content) // 2)
+    Path(file).write_bytes(content[:at] + b"f" + content[at + 1 :].replace(b"ox", b"ax", 1))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    prepare_tokenizer(config, 300, tmp_path / "c", tmp_path)
+    fewer = replace(config, tokenizer_documents=5999)
+    prepare_tokenizer(fewer, 300, tmp_path / "d", tmp_path)
+    assert len(trains) == 4
+    prepare_tokenizer(fewer, 300, tmp_path / "e", tmp_path)
+    assert len(trains) == 4
+
+
+def test_a_cache_that_is_full_costs_only_the_cache(corpus, trained, tmp_path, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer_module, "replace_text", full)
+    prepare_tokenizer(corpus, 400, tmp_path / "run", tmp_path)
+    assert files_of(tmp_path / "run") == files_of(trained[1])
+    assert "the tokenizer could not be kept for later runs: No space left on device" in capsys.readouterr().err

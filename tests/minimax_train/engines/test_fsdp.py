@@ -9,7 +9,7 @@ from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
 
-SIZES = [*DIVISIBLE, "engine.precision=float32", "data.sequence_length=96"]
+SIZES = [*DIVISIBLE, "engine=fsdp", "engine.precision=float32", "data.sequence_length=96"]
 
 
 def _ranks_that_share_each_parameter(grid, config):
@@ -63,9 +63,10 @@ def test_bytes_of_data_parallelism(tmp_path, reshard, gathers):
 
 def _steps_without_waiting(grid, config):
     trainer = Trainer(config, grid, torch.device("cuda", torch.cuda.current_device()))
-    for _ in range(2):  # kernels compile, buffers are made
-        trainer.metrics(trainer.train_step())
     batches = trainer.next_batches(trainer.plan())
+    for _ in range(3):  # kernels compile, buffers are made, graphs are captured
+        trainer.engine.run(batches, trainer.plan())
+        trainer.engine.step(1e-3)
     torch.cuda.set_sync_debug_mode("error")
     trainer.engine.run(batches, trainer.plan())
     trainer.engine.step(1e-3)
@@ -75,8 +76,15 @@ def _steps_without_waiting(grid, config):
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+@pytest.mark.parametrize("engine", ["fsdp", "zero1"])
+def test_a_step_does_not_wait_for_the_gpu(tmp_path, engine):
     config = tiny_run(
-        tmp_path, *DIVISIBLE, "device=cuda", "model.hidden_size=64", "model.head_dim=16", "model.expert_hidden_size=32"
+        tmp_path,
+        *DIVISIBLE,
+        f"engine={engine}",
+        "device=cuda",
+        "model.hidden_size=64",
+        "model.head_dim=16",
+        "model.expert_hidden_size=32",
     )
     assert run_ranks(_steps_without_waiting, 1, config, device="cuda", start="spawn") == [True]

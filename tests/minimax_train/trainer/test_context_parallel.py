@@ -7,14 +7,14 @@ from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
-from support.runs import gradients_of_a_step, tiny_run
+from support.runs import gradients_of, gradients_of_a_step, tiny_run
 
 
 def _gradients(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
     held_out = trainer.evaluate(trainer.plan())
     sums, norm = gradients_of_a_step(trainer)
-    return sums, norm, held_out, {name: p.grad.full_tensor() for name, p in trainer.engine.parameters.items()}
+    return sums, norm, held_out, gradients_of(trainer)
 
 
 @pytest.mark.parametrize("capacity", ["null", "0.8"])

@@ -6,13 +6,13 @@ import torch
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
-from support.runs import gradients_of_a_step, tiny_run
+from support.runs import gradients_of, gradients_of_a_step, tiny_run
 
 
 def _gradients(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
     sums, norm = gradients_of_a_step(trainer)
-    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.engine.parameters.items()}
+    gradients = gradients_of(trainer)
     assert float(trainer.engine.step(1e-3).gradient_norm) == pytest.approx(norm, rel=1e-6)
     return sums, norm, gradients
 
@@ -52,7 +52,7 @@ def _gradient_of_the_mean_loss(grid, config):
         logits = trainer.engine.model(batch.tokens_T, batch.documents, num_sequences=batch.num_sequences)
         losses.append(torch.nn.functional.cross_entropy(logits, batch.labels_T, reduction="sum"))
     (torch.stack(losses).sum() / targets).backward()
-    return {name: p.grad.full_tensor() for name, p in trainer.engine.parameters.items()}
+    return gradients_of(trainer)
 
 
 def test_gradient_is_that_of_the_mean_over_targets(tmp_path):

@@ -40,9 +40,14 @@ def _checkpoint(folder, step):
     return tensors
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_keeping_gathered_weights_changes_no_number(tmp_path, recompute):
-    shared = ["engine.precision=float64", f"recipe.activation_checkpointing={recompute}", "recipe.steps=2"]
+    shared = [
+        "engine=fsdp",
+        "engine.precision=float64",
+        f"recipe.activation_checkpointing={recompute}",
+        "recipe.steps=2",
+    ]
     shared += ["recipe.warmup_steps=1", "recipe.decay_steps=1", "recipe.eval_interval=1"]
     gathers, losses, tensors = {}, {}, {}
     for name, ranks, reshard in [("one", 1, True), ("gathered twice", 2, True), ("kept", 2, False)]:
@@ -72,7 +77,9 @@ def test_bfloat16_keeps_float32_weights(tmp_path):
         "recipe.weight_decay=0.3",
         "recipe.eval_interval=0",
     ]
-    config = tiny_run(tmp_path, *recipe, "engine.precision=bfloat16", "checkpoint.interval=1", "checkpoint.keep=0")
+    config = tiny_run(
+        tmp_path, *recipe, "engine=fsdp", "engine.precision=bfloat16", "checkpoint.interval=1", "checkpoint.keep=0"
+    )
     run_ranks(_train, 2, config)
     saved = [_checkpoint(tmp_path, step) for step in range(1, steps + 1)]
     assert {tensor.dtype for tensor in saved[0].values()} == {torch.float32}

@@ -12,7 +12,7 @@ from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
-from support.runs import DIVISIBLE, gradients_of_a_step, tiny_run
+from support.runs import DIVISIBLE, gradients_of, gradients_of_a_step, tiny_run, weights_of
 
 SIZES = [*DIVISIBLE, "engine.precision=float64", "model.aux_loss_coefficient=0.5"]
 
@@ -22,9 +22,9 @@ def _results(grid, config):
     held_out = trainer.evaluate(trainer.plan())
     sums, norm = gradients_of_a_step(trainer)
     # On one rank that is the gradient itself, which a step may clip.
-    gradients = {name: p.grad.full_tensor().clone() for name, p in trainer.engine.parameters.items()}
+    gradients = gradients_of(trainer)
     assert float(trainer.engine.step(1e-3).gradient_norm) == pytest.approx(norm, rel=1e-10)
-    weights = {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}
+    weights = weights_of(trainer)
     return sums, norm, held_out, gradients, weights
 
 
@@ -77,9 +77,11 @@ def test_gradients_equal_one_rank(one_rank, tmp_path, world, grid):
     assert (expected["dropped"] > 0) == ("null" not in shared[0])
 
 
-@pytest.mark.parametrize("grid", [{"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "cp": 2, "etp": 4}], ids=str)
-def test_activation_checkpointing(one_rank, tmp_path, grid):
-    _check(one_rank, tmp_path, 4, grid, [], ["recipe.activation_checkpointing=true"])
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("selective", {"tp": 2, "ep": 2, "etp": 2}), ("full", {"tp": 2, "cp": 2, "etp": 4})], ids=str
+)
+def test_activation_checkpointing(one_rank, tmp_path, kind, grid):
+    _check(one_rank, tmp_path, 4, grid, [], [f"recipe.activation_checkpointing={kind}"])
 
 
 def _weight_gathers(grid, config):
@@ -90,10 +92,10 @@ def _weight_gathers(grid, config):
     return Counter(event.name for event in trace.events() if event.name.startswith("FSDP::all_gather "))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_weights_are_gathered_once_per_pass(tmp_path, recompute):
     """Recomputing a block takes the weights that its backward pass gathers anyway, nested ones too."""
-    axes = ["parallel.tp=2", "parallel.ep=2", f"recipe.activation_checkpointing={recompute}"]
+    axes = ["engine=fsdp", "parallel.tp=2", "parallel.ep=2", f"recipe.activation_checkpointing={recompute}"]
     config = tiny_run(tmp_path, *SIZES, *axes)
     for gathers in run_ranks(_weight_gathers, 4, config, tp=2, ep=2):
         blocks = {name: times for name, times in gathers.items() if "layers." in name}

@@ -7,7 +7,7 @@ from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import TIMEOUT, run_ranks
-from support.runs import gradients_of_a_step, tiny_run
+from support.runs import gradients_of, gradients_of_a_step, tiny_run
 
 SIZES = [
     "model.num_heads=4",
@@ -52,7 +52,7 @@ def _results(_, runs):
         trainer.engine.step(1e-3)
         after = gradients_of_a_step(trainer)[0]["loss"]
         # On the host: torch's functional collectives crash over gloo on CUDA tensors.
-        gradients = {name: p.grad.cpu().full_tensor() for name, p in trainer.engine.parameters.items()}
+        gradients = gradients_of(trainer)
         results.append((before, after, gradients))
     return results
 

@@ -4,22 +4,25 @@ import pytest
 import torch
 
 from minimax_train.errors import TrainingError
+from minimax_train.model.sharding import local
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
-from support.runs import tiny_run
+from support.runs import tiny_run, weights_of
 
 
 def _weights(trainer):
-    return [p.full_tensor().clone() for p in trainer.engine.parameters.values()]
+    return list(weights_of(trainer).values())
 
 
 def _poisoned(grid, config, steps_after):
     """NaN in a weight of one rank's shard before step 2; reported after some more steps."""
     trainer = Trainer(config, grid, torch.device("cpu"))
     trainer.metrics(trainer.train_step())
+    state = trainer.engine.snapshot()
     if grid.rank("dp") == grid.size("dp") - 1:
         with torch.no_grad():
-            trainer.engine.model.layers[1].attention.o_proj.weight.to_local()[0, 0] = float("nan")
+            local(state["model"]["layers.1.attention.o_proj.weight"])[0, 0] = float("nan")
+    trainer.engine.restore(state)
     before = _weights(trainer)
     for _ in range(1 + steps_after):
         taken = trainer.train_step()

@@ -9,7 +9,7 @@ from minimax_train.config import load_config
 from minimax_train.recipe import Progress, Recipe
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
-from support.runs import tiny_run
+from support.runs import gradients_of, tiny_run, weights_of
 
 
 def test_schedule():
@@ -30,17 +30,17 @@ def test_schedule():
 
 def _steps(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
-    start = {name: p.full_tensor().clone() for name, p in trainer.engine.parameters.items()}
+    start = weights_of(trainer)
     gradients, step = [], trainer.engine.step
 
     def spy(learning_rate):
-        gradients.append({name: p.grad.full_tensor().clone() for name, p in trainer.engine.parameters.items()})
+        gradients.append(gradients_of(trainer))
         return step(learning_rate)
 
     trainer.engine.step = spy
     for _ in range(2):
         trainer.train_step()
-    return start, gradients, {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}
+    return start, gradients, weights_of(trainer)
 
 
 @pytest.mark.parametrize("clip", ["null", "0.01"])

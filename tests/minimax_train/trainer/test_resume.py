@@ -16,7 +16,7 @@ from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
-from support.runs import DIVISIBLE, overrides, tiny_run
+from support.runs import DIVISIBLE, overrides, tiny_run, weights_of
 
 LOSSES = ("loss", "aux_loss", "grad_norm", "learning_rate", "tokens", "validation_loss")
 
@@ -32,7 +32,7 @@ def _train(grid, config, stop_after=None):
         trainer.save(trainer.plan())
     trainer.log.close()
     trainer.loader.close()
-    return {name: p.full_tensor() for name, p in trainer.engine.parameters.items()}
+    return weights_of(trainer)
 
 
 def _losses(folder):
@@ -78,16 +78,16 @@ def test_continuing_on_another_number_of_ranks(tmp_path):
         torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
 
 
-def test_continuing_on_another_grid(tmp_path):
+def test_continuing_on_another_grid_and_engine(tmp_path):
     more = (*DIVISIBLE, "checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64")
     right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
-    for world, grid, stop_after in [
-        (8, {"tp": 2, "cp": 2, "ep": 4}, 2),
-        (4, {"tp": 4, "etp": 2}, 3),
-        (1, {}, 4),
-        (4, {"cp": 2, "ep": 2, "etp": 2}, None),
+    for world, engine, grid, stop_after in [
+        (8, "zero1", {"tp": 2, "cp": 2, "ep": 4}, 2),
+        (4, "fsdp", {"tp": 4, "etp": 2}, 3),
+        (1, "fsdp", {}, 4),
+        (4, "zero1", {"cp": 2, "ep": 2, "etp": 2}, None),
     ]:
-        sizes = (f"parallel.{axis}={size}" for axis, size in grid.items())
+        sizes = (f"engine={engine}", *(f"parallel.{axis}={size}" for axis, size in grid.items()))
         weights = run_ranks(_train, world, tiny_run(tmp_path / "parts", *more, *sizes), stop_after, **grid)[0]
     for name, weight in weights.items():
         torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
@@ -197,7 +197,7 @@ def test_initial_weights(tmp_path):
     weights = run_ranks(_train, 2, config, 0)[0]
     for name, weight in weights.items():
         assert torch.equal(weight, right[name]), name
-    with pytest.raises(AssertionError, match=f"{ConfigError.__name__}: {tmp_path}/nowhere: neither a checkpoint"):
+    with pytest.raises(AssertionError, match=r"checkpoint.initial_weights='.*nowhere': .*neither a checkpoint"):
         run_ranks(_train, 1, tiny_run(tmp_path / "c", f"checkpoint.initial_weights={tmp_path}/nowhere"))
     with pytest.raises(AssertionError, match=r"data.tokenizer='train': gives other token ids than .*; pass data.token"):
         one = "data.tokenizer_documents=1"

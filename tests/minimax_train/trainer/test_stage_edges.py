@@ -8,10 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from support.commands import Command, minimax_train
-from support.runs import DIVISIBLE, overrides
+from support.runs import DIVISIBLE, UNSTAGED, overrides
 
 FAST = ["engine.precision=float64", "recipe.eval_interval=0", "recipe.warmup_steps=0", "checkpoint.resume=auto"]
-UNSTAGED = ["recipe.steps=null", "recipe.decay_steps=null", "recipe.min_learning_rate=null"]
 
 
 def _losses(folder):

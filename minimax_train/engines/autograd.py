@@ -1,0 +1,169 @@
+"""What engines share that differentiate a :class:`HybridModel` with PyTorch's autograd, whoever shards its parameters.
+
+Shape legend: T tokens, L layers, E experts, O origins of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minimax_train.data import MicroBatch
+from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
+from minimax_train.documents import IGNORE_INDEX
+from minimax_train.engines.engine import Engine, StepSums
+from minimax_train.engines.recomputation import Recomputation
+from minimax_train.model import HybridModel, ModelLoss
+from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.phases import Phases
+from minimax_train.recipe import StepPlan
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
+
+
+class Accumulators:
+    """This rank's sums over the micro-batches of a step: tensors that stay where they are from step to step."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # Of all ranks, what losses are divided by.
+        self.targets, self.sequences = zeros(dtype=torch.int64), zeros(dtype=torch.int64)
+        self.scalars_4 = zeros(4)  # loss, auxiliary loss, entropy, dropped
+        self.by_origin_2O = zeros(2, len(config.data.origins))  # loss, targets
+        self.tokens_per_expert_LE = zeros(config.model.num_layers, config.model.num_experts, dtype=torch.int64)
+
+    def clear(self) -> None:
+        torch._foreach_zero_([self.scalars_4, self.by_origin_2O])
+        self.tokens_per_expert_LE.zero_()
+
+    def add(self, batch: MicroBatch, out: ModelLoss, loss: Tensor, aux_loss: Tensor) -> None:
+        scalars = (loss, aux_loss, out.entropy, out.dropped)
+        self.scalars_4 += torch.stack([x.detach().double() for x in scalars])
+        by_token_2T = torch.stack([out.token_losses_T.double(), (batch.labels_T != IGNORE_INDEX).double()])
+        self.by_origin_2O.index_add_(1, batch.origins_T, by_token_2T)
+        self.tokens_per_expert_LE += out.tokens_per_expert_LE
+
+
+class AutogradEngine(Engine):
+    """Runs micro-batches one after the other. A subclass shards the parameters, and sums and applies the gradients."""
+
+    def __init__(
+        self, model: HybridModel, config: Config, grid: ProcessGrid, device: torch.device, phases: Phases
+    ) -> None:
+        self.model, self.config, self.grid, self.device, self.phases = model, config, grid, device, phases
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.notes: list[str] = []
+        self._sums = Accumulators(config, device)
+        self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
+
+    def _choose_recomputation(self, still_needed: int, *, apart: bool = False) -> None:
+        """For a subclass to call when its states have their memory; arguments as of :class:`Recomputation`."""
+        options = {"still_needed": still_needed, "apart": apart}
+        self._recomputation = Recomputation(self.config, self.grid, self.device, **options)
+        self.notes += self._recomputation.notes
+
+    def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
+        self.model.set_recomputation(self._recomputation.kind(plan))
+        sums = self._sums
+        # Counted on the device: the host waits neither for it nor for other ranks.
+        sums.targets.fill_(sum(batch.num_targets for batch in micro_batches))
+        dist.all_reduce(sums.targets, group=self.grid.group("dp_cp"))
+        sums.targets.clamp_(min=1)
+        sums.sequences.fill_(plan.global_batch_size)
+        sums.clear()
+        for index, batch in enumerate(micro_batches):
+            self._accumulate(batch, plan, index == 0, index == len(micro_batches) - 1)
+        self._loss = sums.scalars_4[:2].sum()
+        loss, aux_loss, entropy, dropped = sums.scalars_4.clone()
+        scores = loss.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size("cp_tp"))
+        loss_by_origin_O, targets_by_origin_O = sums.by_origin_2O.clone()
+        return StepSums(
+            loss=loss,
+            aux_loss=aux_loss,
+            entropy=entropy,
+            dropped=dropped,
+            scores=scores,
+            loss_by_origin_O=loss_by_origin_O,
+            targets_by_origin_O=targets_by_origin_O / self.grid.size("tp"),
+            tokens_per_expert_LE=sums.tokens_per_expert_LE.clone(),
+        )
+
+    def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
+        """Forward and backward pass of one micro-batch, maybe the step's first or last; its gradient is added to those
+        before."""
+        self._forward_backward(batch, plan)
+
+    def _forward_backward(self, batch: MicroBatch, plan: StepPlan) -> None:
+        with self.phases("forward"):
+            out = self._forward(batch, plan)
+            loss = out.token_loss / self._sums.targets
+            aux_loss = out.aux_loss / self._sums.sequences
+        with self.phases("backward"):
+            (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
+        self._sums.add(batch, out, loss, aux_loss)
+
+    def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
+        return self.model(
+            batch.tokens_T,
+            batch.documents,
+            batch.labels_T,
+            num_sequences=batch.num_sequences,
+            shard=batch.shard,
+            rope_base=plan.rope_base,
+        )
+
+    def _gradient_norm(self, squares: Iterable[Tensor]) -> Tensor:
+        """L2 norm of the whole model's gradient; NaN where any rank's loss is not finite.
+
+        Args:
+            squares: of the elements of this rank's shards, summed, float64 scalars.
+        """
+        total = torch.stack(list(squares)).sum()
+        total = total.where(self._loss.isfinite(), torch.nan)
+        dist.all_reduce(total, group=self.grid.group(WORLD))
+        return total.sqrt()
+
+    def _clip_factor(self, norm: Tensor) -> Tensor:
+        clip = self.config.recipe.gradient_clip
+        return torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def _freeze_unless(self, finite: Tensor) -> None:
+        self._frozen.masked_fill_(~finite, 1.0)
+
+    def totals(self, sums: StepSums) -> StepSums:
+        *real, tokens_per_expert_LE = sums
+        total, tokens_per_expert_LE = torch.cat([x.flatten() for x in real]), tokens_per_expert_LE.clone()
+        for x in (total, tokens_per_expert_LE):
+            dist.all_reduce(x, group=self.grid.group(WORLD))
+        parts = total.split([x.numel() for x in real])
+        return StepSums(
+            *(part.view_as(x) for part, x in zip(parts, real, strict=True)), tokens_per_expert_LE=tokens_per_expert_LE
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss += self._forward(batch.to(self.device), plan).token_loss.double()
+        dist.all_reduce(loss, group=self.grid.group(WORLD))
+        return float(loss)
+
+    def diagnose(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> str:
+        with non_finite_outputs(self.model) as outputs:
+            self.run(micro_batches, plan)
+        return describe_non_finite(self.parameters, self.gradients(), outputs)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the last :meth:`run`, summed over ranks, by parameter name, as weights are in :meth:`snapshot`."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def _memory(self) -> dict[str, float]:
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}

@@ -1,0 +1,78 @@
+"""How much of the activations an engine has computed again: as configured, or the fastest that fits in its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from minimax_train.kernels.dispatch import AUTO
+from minimax_train.model.memory import RECOMPUTATIONS, ActivationMemory, choose_recomputation
+from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.recipe import StepPlan, resolve_stages
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
+
+
+class Recomputation:
+    """``recipe.activation_checkpointing`` of a run; made by all ranks together, when their engine holds its states.
+
+    ``auto`` looks at the memory that is free then, on the rank that has the least, and at nothing but the number of
+    tokens afterwards, so that the choice is the same on all ranks and for all documents. Without a GPU it is ``none``.
+
+    Args:
+        still_needed: bytes that the engine has yet to allocate on this rank for anything but activations.
+        apart: whether evaluations cannot use the memory of training's activations, as that of CUDA graphs.
+
+    Attributes:
+        notes: what was chosen, for the person watching.
+    """
+
+    def __init__(
+        self, config: Config, grid: ProcessGrid, device: torch.device, *, still_needed: int, apart: bool
+    ) -> None:
+        self._apart = apart and config.recipe.eval_interval > 0
+        self._grid, self._requested, self._free = grid, config.recipe.activation_checkpointing, None
+        self.notes: list[str] = []
+        if self._requested != AUTO or device.type != "cuda":
+            return
+        self._memory = ActivationMemory(
+            config.model,
+            config.engine.compute_dtype(device.type).itemsize,
+            **{axis: grid.size(axis) for axis in ("tp", "ep", "etp")},
+        )
+        free = torch.full((), _free_bytes(device) - still_needed, dtype=torch.int64, device=device)
+        dist.all_reduce(free, dist.ReduceOp.MIN, group=grid.group(WORLD))
+        self._free = max(0, int(free))
+        stages = [stage for stage in resolve_stages(config) if stage.parallel.sizes == config.parallel.sizes]
+        self.notes = list(dict.fromkeys(self._note(s.micro_batch_size * s.sequence_length) for s in stages))
+
+    def kind(self, plan: StepPlan) -> str:
+        """Of a step: one of :data:`minimax_train.model.memory.RECOMPUTATIONS`."""
+        return self._kind(plan.micro_batch_size * plan.sequence_length)
+
+    def _kind(self, micro_batch_tokens: int) -> str:
+        if self._free is None:
+            return RECOMPUTATIONS[0] if self._requested == AUTO else self._requested
+        tokens = self._tokens(micro_batch_tokens)
+        evaluation = self._memory.forward(tokens) if self._apart else 0
+        return choose_recomputation(self._memory, tokens, self._free - evaluation)
+
+    def _tokens(self, micro_batch_tokens: int) -> int:
+        return micro_batch_tokens // self._grid.size("cp_tp")
+
+    def _note(self, micro_batch_tokens: int) -> str:
+        tokens, kind, free = self._tokens(micro_batch_tokens), self._kind(micro_batch_tokens), self._free or 0
+        estimates = (f"{name} {self._memory.peak(tokens, name) / 2**30:.1f}" for name in RECOMPUTATIONS)
+        return (
+            f"recipe.activation_checkpointing=auto: {kind} for micro-batches of {micro_batch_tokens:,} tokens; "
+            f"estimated GiB of activations: {', '.join(estimates)}; free {free / 2**30:.1f}"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What is left on a GPU: of the device, and of what PyTorch's allocator holds and has not given out."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,0 +1,349 @@
+"""ZeRO-1 (arXiv 1910.02054; Megatron-Core's distributed optimizer): every rank holds the weights it computes with and
+their gradients whole; float32 master weights and AdamW's moments are sharded.
+
+A parameter's elements lie in one stretch of memory, cut in n equal stretches of whole rows for the n ranks that hold
+the same part of it (:meth:`ParameterLayout.replicas`). So a reduce-scatter of gradients and an all-gather of weights
+read and write them where they are, and the optimizer goes over all parameters in one pass:
+
+    micro-batches   gradients are added up in float32, on this rank
+    reduce-scatter  of the step's gradients, each as soon as the last micro-batch has added to it
+    AdamW           on this rank's shards, which also rounds the new weights to the dtype of compute
+    all-gather      of the weights, beside the next forward pass: a block waits for its own (with expert parallelism,
+                    whose calls of the host no transfer of a CUDA graph outlasts, the first block for all)
+
+None of these tensors ever moves, which a CUDA graph of a micro-batch needs (``graphs.py``).
+
+Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / n, and for n > 1 another 6 / n.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minimax_train.capture import Recording
+from minimax_train.data import MicroBatch
+from minimax_train.engines.autograd import AutogradEngine
+from minimax_train.engines.engine import PRECISIONS, EngineConfig, StepReport
+from minimax_train.engines.graphs import MicroBatchGraphs
+from minimax_train.errors import require_choice
+from minimax_train.kernels.adamw import adamw_, squared_norm
+from minimax_train.model import initialize
+from minimax_train.model.sharding import ParameterLayout, local, parameter_layouts
+from minimax_train.parallel.communicator import GroupCommunicator, Pending
+from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.recipe import StepPlan
+
+ALIGNMENT = 64  # of a parameter, in elements: GEMMs and TMA want 16 bytes, memory 128
+
+
+@dataclass
+class Zero1Config(EngineConfig):
+    """``engine=zero1``.
+
+    Attributes:
+        moments: dtype of AdamW's moments: ``float32`` or ``bfloat16``, which takes 4 bytes a parameter less.
+        cuda_graphs: on a GPU, capture a micro-batch's forward and backward pass in a CUDA graph and replay it: the host
+            launches one graph instead of thousands of kernels. What cannot be captured runs without, and the log
+            says so: so far context parallelism, and on a GPU whose kernels ask the host for lengths.
+    """
+
+    name: str = "zero1"
+    moments: str = "float32"
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("engine.name", self.name, ("zero1",))
+        require_choice("engine.moments", self.moments, ("float32", "bfloat16"))
+
+
+class ParameterShards:
+    """Parameters that the same ranks hold and that decay, or do not: one tensor of each kind, cut by parameter.
+
+    Attributes:
+        weights, gradients: of all ranks, ``rows`` of every rank after one another for each parameter. The dtype of
+            compute, and of the master weights.
+        master, exp_avg, exp_avg_sq: this rank's shards.
+        gradient_shards: this rank's shards of the summed gradients.
+        weight_shards: those of the weights, where AdamW writes them.
+    """
+
+    def __init__(
+        self, shapes: dict[str, torch.Size], ranks: GroupCommunicator, device: torch.device,
+        compute: torch.dtype, moments: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.shapes, self.ranks = shapes, ranks
+        master, n = torch.promote_types(compute, torch.float32), ranks.size
+        self._rows = {name: -(-shape[0] // n) for name, shape in shapes.items()}
+        sizes = {name: rows * prod(shapes[name][1:]) for name, rows in self._rows.items()}
+        self._parts, total = _places(sizes)
+        self._wholes, whole_total = _places({name: n * size for name, size in sizes.items()})
+
+        def zeros(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        self.weights, self.gradients = zeros(whole_total, compute), zeros(whole_total, master)
+        self.weight_shards = self.weights if n == 1 else zeros(total, compute)
+        self.gradient_shards = self.gradients if n == 1 else zeros(total, master)
+        self.master = self.weight_shards if compute == master else zeros(total, master)
+        moments = master if moments == torch.float32 else moments
+        self.exp_avg, self.exp_avg_sq = zeros(total, moments), zeros(total, moments)
+
+    def whole(self, x: Tensor) -> dict[str, Tensor]:
+        """By name, as this rank's part of the model has it: views of ``weights`` or ``gradients``."""
+        return {name: x[self._wholes[name]].view(-1, *shape[1:])[: shape[0]] for name, shape in self.shapes.items()}
+
+    def shards(self, x: Tensor) -> dict[str, Tensor]:
+        """By name, this rank's rows: views of one of the other tensors."""
+        found = {}
+        for name, shape in self.shapes.items():
+            rows, start = self._rows[name], self.ranks.rank * self._rows[name]
+            found[name] = x[self._parts[name]].view(rows, *shape[1:])[: max(0, min(rows, shape[0] - start))]
+        return found
+
+    def reduce(self, name: str) -> Pending:
+        """Start to sum a parameter's gradient over the ranks, each rank its shard."""
+        return self.ranks.reduce_scatter(*self._moved(name, self.gradients, self.gradient_shards))
+
+    def gather(self, name: str) -> Pending:
+        """Start to take a parameter's new weights over from every rank's shard."""
+        whole, shard = self._moved(name, self.weights, self.weight_shards)
+        return self.ranks.all_gather(shard, whole)
+
+    def _moved(self, name: str, whole: Tensor, shards: Tensor) -> tuple[Tensor, Tensor]:
+        return whole[self._wholes[name]].view(self.ranks.size, -1), shards[self._parts[name]]
+
+    def round_master(self) -> None:
+        """This rank's shards of the weights of compute, from the master weights."""
+        if self.master is not self.weight_shards:
+            self.weight_shards.copy_(self.master)
+
+
+def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
+    """Where pieces of these sizes lie one after the other, each on an aligned address, and where the last ends."""
+    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
+    *starts, total = accumulate(aligned, initial=0)
+    places = {name: slice(start, start + size) for start, (name, size) in zip(starts, sizes.items(), strict=True)}
+    return places, total
+
+
+class _Transfers:
+    """Transfers under way, by parameter, each waited for once; those begun while a graph is captured, in it."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Pending] = {}
+
+    def add(self, name: str, pending: Pending) -> None:
+        self._pending[name] = pending
+        if (recording := Recording.current) is not None:
+            # Begun in a graph, it must be done when that ends; begun in a call of the host, when that ends.
+            if recording.is_calling:
+                self.wait(name)
+            else:
+                recording.join(lambda: self.wait(name))
+
+    def wait(self, name: str) -> None:
+        if (pending := self._pending.pop(name, None)) is not None:
+            pending.wait()
+
+    def wait_all(self) -> None:
+        for name in list(self._pending):
+            self.wait(name)
+
+
+class Zero1Engine(AutogradEngine):
+    """ZeRO-1 and AdamW, micro-batches as CUDA graphs where they can be."""
+
+    config_type = Zero1Config
+
+    def __init__(self, model, config, grid, device, phases) -> None:
+        super().__init__(model, config, grid, device, phases)
+        options: Zero1Config = config.engine
+        self.layouts = parameter_layouts(model)
+        self._groups = _make_groups(model, self.layouts, options, grid, device)
+        self._group_of = {name: group for group in self._groups.values() for name in group.shapes}
+        self._is_sharded = any(group.ranks.size > 1 for group in self._groups.values())
+        self._master = self._sharded("master")
+        # Initial weights are drawn into the shards, then rounded.
+        for name, shard in self._master.items():
+            _set_parameter(model, name, nn.Parameter(shard))
+        initialize(model, config.seed)
+        self._gradient_of: dict[str, Tensor] = {}
+        for group in self._groups.values():
+            for name, weight in group.whole(group.weights).items():
+                # With a version counter of its own: the others of the group may still be gathered while it is used.
+                _set_parameter(model, name, nn.Parameter(weight.data))
+            self._gradient_of |= group.whole(group.gradients)
+            group.round_master()
+        self.parameters = dict(model.named_parameters())  # in the order of the forward pass
+        self._gathering, self._reducing, self._summed = _Transfers(), _Transfers(), set[str]()
+        self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._adder(name))
+        # The model reads the weights of embedding and head without a call of these modules.
+        users = {"embedding.": model, "norm.": model.norm, "head.": model.norm}
+        users |= {f"layers.{index}.": block for index, block in enumerate(model.layers)}
+        for prefix, user in users.items():
+            self._wait_before(user, prefix)
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
+        # The whole gradient of one parameter at a time, until it is added to the others.
+        largest = max(parameter.nbytes for parameter in self.parameters.values())
+        self._choose_recomputation(largest, apart=options.cuda_graphs)
+        self._graphs = None
+        if options.cuda_graphs and device.type == "cuda":
+            if (cp := grid.size("cp")) > 1:
+                self.notes.append(f"no CUDA graphs with parallel.cp={cp}: the host plans each micro-batch's exchanges")
+            else:
+                self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
+
+    def _wait_before(self, module: nn.Module, prefix: str) -> None:
+        """Wait for the weights whose names begin so when a module is called."""
+        names = [name for name in self.parameters if name.startswith(prefix)]
+        gathering = self._gathering
+
+        def wait(*_: Any) -> None:
+            for name in names:
+                gathering.wait(name)
+
+        module.register_forward_pre_hook(wait)
+
+    def _gather_weights(self) -> None:
+        """Start to take over the other ranks' new weights, in the order in which the forward pass needs them."""
+        for name in self.parameters:
+            if (group := self._group_of[name]).ranks.size > 1:
+                self._gathering.add(name, group.gather(name))
+
+    def _sharded(self, kind: str) -> dict[str, Tensor]:
+        """Every parameter's shard of a kind of tensor, in its global shape."""
+        shards: dict[str, Tensor] = {}
+        for group in self._groups.values():
+            shards |= group.shards(getattr(group, kind))
+        return {name: layout.shard(self.grid, shards[name]) for name, layout in self.layouts.items()}
+
+    def _adder(self, name: str) -> Any:
+        # A hook that referred to the engine would keep it, and all its memory, for as long as the parameter.
+        engine_of = weakref.ref(self)
+
+        def add(parameter: nn.Parameter) -> None:
+            engine = engine_of()
+            assert engine is not None and parameter.grad is not None
+            if engine._is_first:
+                engine._gradient_of[name].copy_(parameter.grad)
+            else:
+                engine._gradient_of[name].add_(parameter.grad)
+            parameter.grad = None
+            engine._summed.add(name)
+            engine._reduce(name)
+
+        return add
+
+    def _reduce(self, name: str) -> None:
+        if self._is_last and (group := self._group_of[name]).ranks.size > 1:
+            self._reducing.add(name, group.reduce(name))
+
+    def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
+        self._is_first, self._is_last = is_first, is_last and self._is_sharded
+        # Computed again, a call between two graphs would be made twice, and nothing of the first forgotten.
+        twice = self.grid.size("ep") > 1 and self._recomputation.kind(plan) == "full"
+        if self._graphs is None or twice:
+            self._sum_gradients(batch, plan)
+        else:
+            self._graphs.run(batch, plan, self._is_first, self._is_last)
+        self._is_stale = False
+
+    def _sum_gradients(self, batch: MicroBatch, plan: StepPlan) -> None:
+        self._summed.clear()
+        if self._is_first and self._is_sharded:
+            self._gather_weights()
+        self._forward_backward(batch, plan)
+        self._gathering.wait_all()
+        for name in self.parameters:
+            if name not in self._summed:
+                if self._is_first:
+                    self._gradient_of[name].zero_()
+                self._reduce(name)
+        self._reducing.wait_all()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepReport:
+        with self.phases("optimizer"):
+            norm = self._gradient_norm(squared_norm(group.gradient_shards) for group in self._groups.values())
+            self._freeze_unless(norm.isfinite())
+            self._step += 1 - self._frozen
+            recipe, scale = self.config.recipe, self._clip_factor(norm)
+            rate = torch.full_like(norm, learning_rate)
+            for (_, decays), group in self._groups.items():
+                adamw_(
+                    group.master, group.gradient_shards, group.exp_avg, group.exp_avg_sq,
+                    None if group.master is group.weight_shards else group.weight_shards,
+                    step=self._step, learning_rate=rate, beta1=recipe.adam_beta1, beta2=recipe.adam_beta2,
+                    eps=recipe.adam_eps, weight_decay=recipe.weight_decay * decays, grad_scale=scale,
+                    frozen=self._frozen, not_finite=self._not_finite,
+                )  # fmt: skip
+            dist.all_reduce(self._not_finite, op=dist.ReduceOp.MAX, group=self.grid.group(WORLD))
+            self._freeze_unless(self._not_finite == 0)
+            self._is_stale = True
+            return StepReport(norm, self._frozen == 0)
+
+    def evaluate(self, micro_batches, plan) -> float:
+        if self._is_stale and self._is_sharded:
+            self._gather_weights()
+        loss = super().evaluate(micro_batches, plan)
+        self._gathering.wait_all()
+        self._is_stale = False
+        return loss
+
+    def diagnose(self, micro_batches, plan) -> str:
+        if self._graphs is not None:
+            self._graphs.forget()
+            self._graphs = None
+        return super().diagnose(micro_batches, plan)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self._sharded("gradient_shards")
+
+    def snapshot(self) -> dict[str, Any]:
+        moments = {kind: self._sharded(kind) for kind in ("exp_avg", "exp_avg_sq")}
+        states = {name: {"step": self._step, **{k: m[name] for k, m in moments.items()}} for name in self._master}
+        return {"model": self._master, "optimizer": states}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for group in self._groups.values():
+            group.round_master()
+        self._is_stale = True
+
+    def figures(self, plan: StepPlan) -> dict[str, float]:
+        received = 0
+        for group in self._groups.values():
+            others = (group.ranks.size - 1) * group.master.numel()
+            received += others * (group.gradients.element_size() + group.weights.element_size())
+        return {"data_parallel_gib": received / 2**30, **self._memory()}
+
+
+def _make_groups(
+    model: nn.Module, layouts: dict[str, ParameterLayout], options: Zero1Config, grid: ProcessGrid, device: torch.device
+) -> dict[tuple[str, bool], ParameterShards]:
+    """By the ranks that hold the same part, and whether they decay: norms and biases do not."""
+    shapes: dict[tuple[str, bool], dict[str, torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        key = layouts[name].replicas(grid), parameter.dim() >= 2
+        shapes.setdefault(key, {})[name] = local(parameter).shape
+    compute, moments = options.compute_dtype(device.type), PRECISIONS[options.moments]
+    return {
+        (axis, decays): ParameterShards(found, GroupCommunicator(grid.group(axis)), device, compute, moments)
+        for (axis, decays), found in shapes.items()
+    }
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)

@@ -1,0 +1,125 @@
+"""Memory of one micro-batch's activations on a rank, and how much of it to compute again rather than keep.
+
+Per token of the rank between the attentions (``tokens``: those of the micro-batch over cp x tp) a block keeps, in
+numbers of the dtype of compute, with D the hidden size, W = heads x head dim, K experts per token of hidden size F:
+
+                                                  lightning         softmax
+    x, and what attention returned                2 D               2 D
+    qkv, gate, attention's output; q, k, v, o     5 W               2 W + 2 key-value heads x head dim
+    gate and up of the experts                    2 K F             2 K F
+    ---------------------------------------------------------------------------------------------------
+    and with ``none`` also what is cheap:
+    both norms' outputs                           2 D               2 D
+    SiLU's q, k and v, the gated norm's output    4 W               0
+
+``selective`` keeps what is above the line, ``full`` x alone. Tensor parallelism changes none of it: inside an attention
+a rank has tp times the tokens and a tp-th of the heads. With experts on other ranks the tokens that arrive here are
+kept too, whatever the choice but ``full``; how many is taken as routing in balance has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimax_train.kernels.cross_entropy import choose_block
+from minimax_train.model.config import ModelConfig
+
+RECOMPUTATIONS = ("none", "selective", "full")
+"""What the backward pass computes again, from nothing to all of a block; each keeps less than the one before."""
+
+MARGIN = 0.06
+"""Of the free memory, left for what no formula counts: fragmentation, buffers of communication, workspaces of GEMMs,
+lightning attention's states where its kernels split the tokens."""
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes that one micro-batch takes on one rank besides parameters, their gradients and the optimizer's states.
+
+    Attributes:
+        model: its sizes.
+        itemsize: bytes of a number in the dtype of compute.
+        tp, ep, etp: sizes of these axes of the process grid.
+    """
+
+    model: ModelConfig
+    itemsize: int = 2
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def kept(self, tokens: int, recomputation: str) -> int:
+        """Held by all blocks between the forward and the backward pass, for that many tokens of the rank."""
+        return sum(self._block(layer, tokens, recomputation) for layer in range(self.model.num_layers))
+
+    def peak(self, tokens: int, recomputation: str) -> int:
+        """The most at any time: when the loss is computed, or in the backward pass of a block beside all others."""
+        layers = range(self.model.num_layers)
+        again = max(self._block(i, tokens, "none") - self._block(i, tokens, recomputation) for i in layers)
+        backward = again + max(self._gradients(i, tokens) for i in layers)
+        return self.kept(tokens, recomputation) + self._head(tokens) + max(self._loss(tokens), backward)
+
+    def forward(self, tokens: int) -> int:
+        """The most at any time of a forward pass alone, as an evaluation makes it."""
+        block = max(self._block(i, tokens, "none") for i in range(self.model.num_layers))
+        return max(block, self._loss(tokens)) + 2 * tokens * self.model.hidden_size * self.itemsize
+
+    def _block(self, layer: int, tokens: int, recomputation: str) -> int:
+        model = self.model
+        D, K = model.hidden_size, model.experts_per_token
+        permutation = 2 * 8 * K  # each assignment's place and its inverse, which the dispatcher holds in every choice
+        if recomputation == "full":
+            return tokens * (D * self.itemsize + permutation)
+        attention = model.attentions[layer].activations(model)
+        numbers = 2 * D + attention.kept + 2 * K * model.expert_hidden_size
+        numbers += self._dispatched * D
+        if recomputation == "none":
+            numbers += 2 * D + attention.cheap
+        # Probabilities, of the loss for balance too; each assignment's expert, and its weight twice.
+        router = 2 * _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)
+        scalars = _FLOAT32 * (2 + attention.float32)
+        return tokens * (numbers * self.itemsize + permutation + router + scalars)
+
+    @property
+    def _dispatched(self) -> int:
+        """Tokens that arrive at this rank's experts and are kept, for each token of the rank."""
+        if self.ep == self.etp == 1:
+            return 0
+        return self.etp * (self.model.experts_per_token if self.ep > 1 else 1)
+
+    def _gradients(self, layer: int, tokens: int) -> int:
+        """Of a block's backward pass at its peak: of attention's activations, or of those between the experts' GEMMs,
+        and of the residual stream and the half's output."""
+        model = self.model
+        D, attention = model.hidden_size, model.attentions[layer].activations(model)
+        experts = model.experts_per_token * (3 * model.expert_hidden_size + 2 * D)
+        return tokens * self.itemsize * (2 * D + max(attention.kept + attention.cheap, experts))
+
+    def _head(self, tokens: int) -> int:
+        """The input of the last norm and what the loss hands to the backward pass: gradients of x and the weight."""
+        D, V = self.model.hidden_size, self.model.vocab_size // self.tp
+        _, wide = self._blocks(tokens)
+        return D * (tokens * (1 + self.tp) * self.itemsize + V * (_FLOAT32 if wide else self.itemsize))
+
+    def _loss(self, tokens: int) -> int:
+        """A block of logits, and x of all tokens."""
+        block, _ = self._blocks(tokens)
+        return self.itemsize * (block * (self.model.vocab_size // self.tp) + tokens * self.tp * self.model.hidden_size)
+
+    def _blocks(self, tokens: int) -> tuple[int, bool]:
+        D, V = self.model.hidden_size, self.model.vocab_size // self.tp
+        return choose_block(tokens * self.tp, D, V, itemsize=self.itemsize, temporaries=0)
+
+
+def choose_recomputation(memory: ActivationMemory, tokens: int, free_bytes: int) -> str:
+    """The fastest of :data:`RECOMPUTATIONS` that fits: the first whose peak is within the free memory less
+    :data:`MARGIN` of it; ``full`` if none is.
+
+    Args:
+        tokens: of a micro-batch on one rank, between the attentions: those of its packed sequences over cp x tp.
+        free_bytes: what the device has left beside parameters, gradients and states; on several ranks the least.
+    """
+    fitting = (kind for kind in RECOMPUTATIONS if memory.peak(tokens, kind) <= (1 - MARGIN) * free_bytes)
+    return next(fitting, RECOMPUTATIONS[-1])
