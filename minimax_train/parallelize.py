@@ -16,7 +16,7 @@ from minimax_train.kernels.experts import expert_mlp
 from minimax_train.model import HybridModel
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.ranks import ModelRanks
-from minimax_train.model.sharding import parameter_layouts
+from minimax_train.model.sharding import parameter_layouts, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import ProcessGrid
@@ -67,10 +67,8 @@ def expert_layer(config: Config, grid: ProcessGrid) -> Callable[..., Tensor]:
 def split_parameters(model: HybridModel, grid: ProcessGrid) -> None:
     """Every parameter that the model says some axis splits becomes a DTensor over those axes of the grid."""
     for name, layout in parameter_layouts(model).items():
-        module, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(module)
-        whole = getattr(owner, attribute)
-        setattr(owner, attribute, nn.Parameter(layout.wrap(grid, whole.new_empty)))
+        whole = model.get_parameter(name)
+        set_parameter(model, name, nn.Parameter(layout.wrap(grid, whole.new_empty)))
 
 
 def _all_reduce(group: dist.ProcessGroup, counts: Tensor) -> Tensor:

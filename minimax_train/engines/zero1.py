@@ -36,7 +36,7 @@ from minimax_train.engines.graphs import MicroBatchGraphs
 from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
-from minimax_train.model.sharding import ParameterLayout, local, parameter_layouts
+from minimax_train.model.sharding import ParameterLayout, local, parameter_layouts, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import StepPlan
@@ -174,13 +174,13 @@ class Zero1Engine(AutogradEngine):
         self._master = self._sharded("master")
         # Initial weights are drawn into the shards, then rounded.
         for name, shard in self._master.items():
-            _set_parameter(model, name, nn.Parameter(shard))
+            set_parameter(model, name, nn.Parameter(shard))
         initialize(model, config.seed)
         self._gradient_of: dict[str, Tensor] = {}
         for group in self._groups.values():
             for name, weight in group.whole(group.weights).items():
                 # With a version counter of its own: the others of the group may still be gathered while it is used.
-                _set_parameter(model, name, nn.Parameter(weight.data))
+                set_parameter(model, name, nn.Parameter(weight.data))
             self._gradient_of |= group.whole(group.gradients)
             group.round_master()
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
@@ -342,8 +342,3 @@ def _make_groups(
         (axis, decays): ParameterShards(found, GroupCommunicator(grid.group(axis)), device, compute, moments)
         for (axis, decays), found in shapes.items()
     }
-
-
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, parameter)

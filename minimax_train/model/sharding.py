@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from minimax_train.parallel.grid import EXPERT, ProcessGrid
@@ -62,10 +63,7 @@ class ParameterLayout:
         tensor = part(tuple(shape))
         if not splits:
             return tensor
-        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
-        placements = [Shard(dim) for dim in splits.values()]
-        size = {"shape": torch.Size(self.shape), "stride": tuple(strides)}
-        return DTensor.from_local(tensor, grid.mesh(*splits), placements, run_check=False, **size)
+        return self._distributed(tensor, grid.mesh(*splits), [Shard(dim) for dim in splits.values()])
 
     def shard(self, grid: ProcessGrid, part: Tensor) -> Tensor:
         """What is split further over :meth:`replicas`, along dimension 0, as ``torch.chunk`` does.
@@ -79,9 +77,12 @@ class ParameterLayout:
             axes, placements = [*axes, replicas], [*placements, Shard(0)]
         if not axes:
             return part
+        return self._distributed(part, grid.layout(*axes), placements)
+
+    def _distributed(self, part: Tensor, mesh: DeviceMesh, placements: list[Shard]) -> DTensor:
         strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         size = {"shape": torch.Size(self.shape), "stride": strides}
-        return DTensor.from_local(part, grid.layout(*axes), placements, run_check=False, **size)
+        return DTensor.from_local(part, mesh, placements, run_check=False, **size)
 
     def replicas(self, grid: ProcessGrid) -> str:
         """The axis of the ranks that hold the same part, over which its gradient is summed."""
@@ -89,6 +90,12 @@ class ParameterLayout:
         if axes & set(EXPERT):
             return "edp"
         return "dp_cp" if axes else "dp_cp_tp"
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another parameter in the place of one, by its full name."""
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)
 
 
 def parameter_layouts(model: nn.Module) -> dict[str, ParameterLayout]:
