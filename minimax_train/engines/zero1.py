@@ -202,6 +202,8 @@ class Zero1Engine(AutogradEngine):
         if options.cuda_graphs and device.type == "cuda":
             if (cp := grid.size("cp")) > 1:
                 self.notes.append(f"no CUDA graphs with parallel.cp={cp}: the host plans each micro-batch's exchanges")
+            elif dist.get_world_size() > 1 and "cuda:nccl" not in dist.get_backend_config():
+                self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
             else:
                 self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
 

@@ -33,6 +33,9 @@ MODEL = {
 # Heads, vocabulary and experts divide by 4 as well, for grids that split them.
 DIVISIBLE = ["model.num_heads=12", "model.num_kv_heads=4", "model.vocab_size=308", "model.num_experts=8"]
 DIVISIBLE += ["data.sequence_length=96"]
+# Sizes that the GPU kernels take.
+ON_GPU = ["device=cuda", "model.num_heads=4", "model.num_kv_heads=4", "model.head_dim=64", "model.rotary_dim=32"]
+ON_GPU += ["model.vocab_size=308", "model.hidden_size=96", "model.num_experts=8", "model.expert_hidden_size=192"]
 # Of a run that has stages.
 UNSTAGED = ["recipe.steps=null", "recipe.decay_steps=null", "recipe.min_learning_rate=null"]
 WORDS = "attention state decay token expert router norm gate lightning softmax ring".split()  # noqa: SIM905

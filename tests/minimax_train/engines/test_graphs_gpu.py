@@ -7,21 +7,9 @@ import torch
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.distributed import TIMEOUT, run_ranks
-from support.runs import UNSTAGED, tiny_run
+from support.runs import ON_GPU, UNSTAGED, tiny_run
 
-SIZES = [
-    "model.num_heads=4",
-    "model.num_kv_heads=4",
-    "model.head_dim=64",
-    "model.rotary_dim=32",
-    "model.vocab_size=308",
-    "model.hidden_size=96",
-    "model.num_experts=8",
-    "model.expert_hidden_size=192",
-    "device=cuda",
-    "engine=zero1",
-    "data.num_streams=8",
-]
+SIZES = [*ON_GPU, "engine=zero1", "data.num_streams=8"]
 # Three steps of three micro-batches, then longer sequences and another RoPE base.
 STAGES = [
     *UNSTAGED,

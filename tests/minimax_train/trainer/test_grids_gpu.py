@@ -7,17 +7,9 @@ from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import TIMEOUT, run_ranks
-from support.runs import gradients_of, gradients_of_a_step, tiny_run
+from support.runs import ON_GPU, gradients_of, gradients_of_a_step, tiny_run
 
-SIZES = [
-    "model.num_heads=4",
-    "model.num_kv_heads=4",
-    "model.head_dim=64",
-    "model.rotary_dim=32",
-    "model.vocab_size=308",
-]
-SIZES += ["model.hidden_size=96", "model.num_experts=8", "model.expert_hidden_size=192", "data.sequence_length=1056"]
-SIZES += ["device=cuda", "recipe.global_batch_size=4", "recipe.micro_batch_size=2"]
+SIZES = [*ON_GPU, "data.sequence_length=1056", "recipe.global_batch_size=4", "recipe.micro_batch_size=2"]
 # All four axes at once, and their parts.
 GRIDS = [
     {"tp": 2, "cp": 2, "ep": 2, "etp": 2},
