@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.cache import find_cache, use_kernel_cache
+from minimax_train.checkpoint.saving import Saver
 from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
@@ -86,6 +87,7 @@ class Trainer:
             first_step=self.first_step,
             enabled=grid.is_first,
         )
+        self.saver = Saver(self.store, device, config.parallel.timeout_s, self.log.say)
 
     def train(self) -> None:
         """Train to the end of the recipe.
@@ -103,7 +105,7 @@ class Trainer:
             self.log.say(note)
         self._say_notes()
         late: TakenStep | None = None
-        with closing(self.loader), self.log:
+        with closing(self.loader), closing(self.saver), self.log:
             self._evaluate_if_left_out()
             self.startup.mark("checkpoint")
             if not self.is_over:
@@ -113,6 +115,7 @@ class Trainer:
                 taken = self.train_step()
                 if taken.number == self.first_step + 1:
                     self._tell_startup(taken)
+                    self._prepare_saves()
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
                 step, ends = taken.number, self.ends_stage
@@ -126,11 +129,12 @@ class Trainer:
                     self.report(late)
                     late = None
                 if saves:  # first: whatever happens in an evaluation, no step is lost
-                    self.save(taken.plan)
+                    self.save(taken.plan, must_succeed=ends)
                 if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
                 if ends:
                     self._stop_for_another_grid()
+            self.saver.wait()
             self.log.finish()
             self.log.say(
                 f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
@@ -167,6 +171,7 @@ class Trainer:
 
     def train_step(self) -> TakenStep:
         """One optimizer step over the global batch. The host does not wait for the device to take it."""
+        self.saver.poll()
         self.progress.policy = self.recipe.enter(self.progress, self.progress.policy)
         plan = self.plan()
         self._tell_stage(plan)
@@ -176,6 +181,7 @@ class Trainer:
             except ConfigError as error:
                 raise self._stopped(error) from error
         totals = self.engine.totals(self.engine.run(batches, plan))
+        self.saver.before_update()
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
@@ -255,8 +261,12 @@ class Trainer:
         with self.between_steps("evaluate"):
             return self.evaluation.run(self.engine, plan)
 
-    def save(self, plan: StepPlan) -> None:
-        """Write a checkpoint of everything the run needs to go on."""
+    def save(self, plan: StepPlan, must_succeed: bool = False) -> None:
+        """Save a checkpoint of everything the run needs to go on; it may be complete only some steps later.
+
+        Raises:
+            TrainingError: when it must succeed, as where the run ends, and fails.
+        """
         self.guard.check()
         with self.between_steps("checkpoint"):
             state = self.loader.state_dict()
@@ -265,7 +275,8 @@ class Trainer:
             shards = {"shards": state.pop("shards")} if "shards" in state else {}
             dist.all_gather_object(streams, state, group=self.grid.group("dp"))
             self.progress.data = {**merge_states(streams), **shards}
-            self.store.save(self.progress, self.engine.snapshot(), to_yaml(config_at(self.config, plan)))
+            config = to_yaml(config_at(self.config, plan))
+            self.saver.save(self.progress, self.engine.snapshot(), config, must_succeed)
 
     @contextmanager
     def between_steps(self, phase: str) -> Iterator[None]:
@@ -291,6 +302,15 @@ class Trainer:
         first.wait()
         self.startup.mark("first step")
         self.log.say(str(self.startup))
+
+    def _prepare_saves(self) -> None:
+        """Have what saves beside training need, if there will be any: the last one is synchronous."""
+        checkpoint, step = self.config.checkpoint, self.progress.step
+        if checkpoint.async_save and checkpoint.interval:
+            next_save = (step // checkpoint.interval + 1) * checkpoint.interval
+            if next_save < self.recipe.total_steps(self.progress, self.progress.policy):
+                with self.between_steps("checkpoint"):
+                    self.saver.prepare(self.engine.snapshot())
 
     def _evaluate_if_left_out(self) -> None:
         """Of a run that ended between a step's checkpoint and its evaluation."""

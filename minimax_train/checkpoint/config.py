@@ -15,6 +15,8 @@ class CheckpointConfig:
 
     Attributes:
         interval: write one every so many steps, and at the end; 0 for only at the end.
+        async_save: save beside training: the state is copied to host memory, from which a process beside each rank
+            writes it. Training waits for saves where that memory does not suffice, and where a run or a stage ends.
         keep: how many of the newest are kept; 0 for all.
         resume: ``auto`` continues from the newest checkpoint in ``run_dir``, or starts if there is none; ``never``
             refuses a ``run_dir`` that already holds one.
@@ -22,6 +24,7 @@ class CheckpointConfig:
     """
 
     interval: Annotated[int, Range(0, 10**9)] = 500
+    async_save: bool = True
     keep: Annotated[int, Range(0, 10**9)] = 2
     resume: str = "never"
     initial_weights: Annotated[str | None, PATH] = None

@@ -14,23 +14,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import Metadata
 
-from minimax_train.checkpoint.manifest import DamagedCheckpoint, Entry, check_shards, seal, sync_folder, write_manifest
+from minimax_train.checkpoint.manifest import DamagedCheckpoint, check_shards, sync_folder, write_manifest
 from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
-from minimax_train.errors import ConfigError, TrainingError, require
+from minimax_train.checkpoint.shards import Written, write_index
+from minimax_train.errors import ConfigError, require
 from minimax_train.files import CHECKPOINTS, CONFIG, TOKENIZER, UNFINISHED
-from minimax_train.first_rank import on_every_rank, on_first_rank
+from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
 from minimax_train.recipe import Progress
 
@@ -40,7 +37,7 @@ _LEFT = re.compile(rf"{_NAME.pattern}(\.old)?{re.escape(UNFINISHED)}")  # by a r
 
 
 class CheckpointStore:
-    """The checkpoints of one run. :meth:`save` and :meth:`load` are called by all ranks together."""
+    """The checkpoints of one run, as they lie on disk (``saving.py`` has all ranks save one)."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.run_dir, self.keep = run_dir, keep
@@ -107,46 +104,62 @@ class CheckpointStore:
             raise ConfigError(f"{path}: cannot be read: {error}") from error
         return _read_progress(path)
 
-    def save(self, progress: Progress, state: dict[str, Any], config: str) -> Path:
-        """Write a checkpoint, then remove those over the number kept.
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step goes."""
+        return self.folder / f"step-{step:08d}"
 
-        Args:
-            state: from :meth:`minimax_train.engines.Engine.snapshot`.
-            config: YAML of the configuration at this step.
+    def draft(self, step: int) -> Path:
+        """Where it is written."""
+        return self.folder / f"step-{step:08d}{UNFINISHED}"
+
+    def begin(self, step: int) -> None:
+        """Make the folder that a checkpoint is written in, and remove what killed or failed saves left.
 
         Raises:
-            TrainingError: on all ranks, when it cannot be written. The checkpoints before it are as they were.
+            OSError: when that fails.
         """
-        path = self.folder / f"step-{progress.step:08d}"
-        draft = path.with_name(path.name + UNFINISHED)
+        for left in self.folder.glob(f"*{UNFINISHED}"):
+            if _LEFT.fullmatch(left.name):
+                shutil.rmtree(left)
+        self.draft(step).mkdir(parents=True)
 
-        def begin() -> None:
-            for left in self.folder.glob(f"*{UNFINISHED}"):
-                if _LEFT.fullmatch(left.name):
-                    shutil.rmtree(left)
-            draft.mkdir(parents=True)
+    def finish(self, step: int, metadata: Metadata, written: Sequence[Written], progress: str, config: str) -> float:
+        """Complete a checkpoint whose shards are written, then remove those over the number kept.
 
-        def finish(sealed: dict[str, Entry]) -> None:
-            (draft / PROGRESS).write_text(json.dumps(asdict(progress)))
-            (draft / CONFIG).write_text(config, encoding="utf-8")
-            shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
-            write_manifest(draft, sealed)
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, "stands where it should go", str(path))
-            draft.rename(path)
-            sync_folder(self.folder)
+        Args:
+            metadata: from the plan.
+            written: by all ranks, in their order.
+            progress, config: JSON of the progress, YAML of the configuration.
 
+        Returns:
+            When it was complete: seconds since the epoch.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        path, draft = self.path(step), self.draft(step)
+        write_index(draft, metadata, [part.results for part in written])
+        (draft / PROGRESS).write_text(progress)
+        (draft / CONFIG).write_text(config, encoding="utf-8")
+        shutil.copytree(self.run_dir / TOKENIZER, draft / TOKENIZER)
+        write_manifest(draft, {name: entry for part in written for name, entry in part.sealed.items()})
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "stands where it should go", str(path))
+        draft.rename(path)
+        sync_folder(self.folder)
+        complete = time.time()
+        self._remove_old()
+        return complete
+
+    def not_saved(self, step: int, total_bytes: int, cause: str) -> str:
+        """A save that failed, told in a line. What it wrote is removed; nothing may be writing there any more."""
+        shutil.rmtree(self.draft(step), ignore_errors=True)
         try:
-            on_first_rank(begin)
-            writer = _Writer(draft)
-            dcp.save(state, storage_writer=writer)
-            # Each rank reads its own files back, from the page cache.
-            sealed = on_every_rank(lambda: {name: seal(draft / name) for name in writer.written})
-            on_first_rank(lambda: finish({name: entry for part in sealed for name, entry in part.items()}))
-        except (OSError, CheckpointException, TrainingError) as error:
-            raise self._not_saved(path, draft, state, error) from error
-        on_first_rank(self._remove_old)
-        return path
+            free = f"{shutil.disk_usage(self.run_dir).free / 1e6:,.1f} MB are free there"
+        except OSError as unknown:
+            free = f"what is free there is not known: {unknown}"
+        takes = f"it takes about {total_bytes / 1e6:,.1f} MB"
+        return f"{self.path(step)}: the checkpoint cannot be saved: {cause}; {takes}, {free}"
 
     def load(self, path: Path, state: dict[str, Any]) -> Progress:
         """Fill an engine's snapshot in place, whatever number of ranks wrote the checkpoint.
@@ -180,23 +193,6 @@ class CheckpointStore:
             except OSError as error:
                 note(f"{path}: cannot be removed, though checkpoint.keep={self.keep}: {error}")
 
-    def _not_saved(self, path: Path, draft: Path, state: dict[str, Any], error: BaseException) -> BaseException:
-        if isinstance(error, CheckpointException):
-            error, _ = error.failures[min(error.failures)]
-            if isinstance(error, KeyboardInterrupt):
-                return error
-        if dist.get_rank() == 0:  # all ranks have stopped writing
-            shutil.rmtree(draft, ignore_errors=True)
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        try:
-            free = f"{shutil.disk_usage(self.run_dir).free / 1e6:,.1f} MB are free there"
-        except OSError as unknown:
-            free = f"what is free there is not known: {unknown}"
-        return TrainingError(
-            f"{path}: the checkpoint cannot be saved: {cause}; it takes about {_bytes(state) / 1e6:,.1f} MB, {free}; "
-            + self.to_go_on()
-        )
-
     def to_go_on(self) -> str:
         """What a user can do after the run has stopped."""
         saved = self._saved()
@@ -206,29 +202,6 @@ class CheckpointStore:
 
     def _saved(self) -> list[Path]:
         return [path for path in _named(self.folder) if (path / METADATA).is_file()]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """torch's, with the system's error (no space left) instead of the serializer's that comes of it.
-
-    Attributes:
-        written: names of the files that this rank has written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.written: list[str] = []
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        try:
-            done = super().write_data(plan, planner)
-            self.written = sorted({result.storage_data.relative_path for result in done.wait()})
-            return done
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
 
 
 def load_weights(path: Path, model: dict[str, Tensor]) -> None:
@@ -281,10 +254,3 @@ def _read_progress(path: Path) -> Progress:
     if progress.step != int(path.name.partition("-")[2]):
         raise DamagedCheckpoint(f"{file}: damaged: it says step {progress.step!r}, its folder {path.name}")
     return progress
-
-
-def _bytes(state: Any) -> int:
-    """Of a snapshot's tensors, over all ranks."""
-    if isinstance(state, Tensor):
-        return state.numel() * state.element_size()
-    return sum(map(_bytes, state.values())) if isinstance(state, Mapping) else 0

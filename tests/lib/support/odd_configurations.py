@@ -162,6 +162,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "recipe.eval_interval": ["0", "1", "2"],
     "recipe.eval_sequences": ["1", "3"],
     "checkpoint.interval": ["0", "1", "2"],
+    "checkpoint.async_save": ["true", "false"],
     "checkpoint.keep": ["0", "1", "2"],
     "checkpoint.resume": ["auto", "never"],
     "logging.interval": ["1", "2", "5"],

@@ -137,6 +137,7 @@ def _train_until_killed(grid, config, owner, name, step):
 )
 def test_killed_while_a_checkpoint_is_written_or_removed(tmp_path, owner, name, step):
     more = ("checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.resume=auto", "recipe.steps=4")
+    more += ("checkpoint.async_save=false",)  # so that it is this process that saves
     config = tiny_run(tmp_path / "parts", *more)
     right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
     with pytest.raises(AssertionError, match=r"exit codes \[-9\]"):
