@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,10 +18,11 @@ from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
 from minimax_train.data.count import count_tokens
 from minimax_train.engines import StepReport, StepSums
-from minimax_train.errors import ConfigError, GridChange, TrainingError
+from minimax_train.errors import ConfigError, GridChange, Saved, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
+from minimax_train.leave import Leave
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.origins import origin_metrics
@@ -38,10 +40,19 @@ class Trainer:
 
     Args:
         startup: of this process, with what was done before; told after the first step.
+        leave: what signals ask of the run; none is asked of one without.
     """
 
-    def __init__(self, config: Config, grid: ProcessGrid, device: torch.device, startup: Startup | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        device: torch.device,
+        startup: Startup | None = None,
+        leave: Leave | None = None,
+    ) -> None:
         self.startup = Startup() if startup is None else startup
+        self.leave = Leave() if leave is None else leave
         use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
@@ -88,6 +99,7 @@ class Trainer:
 
         Raises:
             GridChange: on all ranks, when the next stage needs another process grid; the run is saved.
+            Saved: on all ranks, when a signal had the run save and leave.
         """
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
         if recipe.eval_interval and self.evaluation is None:
@@ -105,6 +117,7 @@ class Trainer:
             if not self.is_over:
                 # The grid was chosen for the newest checkpoint, which may have been damaged.
                 self._stop_for_another_grid()
+            self.leave.begin(checkpoint.leave_within_s, self.store.to_go_on)
             while not self.is_over:
                 taken = self.train_step()
                 if taken.number == self.first_step + 1:
@@ -112,8 +125,9 @@ class Trainer:
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
                 step, ends = taken.number, self.ends_stage
-                evaluates = self.evaluates()
-                saves = ends or (checkpoint.interval and step % checkpoint.interval == 0)
+                leaves = not ends and self.leave.agreed()  # after the end of a stage a step later
+                evaluates = self.evaluates() and not leaves  # else when the run goes on
+                saves = ends or leaves or (checkpoint.interval and step % checkpoint.interval == 0)
                 late = taken if step % self.config.logging.interval == 0 or self.is_over else None
                 # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
                 # The loss of a step may decide on the batch of the next.
@@ -125,6 +139,9 @@ class Trainer:
                     self.save(taken.plan)
                 if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
+                if leaves:
+                    self.log.finish()
+                    raise Saved(f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}")
                 if ends:
                     self._stop_for_another_grid()
             self.log.finish()
