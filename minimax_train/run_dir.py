@@ -55,7 +55,7 @@ def on_grid_of_stage(config: Config, world_size: int) -> Config:
         ConfigError: when the folder cannot be searched or the checkpoint is damaged, when it is not known whether the
             stage has ended, or that grid cannot be laid out on so many processes.
     """
-    store, recipe, progress = CheckpointStore(Path(config.run_dir), config.checkpoint.keep), Recipe(config), Progress()
+    store, recipe, progress = CheckpointStore(Path(config.run_dir)), Recipe(config), Progress()
     checkpoint = None
     if config.checkpoint.resume == "auto":
         with _usable(config):

@@ -56,7 +56,7 @@ class Trainer:
         use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
-        self.store = CheckpointStore(self.run_dir, config.checkpoint.keep)
+        self.store = CheckpointStore(self.run_dir, config.checkpoint.retention)
         self.tokenizer, resumed = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
         self.peak_flops_per_s = peak_flops_per_s(device)

@@ -85,7 +85,7 @@ def test_all_has_reached_the_disk(tmp_path, monkeypatch):
 def test_every_corruption_is_found_and_named(run):
     """Bits flipped, files cut, grown, missing and swapped, in every kind of file."""
     choose, newest = random.Random(0), run / "checkpoints" / NEWEST
-    store, whole = CheckpointStore(run, keep=0), {name: (newest / name).read_bytes() for name in _names(newest)}
+    store, whole = CheckpointStore(run), {name: (newest / name).read_bytes() for name in _names(newest)}
     shutil.rmtree(run / "checkpoints" / BEFORE)
     assert store.newest_whole() == newest
     for turn in range(300):
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_an_earlier_version_is_loaded(run):
     newest = run / "checkpoints" / NEWEST
     (newest / "manifest.json").unlink()
     _flip(newest / "config.yaml", 0)  # which nothing tells
-    assert CheckpointStore(run, keep=0).newest_whole() == newest
+    assert CheckpointStore(run).newest_whole() == newest
 
 
 def test_weights_alone_and_one_by_one(run):
