@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.cache import find_cache, use_kernel_cache
-from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
+from minimax_train.checkpoint.initial_weights import load_weights
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
 from minimax_train.data.count import count_tokens
@@ -57,7 +58,7 @@ class Trainer:
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
         self.store = CheckpointStore(self.run_dir, config.checkpoint.retention)
-        self.tokenizer, resumed = prepare_run_dir(config, self.store)
+        self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
         self.peak_flops_per_s = peak_flops_per_s(device)
         # Before the model: worker processes open the data while it is built.
@@ -76,7 +77,7 @@ class Trainer:
         self.startup.mark("model")
         self._compare_data(on_every_rank(self.loader.open))
         self.startup.mark("waiting for data")
-        self.progress = self._restore(resumed)
+        self.progress = self._restore(resumed, weights)
         self.first_step = self.progress.step  # taken before this process
         self.notes = self._count_epoch()
         self.evaluation: Evaluation | None = None
@@ -358,8 +359,8 @@ class Trainer:
             error.on_all_ranks = True
             raise error
 
-    def _restore(self, resumed: Path | None) -> Progress:
-        state, weights = self.engine.snapshot(), self.config.checkpoint.initial_weights
+    def _restore(self, resumed: Path | None, weights: Path | None) -> Progress:
+        state = self.engine.snapshot()
         if resumed is not None:
             progress = self.store.load(resumed, state)
             self.engine.restore(state)
@@ -369,7 +370,6 @@ class Trainer:
                 raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress
         if weights is not None:
-            # One rank looks: on a network file system the others may not see the same folder yet.
-            load_weights(on_first_rank(lambda: find_checkpoint(weights)), state["model"])
+            load_weights(weights, state["model"], strict=self.config.checkpoint.initial_weights_strict)
             self.engine.restore({"model": state["model"]})
         return Progress()

@@ -24,7 +24,10 @@ class CheckpointConfig:
             refuses a ``run_dir`` that already holds one.
         leave_within_s: seconds from a SIGTERM or SIGUSR1, at which the run saves and leaves, to the end of a process
             that has not come to it; torchrun kills 30 s after its signal.
-        initial_weights: a checkpoint, or a run, whose weights (not optimizer or data position) a new run starts from.
+        initial_weights: a checkpoint, or a run and so its newest whole one, whose weights (not optimizer or data
+            position) a new run starts from.
+        initial_weights_strict: refuse a checkpoint that does not hold just this model's parameters. Otherwise those
+            that it holds by the same name in the same shape are loaded, and the others are told.
     """
 
     interval: Annotated[int, Range(0, 10**9)] = 500
@@ -34,6 +37,7 @@ class CheckpointConfig:
     resume: str = "never"
     leave_within_s: Annotated[float, Range(1, 10**6)] = 25.0
     initial_weights: Annotated[str | None, PATH] = None
+    initial_weights_strict: bool = True
 
     def __post_init__(self) -> None:
         check_fields("checkpoint", self)
@@ -41,6 +45,9 @@ class CheckpointConfig:
         for name in ("keep_every", "keep_best"):
             value, accepted = getattr(self, name), "must be 0 with checkpoint.keep=0, which keeps all"
             require(self.keep > 0 or value == 0, f"checkpoint.{name}", value, accepted)
+        key, accepted = "checkpoint.initial_weights_strict", "must be true without checkpoint.initial_weights"
+        given = self.initial_weights is not None
+        require(given or self.initial_weights_strict, key, self.initial_weights_strict, accepted)
 
     @property
     def retention(self) -> Retention:

@@ -28,7 +28,7 @@ from torch.futures import Future
 from minimax_train.checkpoint.manifest import DamagedCheckpoint, Entry, check_shards, seal, sync_folder, write_manifest
 from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
 from minimax_train.checkpoint.retention import KEEP_ALL, Retention, drafts, named, remove, step_of, superseded
-from minimax_train.errors import ConfigError, TrainingError, require
+from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.files import CHECKPOINTS, CONFIG, TOKENIZER, UNFINISHED
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.metrics.console import note
@@ -228,24 +228,6 @@ class _Writer(dcp.FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or error from None
-
-
-def load_weights(path: Path, model: dict[str, Tensor]) -> None:
-    """Fill parameters alone, by name, from a checkpoint.
-
-    Raises:
-        ConfigError: when it is damaged, lacks a parameter, or holds it in another shape.
-    """
-    files = CheckpointFiles(path)
-    on_first_rank(lambda: files.read_metadata() and None)
-    check_shards(path)
-    stored = files.read_metadata().state_dict_metadata
-    for name, parameter in model.items():
-        size = getattr(stored.get(f"model.{name}"), "size", None)
-        held = "no such parameter" if size is None else f"one of {tuple(size)}"
-        accepted = f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}"
-        require(size == parameter.shape, "checkpoint.initial_weights", str(path), accepted)
-    files.load({"model": model})
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -9,9 +9,10 @@ import shutil
 import pytest
 import torch
 
+from minimax_train.checkpoint.initial_weights import find_weights, load_weights
 from minimax_train.checkpoint.manifest import DamagedCheckpoint, Entry, write_manifest
 from minimax_train.checkpoint.reading import CheckpointFiles
-from minimax_train.checkpoint.store import CheckpointStore, load_weights
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.convert.checkpoint import CheckpointReader
 from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
@@ -163,7 +164,7 @@ def test_weights_alone_and_one_by_one(run):
         shard = newest / f"__{rank}_0.distcp"
         _flip(shard, shard.stat().st_size // 2)
         with pytest.raises(DamagedCheckpoint, match=rf"{shard}: damaged: its SHA-256 is"):
-            load_weights(newest, model)
+            find_weights(str(newest))
         _flip(shard, shard.stat().st_size // 2)
     reader = CheckpointReader(newest)
     _flip(newest / "__1_0.distcp", 1000)
