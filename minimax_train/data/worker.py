@@ -26,7 +26,7 @@ from typing import Any
 
 from minimax_train.data.in_process import InProcess, Opened, Packed, Streams
 from minimax_train.errors import ConfigError, TrainingError
-from minimax_train.parallel.environment import end_with_parent
+from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
 
 _EXIT_TIMEOUT_S = 5.0
 _SHOW_STACKS = signal.SIGUSR2
@@ -158,10 +158,7 @@ def start_worker(streams: Streams, num_ranks: int) -> Started:
             pickle.dump(streams, told)
             told.seek(0)
             arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
-            # What all processes of a job or a terminal get is the trainer's to answer, also while this is imported.
-            ignored = "SIGINT", "SIGTERM", "SIGUSR1"
-            ignore = "; ".join(f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ignored)
-            start = f"import signal; {ignore}; from {__name__} import main; main()"
+            start = f"{IGNORE_SIGNALS}; from {__name__} import main; main()"
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", start, *arguments],
                 stdin=told,

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 import minimax_train.trainer
-from minimax_train.checkpoint.store import CheckpointStore
+from minimax_train.trainer import Trainer
 from support.commands import Command
 from support.commands import minimax_train as finish
 from support.runs import overrides
@@ -103,17 +103,19 @@ def test_a_signal_to_one_rank_alone(tmp_path, whole, told):
 def test_the_time_is_over(tmp_path):
     """Of the rank that is told, in a save that does not end; and of the one that waits for it."""
 
-    def hang(store, *arguments):
-        if store.latest() is not None and dist.get_rank() == 1:
+    def hang(trainer, *arguments, **options):
+        if trainer.store.latest() is not None and dist.get_rank() == 1:
+            (tmp_path / "hangs").write_text("\n")
             time.sleep(100)
-        return save(store, *arguments)
+        return save(trainer, *arguments, **options)
 
     more = ("recipe.steps=10000", "checkpoint.interval=4", "checkpoint.leave_within_s=2", "recipe.eval_interval=0")
-    save = CheckpointStore.save
+    save = Trainer.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", hang)
+        patch.setattr(Trainer, "save", hang)
         commands = _start(tmp_path, overrides(tmp_path, *more))
-    commands[0].wait_for_lines(_lines(tmp_path), 6)
+    commands[1].wait_for_lines(tmp_path / "hangs", 1)
+    newest = max((tmp_path / "run/checkpoints").glob("step-????????"))
     for command in commands:
         os.kill(command.process.pid, signal.SIGUSR1)
     for rank, command in enumerate(commands):
@@ -121,7 +123,7 @@ def test_the_time_is_over(tmp_path):
         assert (result.status, result.err) == (
             143,
             f"{'rank 1: ' if rank else ''}error: SIGUSR1; what ran did not end within 2 s and was left; "
-            f"checkpoint.resume=auto continues from {tmp_path}/run/checkpoints/step-00000004\n",
+            f"checkpoint.resume=auto continues from {newest}\n",
         )
 
 
