@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import importlib
 import os
-import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,20 +44,15 @@ def keep_compiled(folder: Path, environ: MutableMapping[str, str] = os.environ) 
         environ.setdefault(name, value)
 
 
-def import_ahead() -> threading.Thread:
-    """Import in the background what the first kernels would import, which takes seconds.
+def import_compilers() -> None:
+    """Import what the first kernels would import, which takes seconds: while the process waits for its data anyway.
 
-    What cannot be imported is nobody's concern yet: its kernel says why, if it is asked for.
+    Not in a thread: two threads that import what imports each other wait for each other for ever. What cannot be
+    imported is nobody's concern yet: its kernel says why, if it is asked for.
     """
-
-    def load() -> None:
-        for name in _MODULES:
-            with suppress(Exception):
-                importlib.import_module(name)
-
-    thread = threading.Thread(target=load, name="imports", daemon=True)
-    thread.start()
-    return thread
+    for name in _MODULES:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minimax_train.kernels.compile_cache import import_ahead, keep_compiled, locked
+from minimax_train.kernels.compile_cache import keep_compiled, locked
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.console import note
 
@@ -33,7 +33,7 @@ def find_cache(cache_dir: str | None, *, says: bool = True) -> Path | None:
 
 
 def use_kernel_cache(folder: Path | None, device: torch.device) -> None:
-    """Have compiled kernels kept under the folder, and begin to import what compiles them; before the first kernel.
+    """Have compiled kernels kept under the folder; before what compiles them is imported.
 
     Args:
         folder: from :func:`find_cache`.
@@ -49,7 +49,6 @@ def use_kernel_cache(folder: Path | None, device: torch.device) -> None:
         scratch = tempfile.mkdtemp(prefix="minimax-train-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         os.environ.setdefault("TRITON_CACHE_DIR", scratch)
-    import_ahead()
 
 
 def _default() -> Path:

@@ -23,6 +23,7 @@ from minimax_train.errors import ConfigError, GridChange, Saved, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
+from minimax_train.kernels.compile_cache import import_compilers
 from minimax_train.leave import Leave
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
@@ -75,6 +76,9 @@ class Trainer:
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine)
         self.startup.mark("model")
+        if device.type == "cuda":
+            import_compilers()
+            self.startup.mark("imports")
         self._compare_data(on_every_rank(self.loader.open))
         self.startup.mark("waiting for data")
         self.progress = self._restore(resumed, weights)

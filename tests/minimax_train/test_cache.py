@@ -61,7 +61,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cache, "import_ahead", lambda: None)
     return torch.device("cuda", 0)
 
 
