@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minimax_train.checkpoint.manifest import MANIFEST, check_hashes, read_manifest
 from minimax_train.checkpoint.reading import CheckpointFiles
-from minimax_train.checkpoint.retention import Retention, aside, drafts, remove, step_of, superseded
+from minimax_train.checkpoint.retention import Retention, aside, drafts, held_out_losses, remove, step_of, superseded
 from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
 from minimax_train.config import read_config
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, require
 from minimax_train.fields import Field, fields_of
 from minimax_train.files import CHECKPOINTS, CONFIG, METRICS
 from minimax_train.metrics.console import to_stderr
@@ -96,6 +96,13 @@ def _prune(run: Path, *, damaged: bool, dry_run: bool, **given: int | None) -> i
             read_config(run / CONFIG).checkpoint.retention,
             **{key: value for key, value in given.items() if value is not None},
         )
+        accepted = "has no effect with checkpoint.keep=0; give --keep"
+        for key in ("keep_every", "keep_best"):
+            value = getattr(retention, key)
+            require(retention.keep > 0 or value == 0, f"--{key.replace('_', '-')}", value, accepted)
+        known = not retention.keep_best or bool(held_out_losses(run, checkpoints))
+        accepted = f"{run / METRICS} has no held-out loss at the step of any checkpoint"
+        require(known, "--keep-best", retention.keep_best, accepted)
         print(f"keeps {_told(retention)}")
         newest, _ = store.newest_checked()
         old = [path for path in superseded(run, checkpoints, retention) if path != newest]

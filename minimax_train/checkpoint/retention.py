@@ -38,15 +38,15 @@ class Retention:
 
         Args:
             steps: of all checkpoints.
-            held_out: loss by step, as far as it is known; of equal ones the later step's is the better.
+            held_out: loss by step, finite, as far as it is known; of equal ones the later step's is the better.
         """
         if self.keep == 0:
             return []
         kept = set(sorted(steps)[-self.keep :])
         if self.keep_every:
             kept.update(step for step in steps if step % self.keep_every == 0)
-        known = [step for step in steps if math.isfinite(held_out.get(step, math.nan))]
-        kept.update(sorted(known, key=lambda step: (held_out[step], -step))[: self.keep_best])
+        known = sorted(held_out.keys() & set(steps), key=lambda step: (held_out[step], -step))
+        kept.update(known[: self.keep_best])
         return sorted(set(steps) - kept)
 
 
@@ -73,6 +73,17 @@ def aside(folder: Path) -> list[Path]:
     return _matching(folder, _DAMAGED)
 
 
+def held_out_losses(run_dir: Path, checkpoints: list[Path]) -> dict[int, float]:
+    """Loss at the steps of checkpoints, where it was evaluated and is finite.
+
+    Raises:
+        OSError: when ``metrics.jsonl`` cannot be read.
+    """
+    records = read_steps(run_dir / METRICS, {step_of(path) for path in checkpoints})
+    losses = {step: float(record.get("validation_loss", math.nan)) for step, record in records.items()}
+    return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+
+
 def superseded(run_dir: Path, checkpoints: list[Path], retention: Retention) -> list[Path]:
     """The checkpoints of a run that are not kept.
 
@@ -81,10 +92,7 @@ def superseded(run_dir: Path, checkpoints: list[Path], retention: Retention) -> 
     Raises:
         OSError: when the losses are needed and cannot be read.
     """
-    losses: dict[int, float] = {}
-    if retention.keep and retention.keep_best:
-        records = read_steps(run_dir / METRICS, {step_of(path) for path in checkpoints})
-        losses = {step: float(record.get("validation_loss", math.nan)) for step, record in records.items()}
+    losses = held_out_losses(run_dir, checkpoints) if retention.keep and retention.keep_best else {}
     removed = set(retention.removes([step_of(path) for path in checkpoints], losses))
     return [path for path in checkpoints if step_of(path) in removed]
 

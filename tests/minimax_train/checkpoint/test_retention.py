@@ -18,7 +18,7 @@ from support.distributed import run_ranks
 from support.runs import tiny_run
 
 STEPS = [3, 6, 7, 9, 12, 15]
-LOSSES = {3: 2.0, 6: 1.0, 7: float("nan"), 9: 1.5, 12: 1.0}  # of 15 it is not known yet
+LOSSES = {3: 2.0, 6: 1.0, 9: 1.5, 12: 1.0, 18: 0.5}  # of 15 it is not known yet, 18 is there no longer
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ LOSSES = {3: 2.0, 6: 1.0, 7: float("nan"), 9: 1.5, 12: 1.0}  # of 15 it is not k
         ((1, 0, 1), [12, 15]),  # of equal ones the later
         ((1, 0, 2), [6, 12, 15]),
         ((1, 0, 3), [6, 9, 12, 15]),
-        ((1, 0, 9), [3, 6, 9, 12, 15]),  # one that is not finite is never among the best
+        ((1, 0, 9), [3, 6, 9, 12, 15]),
         ((2, 7, 1), [7, 12, 15]),
     ],
 )
@@ -124,7 +124,16 @@ def test_prune_keeps_the_newest_whole_one(trained, tmp_path, capfd):
     assert _steps(run) == [older, newest]
 
 
-def test_prune_refuses(tmp_path, capfd):
+def test_prune_refuses(trained, tmp_path, capfd):
+    run, before = shutil.copytree(trained, tmp_path / "run"), _steps(trained)
+    for options in (["--keep", "0"], ["--keep", "0", "--keep-every", "0"]):
+        assert main(["prune", str(run), *options]) == 2
+        assert "has no effect with checkpoint.keep=0; give --keep\n" in capfd.readouterr().err
+    (run / "metrics.jsonl").write_text('{"step": 11, "validation_loss": NaN}\n{"step": 9, "loss": 1}\nno record')
+    assert main(["prune", str(run)]) == 2
+    told = f"error: --keep-best=2: {run}/metrics.jsonl has no held-out loss at the step of any checkpoint\n"
+    assert capfd.readouterr().err == told and _steps(run) == before
+    tmp_path /= "other"
     assert main(["prune", str(tmp_path)]) == 2
     assert capfd.readouterr().err == f"error: {tmp_path}: no run with checkpoints in it\n"
     for bad, option in itertools.product(("-1", "1.5", "many"), ("--keep", "--keep-best")):
