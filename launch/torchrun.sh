@@ -28,5 +28,7 @@ else
   options=(--standalone "--nproc-per-node=$((gpus > 0 ? gpus : 1))")
 fi
 
+# By default SIGUSR1 would end torchrun, and the run with it, at once.
+options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${options[@]}")
 minimax-train --cfg "$@" >/dev/null # refuses a bad configuration once, before any process is started
 exec torchrun "${options[@]}" --no-python minimax-train "$@"

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import socket
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -19,16 +14,14 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.config import Config, load_config, to_yaml
-from minimax_train.errors import ConfigError, GridChange, Interrupted, TrainingError, exit_status, require
+from minimax_train.errors import ConfigError, Interrupted, Saved, TrainingError, exit_status, require
 from minimax_train.first_rank import on_first_rank
+from minimax_train.leave import Leave
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
 from minimax_train.startup import Startup
-
-# From a SIGINT to the end of a process that does not come to it by itself; torchrun kills after 30.
-_INTERRUPT_S = 20.0
 
 USAGE = """
 Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
@@ -38,7 +31,8 @@ experiment. Run by itself it is a run of one process; under torchrun or srun, on
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop, 3 for one that
-    goes on when it is started again on its next stage's process grid."""
+    is saved and goes on when it is started again (on its next stage's process grid, or after a signal), 130 and 143 for
+    one that a signal ended without."""
     parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
@@ -57,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         error.on_all_ranks = True
         return _fail(error, environment.rank)
+    leave = Leave(environment.rank)
     try:
-        with one_interrupt():
-            run(config, environment)
+        with leave.watch():
+            run(config, environment, leave)
     except (ConfigError, TrainingError) as error:
         return _fail(error, environment.rank)
     except (RuntimeError, MemoryError) as error:
@@ -69,39 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(Interrupted("interrupted before the first step"), environment.rank)
     return 0
-
-
-@contextmanager
-def one_interrupt() -> Iterator[None]:
-    """Inside, the first SIGINT raises KeyboardInterrupt and others do nothing: torchrun repeats a Ctrl-C. A rank that
-    waits for another, where Python cannot raise anything, ends after a while all the same.
-    """
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # started in the background by a shell script
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    def watch() -> None:
-        while (number := told.recv(1)) and signal.SIGINT not in number:
-            pass  # another signal
-        if number:
-            time.sleep(_INTERRUPT_S)
-            to_stderr(f"error: interrupted; what ran did not end within {_INTERRUPT_S:.0f} s and was left")
-            os._exit(130)
-
-    told, tells = socket.socketpair()
-    tells.setblocking(False)
-    before, wakeup = signal.signal(signal.SIGINT, interrupt), signal.set_wakeup_fd(tells.fileno())
-    threading.Thread(target=watch, name="interrupt", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGINT, before)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,7 +98,7 @@ def _fail(error: ConfigError | TrainingError, rank: int) -> int:
         lines = str(error).splitlines()
         # Libraries write essays; only a worker's traceback keeps its lines.
         told = " ".join(map(str.strip, lines)) if isinstance(error, ConfigError) else "\n".join(lines)
-        kind = "stopped" if isinstance(error, GridChange) else "error"
+        kind = "stopped" if isinstance(error, Saved) else "error"
         to_stderr(f"{f'rank {rank}: ' if rank else ''}{kind}: {told}")
     status = exit_status(error)
     if dist.is_initialized():
@@ -146,7 +108,7 @@ def _fail(error: ConfigError | TrainingError, rank: int) -> int:
     return status
 
 
-def run(config: Config, environment: ProcessEnvironment) -> None:
+def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     """Join the process group, train, leave."""
     share_processors()
     _end_with_torchrun()
@@ -171,11 +133,15 @@ def run(config: Config, environment: ProcessEnvironment) -> None:
             config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
         grid = ProcessGrid.create(device_type, timeout, **config.parallel.sizes)
         startup.mark("process groups")
-        trainer = Trainer(config, grid, device, startup)
+        trainer = Trainer(config, grid, device, startup, leave)
         try:
             trainer.train()
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted after step {trainer.progress.step}; {trainer.store.to_go_on()}") from None
+        except Saved:
+            # The first rank closes its logs; a launcher ends the others as soon as one has left.
+            on_first_rank(lambda: None)
+            raise
     finally:
         release_lock(Path(config.run_dir))
     dist.destroy_process_group()

@@ -119,6 +119,10 @@ class Config:
     def __post_init__(self) -> None:
         check_fields("", self)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        evaluates = self.data.has_validation and self.recipe.eval_interval > 0
+        accepted = "must be 0 in a run without evaluation (recipe.eval_interval, held-out documents)"
+        best = self.checkpoint.keep_best
+        require(evaluates or best == 0, "checkpoint.keep_best", best, accepted)
         stages = Recipe(self).stages
         for before, stage in zip([stages[0], *stages], stages, strict=False):
             with naming(stage):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Exit status of a process that SIGTERM or SIGUSR1 ended without saving: 128 and SIGTERM, as a shell has it.
+LEFT = 143
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run: the message names the key, its value and what would be accepted.
@@ -23,17 +26,21 @@ class Interrupted(TrainingError):
     """A run that the user stopped (Ctrl-C, SIGINT): the message says where."""
 
 
-class GridChange(TrainingError):
-    """A run that is saved and has to be started again, for its next stage has another process grid: the message says
-    which."""
+class Saved(TrainingError):
+    """A run that has left before its end, is saved, and goes on when it is started again: the message says why and
+    where."""
+
+
+class GridChange(Saved):
+    """The next stage of the run has another process grid: the message says which."""
 
 
 def exit_status(error: BaseException) -> int:
-    """Of a process that ends with the error: 2 for a configuration, 3 for a change of the process grid, 130 for an
-    interruption, else 1."""
+    """Of a process that ends with the error: 2 for a configuration, 3 for a run that is saved and goes on when it is
+    started again, 130 for an interruption, else 1."""
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return 130
-    if isinstance(error, GridChange):
+    if isinstance(error, Saved):
         return 3
     return 2 if isinstance(error, ConfigError) else 1
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minimax_train.cache import find_cache
+from minimax_train.checkpoint.initial_weights import find_weights
 from minimax_train.checkpoint.reading import METADATA
-from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
+from minimax_train.checkpoint.store import PROGRESS, CheckpointStore
 from minimax_train.config import Config, config_on, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
@@ -31,20 +32,23 @@ _FILES = (LOCK, CONFIG, TOKENIZER, CHECKPOINTS, METRICS, PICTURE, WANDB_ID)
 _DRAFTS = tuple(name + UNFINISHED for name in (CONFIG, TOKENIZER, METRICS, WANDB_ID))
 
 
-def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, Path | None]:
+def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, Path | None, Path | None]:
     """Take the folder for this run alone, check it, write configuration and tokenizer; called by all ranks.
 
     Returns:
-        The tokenizer, and the checkpoint to resume from: the newest that is whole.
+        The tokenizer; the checkpoint to resume from, which is the newest whole one; without one, that whose weights
+        the run starts from.
 
     Raises:
         ConfigError: on all ranks, when the folder is in use, holds what no run wrote, another run, or a damaged one.
     """
     folder = Path(config.run_dir)
     on_first_rank(lambda: _take(config, folder, store))
-    checkpoint = store.newest_whole()
-    on_first_rank(lambda: _prepare(config, folder, checkpoint, store))
-    return load_tokenizer(folder / TOKENIZER), checkpoint
+    checkpoint, weights = store.newest_whole(), None
+    if checkpoint is None and config.checkpoint.initial_weights is not None:
+        weights = find_weights(config.checkpoint.initial_weights)
+    on_first_rank(lambda: _prepare(config, folder, checkpoint, weights, store))
+    return load_tokenizer(folder / TOKENIZER), checkpoint, weights
 
 
 def on_grid_of_stage(config: Config, world_size: int) -> Config:
@@ -55,7 +59,7 @@ def on_grid_of_stage(config: Config, world_size: int) -> Config:
         ConfigError: when the folder cannot be searched or the checkpoint is damaged, when it is not known whether the
             stage has ended, or that grid cannot be laid out on so many processes.
     """
-    store, recipe, progress = CheckpointStore(Path(config.run_dir), config.checkpoint.keep), Recipe(config), Progress()
+    store, recipe, progress = CheckpointStore(Path(config.run_dir)), Recipe(config), Progress()
     checkpoint = None
     if config.checkpoint.resume == "auto":
         with _usable(config):
@@ -104,10 +108,12 @@ def _take(config: Config, folder: Path, store: CheckpointStore) -> None:
         )
 
 
-def _prepare(config: Config, folder: Path, checkpoint: Path | None, store: CheckpointStore) -> None:
+def _prepare(
+    config: Config, folder: Path, checkpoint: Path | None, weights: Path | None, store: CheckpointStore
+) -> None:
     try:
         if checkpoint is None:
-            _start(config, folder)
+            _start(config, folder, weights)
         else:
             _resume(config, folder, checkpoint, store)
         save_config(config, folder / CONFIG)
@@ -151,14 +157,14 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir()) and (path.name == CHECKPOINTS or not path.is_symlink())
 
 
-def _start(config: Config, folder: Path) -> None:
+def _start(config: Config, folder: Path, weights: Path | None) -> None:
     """Make the tokenizer of a new run. What an earlier one left that has no checkpoint is kept under other names."""
     draft = folder / (TOKENIZER + UNFINISHED)
     shutil.rmtree(draft, ignore_errors=True)
     try:
         tokenizer = _prepare_tokenizer(config, draft)
-        if config.checkpoint.initial_weights is not None:
-            _refuse_other_tokens(config, config.checkpoint.initial_weights, tokenizer)
+        if weights is not None:
+            _refuse_other_tokens(config, weights, tokenizer)
         _set_aside(folder, draft)
         if not _same_files(folder / TOKENIZER, draft):
             draft.rename(folder / TOKENIZER)
@@ -241,16 +247,17 @@ def _tokenizer_json(folder: Path) -> object:
     return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def _refuse_other_tokens(config: Config, weights: str, tokenizer: Tokenizer) -> None:
-    """Embedding rows of initial weights mean the tokens they were trained with."""
-    try:
-        theirs = find_checkpoint(weights) / TOKENIZER
-    except ConfigError as error:
-        raise ConfigError(f"checkpoint.initial_weights={weights!r}: {error}") from error
+def _refuse_other_tokens(config: Config, weights: Path, tokenizer: Tokenizer) -> None:
+    """Embedding rows of initial weights mean the tokens they were trained with. Of another number, they are not
+    loaded."""
+    theirs, given = weights / TOKENIZER, config.checkpoint
+    partial = not given.initial_weights_strict and (weights / CONFIG).is_file()
+    if partial and read_config(weights / CONFIG).model.vocab_size != config.model.vocab_size:
+        return
     if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "
-            f"checkpoint.initial_weights={weights!r} was trained with; pass data.tokenizer={theirs}"
+            f"checkpoint.initial_weights={given.initial_weights!r} was trained with; pass data.tokenizer={theirs}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -12,17 +13,19 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.cache import find_cache, use_kernel_cache
+from minimax_train.checkpoint.initial_weights import load_weights
 from minimax_train.checkpoint.saving import Saver
-from minimax_train.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
 from minimax_train.data.count import count_tokens
 from minimax_train.engines import StepReport, StepSums
-from minimax_train.errors import ConfigError, GridChange, TrainingError
+from minimax_train.errors import ConfigError, GridChange, Saved, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.kernels.compile_cache import import_compilers
+from minimax_train.leave import Leave
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.origins import origin_metrics
@@ -40,15 +43,24 @@ class Trainer:
 
     Args:
         startup: of this process, with what was done before; told after the first step.
+        leave: what signals ask of the run; none is asked of one without.
     """
 
-    def __init__(self, config: Config, grid: ProcessGrid, device: torch.device, startup: Startup | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        device: torch.device,
+        startup: Startup | None = None,
+        leave: Leave | None = None,
+    ) -> None:
         self.startup = Startup() if startup is None else startup
+        self.leave = Leave() if leave is None else leave
         use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
-        self.store = CheckpointStore(self.run_dir, config.checkpoint.keep)
-        self.tokenizer, resumed = prepare_run_dir(config, self.store)
+        self.store = CheckpointStore(self.run_dir, config.checkpoint.retention)
+        self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
         self.peak_flops_per_s = peak_flops_per_s(device)
         # Before the model: worker processes open the data while it is built.
@@ -70,7 +82,7 @@ class Trainer:
             self.startup.mark("imports")
         self._compare_data(on_every_rank(self.loader.open))
         self.startup.mark("waiting for data")
-        self.progress = self._restore(resumed)
+        self.progress = self._restore(resumed, weights)
         self.first_step = self.progress.step  # taken before this process
         self.notes = self._count_epoch()
         self.evaluation: Evaluation | None = None
@@ -94,6 +106,7 @@ class Trainer:
 
         Raises:
             GridChange: on all ranks, when the next stage needs another process grid; the run is saved.
+            Saved: on all ranks, when a signal had the run save and leave.
         """
         recipe, checkpoint = self.config.recipe, self.config.checkpoint
         if recipe.eval_interval and self.evaluation is None:
@@ -111,6 +124,7 @@ class Trainer:
             if not self.is_over:
                 # The grid was chosen for the newest checkpoint, which may have been damaged.
                 self._stop_for_another_grid()
+            self.leave.begin(checkpoint.leave_within_s, self.store.to_go_on)
             while not self.is_over:
                 taken = self.train_step()
                 if taken.number == self.first_step + 1:
@@ -119,8 +133,9 @@ class Trainer:
                 if late is not None:  # its results, now that the device has the next step to work on
                     self.report(late)
                 step, ends = taken.number, self.ends_stage
-                evaluates = self.evaluates()
-                saves = ends or (checkpoint.interval and step % checkpoint.interval == 0)
+                leaves = not ends and self.leave.agreed()  # after the end of a stage a step later
+                evaluates = self.evaluates() and not leaves  # else when the run goes on
+                saves = ends or leaves or (checkpoint.interval and step % checkpoint.interval == 0)
                 late = taken if step % self.config.logging.interval == 0 or self.is_over else None
                 # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
                 # The loss of a step may decide on the batch of the next.
@@ -129,9 +144,12 @@ class Trainer:
                     self.report(late)
                     late = None
                 if saves:  # first: whatever happens in an evaluation, no step is lost
-                    self.save(taken.plan, must_succeed=ends)
+                    self.save(taken.plan, must_succeed=bool(ends or leaves))
                 if evaluates:
                     self.log.report(step, self.evaluate(taken.plan))
+                if leaves:
+                    self.log.finish()
+                    raise Saved(f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}")
                 if ends:
                     self._stop_for_another_grid()
             self.saver.wait()
@@ -365,8 +383,8 @@ class Trainer:
             error.on_all_ranks = True
             raise error
 
-    def _restore(self, resumed: Path | None) -> Progress:
-        state, weights = self.engine.snapshot(), self.config.checkpoint.initial_weights
+    def _restore(self, resumed: Path | None, weights: Path | None) -> Progress:
+        state = self.engine.snapshot()
         if resumed is not None:
             progress = self.store.load(resumed, state)
             self.engine.restore(state)
@@ -376,7 +394,6 @@ class Trainer:
                 raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress
         if weights is not None:
-            # One rank looks: on a network file system the others may not see the same folder yet.
-            load_weights(on_first_rank(lambda: find_checkpoint(weights)), state["model"])
+            load_weights(weights, state["model"], strict=self.config.checkpoint.initial_weights_strict)
             self.engine.restore({"model": state["model"]})
         return Progress()

@@ -18,6 +18,11 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
+# The first line of a process that a rank starts: signals to all processes of a job or a terminal are the rank's to
+# answer, also while the process is still importing.
+IGNORE_SIGNALS = (
+    "import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]"
+)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MOST_PROCESSES = 2**20
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")

@@ -1,10 +1,13 @@
-"""``minimax-checkpoint ls|verify|diff``: what a run has saved, whether it is as it was saved, what two have apart."""
+"""``minimax-checkpoint ls|verify|diff|prune``: what a run has saved, whether it is as it was saved, what two have
+apart; and what is not to be kept removed."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +16,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minimax_train.checkpoint.manifest import MANIFEST, check_hashes, read_manifest
 from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.checkpoint.retention import Retention, aside, drafts, held_out_losses, remove, step_of, superseded
 from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
-from minimax_train.errors import ConfigError
-from minimax_train.files import CHECKPOINTS
+from minimax_train.config import read_config
+from minimax_train.errors import ConfigError, require
+from minimax_train.fields import Field, fields_of
+from minimax_train.files import CHECKPOINTS, CONFIG, METRICS
 from minimax_train.metrics.console import to_stderr
+from minimax_train.metrics.log import read_steps
+from minimax_train.run_lock import release_lock, take_lock
+
+LOSSES = "loss", "validation_loss"
+_UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,10 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         for path in paths:
             command.add_argument(path.lower(), metavar=path, type=Path, help="a run or a checkpoint")
+        if run is _prune:
+            for key, what in fields_of(Retention).items():
+                told = f"number; by default the run's checkpoint.{key}"
+                command.add_argument(f"--{key.replace('_', '-')}", type=_number(what), help=told)
+            command.add_argument("--damaged", action="store_true", help="remove damaged ones that were kept aside, too")
+            command.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     options = vars(parser.parse_args(arguments))
-    run, paths = COMMANDS[options["command"]]
+    run, paths = COMMANDS[options.pop("command")]
+    given = [options.pop(path.lower()) for path in paths]
     try:
-        return run(*(options[path.lower()] for path in paths))
+        return run(*given, **options)
     except ConfigError as error:
         to_stderr(f"error: {' '.join(str(error).split())}")
         return 2
@@ -43,20 +61,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(path: Path) -> int:
-    """list the checkpoints of a run: step, tokens, size, and what is damaged, without reading tensors"""
-    print(f"{'step':>12}{'tokens':>18}{'GB':>10}  state")
+    """list the checkpoints of a run: step, tokens, size, age, losses, process grid, and what is damaged, without
+    reading tensors"""
+    checkpoints = _checkpoints(path)
+    records = read_steps(checkpoints[0].parents[1] / METRICS, {step_of(checkpoint) for checkpoint in checkpoints})
+    print(f"{'step':>12}{'tokens':>18}{'GB':>10}{'age':>8}{'loss':>10}{'held-out':>10}  {'grid':<16}  state")
     damaged = 0
-    for checkpoint in _checkpoints(path):
-        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e9
+    for checkpoint in checkpoints:
+        record, tokens = records.get(step_of(checkpoint), {}), ""
+        losses = "".join(f"{record[name]:10.4f}" if name in record else f"{'-':>10}" for name in LOSSES)
+        grid, state = "?", f"no {MANIFEST}: saved by an earlier version"
         try:
-            progress = CheckpointStore(path, keep=0).check(checkpoint)
+            tokens = f"{CheckpointStore(path).check(checkpoint).tokens:,}"
+            state = "whole" if (checkpoint / MANIFEST).is_file() else state
+            grid = _grid(checkpoint)
         except ConfigError as error:
-            damaged += 1
-            print(f"{checkpoint.name:>12}{'':18}{size:10.2f}  {error}")
-            continue
-        state = "whole" if (checkpoint / MANIFEST).is_file() else f"no {MANIFEST}: saved by an earlier version"
-        print(f"{progress.step:12,}{progress.tokens:18,}{size:10.2f}  {state}")
+            damaged, state = damaged + 1, str(error)
+        told = f"{step_of(checkpoint):12,}{tokens:>18}{_size(checkpoint) / 1e9:10.2f}{_age(checkpoint):>8}"
+        print(f"{told}{losses}  {grid:<16}  {state}")
     return int(damaged > 0)
+
+
+def _prune(run: Path, *, damaged: bool, dry_run: bool, **given: int | None) -> int:
+    """remove checkpoints of a run that is not being trained: all but the newest, every n-th and best ones; and what was
+    left half written; the newest whole one stays"""
+    store = CheckpointStore(run)
+    checkpoints = store.all()
+    if not checkpoints:
+        raise ConfigError(f"{run}: no run with {CHECKPOINTS} in it")
+    if not dry_run:
+        take_lock(run, "RUN")
+    try:
+        retention = replace(
+            read_config(run / CONFIG).checkpoint.retention,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+        accepted = "has no effect with checkpoint.keep=0; give --keep"
+        for key in ("keep_every", "keep_best"):
+            value = getattr(retention, key)
+            require(retention.keep > 0 or value == 0, f"--{key.replace('_', '-')}", value, accepted)
+        known = not retention.keep_best or bool(held_out_losses(run, checkpoints))
+        accepted = f"{run / METRICS} has no held-out loss at the step of any checkpoint"
+        require(known, "--keep-best", retention.keep_best, accepted)
+        print(f"keeps {_told(retention)}")
+        newest, _ = store.newest_checked()
+        old = [path for path in superseded(run, checkpoints, retention) if path != newest]
+        freed = 0
+        for path in [*drafts(store.folder), *old, *(aside(store.folder) if damaged else [])]:
+            size = _size(path)
+            if not dry_run:
+                remove(path)
+            freed += size
+            print(f"{path}: {'would be removed' if dry_run else 'removed'}, {size / 1e9:.2f} GB")
+        print(f"{freed / 1e9:.2f} GB {'would be' if dry_run else 'are'} free again; the newest whole one is {newest}")
+    finally:
+        release_lock(run)
+    return 0
+
+
+def _told(retention: Retention) -> str:
+    if retention.keep == 0:
+        return "all checkpoints (keep=0)"
+    reasons = [
+        f"the {retention.keep} newest",
+        f"those of every {retention.keep_every} steps" if retention.keep_every else "",
+        f"the {retention.keep_best} of the least held-out loss" if retention.keep_best else "",
+    ]
+    return ", ".join(filter(None, reasons))
+
+
+def _number(what: Field) -> Callable[[str], int]:
+    """Reads an option for a field."""
+
+    def number(text: str) -> int:
+        assert what.range is not None
+        if not text.isdecimal() or int(text) > what.range.greatest:
+            raise argparse.ArgumentTypeError(f"{text!r}: {what.range}")
+        return int(text)
+
+    return number
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _age(checkpoint: Path) -> str:
+    """Since it was saved, in the largest unit of which it is two or more."""
+    seconds = time.time() - max(file.stat().st_mtime for file in (checkpoint, *checkpoint.glob(PROGRESS)))
+    unit, name = next(((unit, name) for unit, name in _UNITS if seconds >= 2 * unit), _UNITS[-1])
+    return f"{max(0, seconds) / unit:.0f} {name}"
+
+
+def _grid(checkpoint: Path) -> str:
+    """Sizes of the grid's axes that are not 1."""
+    sizes = read_config(checkpoint / CONFIG).parallel.sizes
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "-"
 
 
 def _verify(path: Path) -> int:
@@ -121,7 +222,7 @@ def _checkpoints(path: Path) -> list[Path]:
     """
     if (path / PROGRESS).is_file():
         return [path]
-    found = CheckpointStore(path, keep=0).all()
+    found = CheckpointStore(path).all()
     if not found:
         raise ConfigError(f"{path}: neither a run with {CHECKPOINTS} in it nor a checkpoint")
     return found
@@ -131,6 +232,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], tuple[str, ...]]] = {
     "ls": (_list, ("RUN",)),
     "verify": (_verify, ("PATH",)),
     "diff": (_diff, ("A", "B")),
+    "prune": (_prune, ("RUN",)),
 }
 
 

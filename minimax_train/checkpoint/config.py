@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from minimax_train.errors import require_choice
+from minimax_train.checkpoint.retention import Retention
+from minimax_train.errors import require, require_choice
 from minimax_train.fields import PATH, Range, check_fields
 
 
@@ -18,17 +19,40 @@ class CheckpointConfig:
         async_save: save beside training: the state is copied to host memory, from which a process beside each rank
             writes it. Training waits for saves where that memory does not suffice, and where a run or a stage ends.
         keep: how many of the newest are kept; 0 for all.
+        keep_every: also kept are those whose step is a multiple of this number; 0 for none.
+        keep_best: also kept are so many with the least held-out loss. An evaluation follows the save of its step, so
+            that a checkpoint is compared at the saves after it, and only where an evaluation falls on its step.
         resume: ``auto`` continues from the newest checkpoint in ``run_dir``, or starts if there is none; ``never``
             refuses a ``run_dir`` that already holds one.
-        initial_weights: a checkpoint, or a run, whose weights (not optimizer or data position) a new run starts from.
+        leave_within_s: seconds from a SIGTERM or SIGUSR1, at which the run saves and leaves, to the end of a process
+            that has not come to it; torchrun kills 30 s after its signal.
+        initial_weights: a checkpoint, or a run and so its newest whole one, whose weights (not optimizer or data
+            position) a new run starts from.
+        initial_weights_strict: refuse a checkpoint that does not hold just this model's parameters. Otherwise those
+            that it holds by the same name in the same shape are loaded, and the others are told.
     """
 
     interval: Annotated[int, Range(0, 10**9)] = 500
     async_save: bool = True
     keep: Annotated[int, Range(0, 10**9)] = 2
+    keep_every: Annotated[int, Range(0, 10**9)] = 0
+    keep_best: Annotated[int, Range(0, 10**9)] = 0
     resume: str = "never"
+    leave_within_s: Annotated[float, Range(1, 10**6)] = 25.0
     initial_weights: Annotated[str | None, PATH] = None
+    initial_weights_strict: bool = True
 
     def __post_init__(self) -> None:
         check_fields("checkpoint", self)
         require_choice("checkpoint.resume", self.resume, ("auto", "never"))
+        for name in ("keep_every", "keep_best"):
+            value, accepted = getattr(self, name), "must be 0 with checkpoint.keep=0, which keeps all"
+            require(self.keep > 0 or value == 0, f"checkpoint.{name}", value, accepted)
+        key, accepted = "checkpoint.initial_weights_strict", "must be true without checkpoint.initial_weights"
+        given = self.initial_weights is not None
+        require(given or self.initial_weights_strict, key, self.initial_weights_strict, accepted)
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        return Retention(self.keep, self.keep_every, self.keep_best)

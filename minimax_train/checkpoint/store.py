@@ -12,44 +12,41 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from minimax_train.checkpoint.manifest import DamagedCheckpoint, check_shards, sync_folder, write_manifest
 from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
+from minimax_train.checkpoint.retention import KEEP_ALL, Retention, drafts, named, remove, step_of, superseded
 from minimax_train.checkpoint.shards import Written, write_index
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError
 from minimax_train.files import CHECKPOINTS, CONFIG, TOKENIZER, UNFINISHED
 from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
 from minimax_train.recipe import Progress
 
 PROGRESS = "progress.json"
-_NAME = re.compile(r"step-(\d{8,})")
-_LEFT = re.compile(rf"{_NAME.pattern}(\.old)?{re.escape(UNFINISHED)}")  # by a run that was killed
 
 
 class CheckpointStore:
     """The checkpoints of one run, as they lie on disk (``saving.py`` has all ranks save one)."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir: Path, retention: Retention = KEEP_ALL) -> None:
+        self.run_dir, self.retention = run_dir, retention
         self.folder = run_dir / CHECKPOINTS
 
     def all(self) -> list[Path]:
         """What is named like finished checkpoints, oldest first."""
-        return _named(self.folder)
+        return named(self.folder)
 
     def latest(self) -> Path | None:
         """What is named like the newest finished checkpoint; :meth:`check` tells whether it is one."""
-        return (_named(self.folder) or [None])[-1]
+        return (named(self.folder) or [None])[-1]
 
     def newest_checked(self) -> tuple[Path, Progress]:
         """The newest checkpoint that :meth:`check` does not find damaged, and its progress.
@@ -59,7 +56,7 @@ class CheckpointStore:
             ConfigError: as :meth:`check`.
         """
         damage: list[DamagedCheckpoint] = []
-        for path in reversed(_named(self.folder)):
+        for path in reversed(named(self.folder)):
             try:
                 return path, self.check(path)
             except DamagedCheckpoint as error:
@@ -75,7 +72,7 @@ class CheckpointStore:
             ConfigError: as :meth:`check`, or when files cannot be read or renamed.
         """
         damaged: dict[Path, DamagedCheckpoint] = {}
-        for path in reversed(on_first_rank(lambda: _named(self.folder))):
+        for path in reversed(on_first_rank(lambda: named(self.folder))):
             try:
                 on_first_rank(lambda path=path: self.check(path))
                 check_shards(path)
@@ -118,9 +115,8 @@ class CheckpointStore:
         Raises:
             OSError: when that fails.
         """
-        for left in self.folder.glob(f"*{UNFINISHED}"):
-            if _LEFT.fullmatch(left.name):
-                shutil.rmtree(left)
+        for left in drafts(self.folder):
+            shutil.rmtree(left)
         self.draft(step).mkdir(parents=True)
 
     def finish(self, step: int, metadata: Metadata, written: Sequence[Written], progress: str, config: str) -> float:
@@ -184,14 +180,16 @@ class CheckpointStore:
             note(f"{error}; it is kept as {kept.name}, and the run goes on from {instead}")
 
     def _remove_old(self) -> None:
-        for path in self._saved()[: -self.keep] if self.keep else []:
+        try:
+            old = superseded(self.run_dir, self._saved(), self.retention)
+        except OSError as error:
+            note(f"{self.folder}: no checkpoint is removed: {error}")
+            return
+        for path in old:
             try:
-                # Killed in between, what is left does not look like a checkpoint.
-                leaving = path.with_name(f"{path.name}.old{UNFINISHED}")
-                path.rename(leaving)
-                shutil.rmtree(leaving)
+                remove(path)
             except OSError as error:
-                note(f"{path}: cannot be removed, though checkpoint.keep={self.keep}: {error}")
+                note(f"{path}: cannot be removed, though checkpoint.keep={self.retention.keep}: {error}")
 
     def to_go_on(self) -> str:
         """What a user can do after the run has stopped."""
@@ -201,25 +199,9 @@ class CheckpointStore:
         return f"no checkpoint is in {self.folder} to continue from"
 
     def _saved(self) -> list[Path]:
-        return [path for path in _named(self.folder) if (path / METADATA).is_file()]
+        return [path for path in named(self.folder) if (path / METADATA).is_file()]
 
 
-def load_weights(path: Path, model: dict[str, Tensor]) -> None:
-    """Fill parameters alone, by name, from a checkpoint.
-
-    Raises:
-        ConfigError: when it is damaged, lacks a parameter, or holds it in another shape.
-    """
-    files = CheckpointFiles(path)
-    on_first_rank(lambda: files.read_metadata() and None)
-    check_shards(path)
-    stored = files.read_metadata().state_dict_metadata
-    for name, parameter in model.items():
-        size = getattr(stored.get(f"model.{name}"), "size", None)
-        held = "no such parameter" if size is None else f"one of {tuple(size)}"
-        accepted = f"this model's {name} is {tuple(parameter.shape)}, the checkpoint holds {held}"
-        require(size == parameter.shape, "checkpoint.initial_weights", str(path), accepted)
-    files.load({"model": model})
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -233,16 +215,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     if (path / PROGRESS).is_file():
         raise ConfigError(f"{path}: not a whole checkpoint: there is no {METADATA} in it")
-    named = _named(path / CHECKPOINTS)
-    if not named:
+    found = named(path / CHECKPOINTS)
+    if not found:
         raise ConfigError(f"{path}: neither a checkpoint (a folder with {METADATA}) nor a run that holds one")
-    return named[-1]
-
-
-def _named(folder: Path) -> list[Path]:
-    """What is named like a finished checkpoint, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(p.name.partition("-")[2]))
+    return found[-1]
 
 
 def _read_progress(path: Path) -> Progress:
@@ -251,6 +227,6 @@ def _read_progress(path: Path) -> Progress:
         progress = Progress(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise DamagedCheckpoint(f"{file}: damaged: not the progress of a run: {error}") from error
-    if progress.step != int(path.name.partition("-")[2]):
+    if progress.step != step_of(path):
         raise DamagedCheckpoint(f"{file}: damaged: it says step {progress.step!r}, its folder {path.name}")
     return progress

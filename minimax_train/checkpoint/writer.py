@@ -22,7 +22,7 @@ from minimax_train.checkpoint.shards import Written, write_shards
 from minimax_train.checkpoint.staging import Place, staged
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import one_line
-from minimax_train.parallel.environment import end_with_parent
+from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
 
 _EXIT_TIMEOUT_S = 5.0
 
@@ -45,8 +45,8 @@ class WriterProcess:
 
     def __init__(self, descriptor: int, size: int, rank: int) -> None:
         ours, theirs = socket.socketpair()
-        # Ctrl-C goes to all processes of a terminal, also to one that is still being imported.
-        start = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from {__name__} import main; main()"
+        # Signals to a whole job are the trainer's to answer, also while this process is still being imported.
+        start = f"{IGNORE_SIGNALS}; from {__name__} import main; main()"
         with theirs:
             arguments = map(str, (theirs.fileno(), descriptor, size, rank, os.getpid()))
             self.process = subprocess.Popen(
@@ -134,8 +134,7 @@ def main() -> None:
     """The writer process: file descriptors of the connection and of staging memory, its size, rank, and the process
     that started it."""
     descriptor, memory, size, rank, parent = map(int, sys.argv[1:])
-    end_with_parent(parent)  # and not before: a SIGTERM to the whole job is the trainer's to answer
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent(parent)  # and not before
     faulthandler.enable()
     os.nice(10)  # threads that launch kernels go first
     torch.set_num_threads(1)

@@ -26,9 +26,10 @@ from typing import Any
 
 from minimax_train.data.in_process import InProcess, Opened, Packed, Streams
 from minimax_train.errors import ConfigError, TrainingError
-from minimax_train.parallel.environment import end_with_parent
+from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
 
 _EXIT_TIMEOUT_S = 5.0
+_SHOW_STACKS = signal.SIGUSR2
 
 
 class WorkerProcess:
@@ -88,7 +89,7 @@ class WorkerProcess:
         try:
             if not self._connection.poll(self._timeout_s):
                 if self._pid:
-                    os.kill(self._pid, signal.SIGUSR1)  # it writes to stderr where it is
+                    os.kill(self._pid, _SHOW_STACKS)  # it writes to stderr where it is
                 where = "; above is where it was" if self._pid else ""
                 waited = f"gave no answer for {self._timeout_s:g} s (parallel.timeout_s){where}"
                 raise _on_this_rank(f"{self._name} {waited}")
@@ -157,8 +158,7 @@ def start_worker(streams: Streams, num_ranks: int) -> Started:
             pickle.dump(streams, told)
             told.seek(0)
             arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
-            # Ctrl-C goes to all processes of a terminal, also to one that is still being imported.
-            start = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from {__name__} import main; main()"
+            start = f"{IGNORE_SIGNALS}; from {__name__} import main; main()"
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", start, *arguments],
                 stdin=told,
@@ -175,9 +175,8 @@ def start_worker(streams: Streams, num_ranks: int) -> Started:
 def main() -> None:
     """The worker process: file descriptor of the listening socket, number of ranks, process that started it."""
     descriptor, num_ranks, parent = map(int, sys.argv[1:])
-    end_with_parent(parent)  # and not before: a SIGTERM to the whole job is the trainer's to answer
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    end_with_parent(parent)
+    faulthandler.register(_SHOW_STACKS, all_threads=True)
     os.nice(10)  # threads that launch kernels go first
     streams = pickle.load(sys.stdin.buffer)
     with socket.socket(fileno=descriptor) as listener:

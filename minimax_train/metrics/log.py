@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.metrics.console import ConsoleReporter, note
 from minimax_train.metrics.plot import plot_loss
+
+_STEP = re.compile(rb'\{"step": (\d+),')
 
 
 class MetricLog:
@@ -155,6 +159,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"{path}:{number}: not a record of a run's metrics; move the file away") from error
     return records
+
+
+def read_steps(path: Path, steps: Collection[int]) -> dict[int, dict[str, Any]]:
+    """All metrics of some steps, those of an evaluation included, from a ``metrics.jsonl``; lines that are no records
+    are passed over.
+
+    Raises:
+        OSError: when the file is there and cannot be read.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    with path.open("rb") as lines:
+        for line in lines:
+            begin = _STEP.match(line)  # of a million lines, few are parsed
+            if begin is None or int(begin[1]) not in steps:
+                continue
+            with suppress(ValueError):
+                found.setdefault(int(begin[1]), {}).update(json.loads(line))
+    return found
 
 
 def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -71,9 +72,14 @@ def test_overrides_arrive_unchanged(tmp_path):
         (tools / name).write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path}/{name}.args\n')
         (tools / name).chmod(stat.S_IRWXU)
     assert _start("torchrun.sh", arguments, tmp_path, tools).returncode == 0
-    assert (tmp_path / "torchrun.args").read_text().splitlines()[-3:] == arguments
+    given = (tmp_path / "torchrun.args").read_text().splitlines()
+    assert given[-3:] == arguments and "SIGUSR1" in given[0], "a signal to torchrun that it does not handle ends it"
     assert _start("slurm.sbatch", arguments, tmp_path, tools).returncode == 0
-    assert (tmp_path / "srun.args").read_text().splitlines()[-3:] == arguments
+    given = (tmp_path / "srun.args").read_text().splitlines()
+    assert given[-3:] == arguments
+    (within_s,) = (value.partition("=")[2] for value in given if value.startswith("checkpoint.leave_within_s="))
+    (warning_s,) = re.findall(r"^#SBATCH --signal=USR1@(\d+)$", (SCRIPTS / "slurm.sbatch").read_text(), re.MULTILINE)
+    assert float(within_s) < float(warning_s)
 
 
 @pytest.mark.parametrize(("visible", "processes"), [(None, 4), ("", 1), ("3", 1), ("0,2", 2)])

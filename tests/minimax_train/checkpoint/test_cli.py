@@ -1,5 +1,8 @@
 """``minimax-checkpoint`` as a user meets it, on what a run has saved."""
 
+import json
+import re
+
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -16,16 +19,19 @@ def _train(grid, config):
 def test_what_a_run_has_saved(tmp_path, capfd):
     options = ["recipe.steps=4", "checkpoint.interval=2", "checkpoint.keep=0", "recipe.eval_interval=0"]
     options += ["recipe.warmup_steps=0", "recipe.decay_steps=0"]
-    run_ranks(_train, 2, tiny_run(tmp_path, *options))
+    run_ranks(_train, 2, tiny_run(tmp_path, *options, "parallel.cp=2", "data.sequence_length=64"), cp=2)
     run = tmp_path / "run"
     capfd.readouterr()
     older, newer = (run / f"checkpoints/step-{step:08d}" for step in (2, 4))
 
     assert main(["ls", str(run)]) == 0
     header, *rows = capfd.readouterr().out.splitlines()
-    assert header.split() == ["step", "tokens", "GB", "state"]
+    assert header.split() == ["step", "tokens", "GB", "age", "loss", "held-out", "grid", "state"]
+    records = {r["step"]: r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    for row, step in zip(rows, (2, 4), strict=True):
+        assert re.search(rf" \d+ s +{records[step]['loss']:.4f} +- +cp=2 +whole$", row), row
     assert [row.split()[0] for row in rows] == ["2", "4"] and all(row.endswith("whole") for row in rows)
-    assert [row.split()[1] for row in rows] == [f"{step * 4 * 63:,}" for step in (2, 4)]
+    assert [row.split()[1] for row in rows] == [f"{step * 4 * 64:,}" for step in (2, 4)]
 
     assert main(["verify", str(run)]) == 0
     assert capfd.readouterr().out.count(": whole") == 2

@@ -9,9 +9,10 @@ import shutil
 import pytest
 import torch
 
+from minimax_train.checkpoint.initial_weights import find_weights, load_weights
 from minimax_train.checkpoint.manifest import DamagedCheckpoint, Entry, write_manifest
 from minimax_train.checkpoint.reading import CheckpointFiles
-from minimax_train.checkpoint.store import CheckpointStore, load_weights
+from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.convert.checkpoint import CheckpointReader
 from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
@@ -85,7 +86,7 @@ def test_all_has_reached_the_disk(tmp_path, monkeypatch):
 def test_every_corruption_is_found_and_named(run):
     """Bits flipped, files cut, grown, missing and swapped, in every kind of file."""
     choose, newest = random.Random(0), run / "checkpoints" / NEWEST
-    store, whole = CheckpointStore(run, keep=0), {name: (newest / name).read_bytes() for name in _names(newest)}
+    store, whole = CheckpointStore(run), {name: (newest / name).read_bytes() for name in _names(newest)}
     shutil.rmtree(run / "checkpoints" / BEFORE)
     assert store.newest_whole() == newest
     for turn in range(300):
@@ -150,7 +151,7 @@ def test_a_checkpoint_of_an_earlier_version_is_loaded(run):
     newest = run / "checkpoints" / NEWEST
     (newest / "manifest.json").unlink()
     _flip(newest / "config.yaml", 0)  # which nothing tells
-    assert CheckpointStore(run, keep=0).newest_whole() == newest
+    assert CheckpointStore(run).newest_whole() == newest
 
 
 def test_weights_alone_and_one_by_one(run):
@@ -163,7 +164,7 @@ def test_weights_alone_and_one_by_one(run):
         shard = newest / f"__{rank}_0.distcp"
         _flip(shard, shard.stat().st_size // 2)
         with pytest.raises(DamagedCheckpoint, match=rf"{shard}: damaged: its SHA-256 is"):
-            load_weights(newest, model)
+            find_weights(str(newest))
         _flip(shard, shard.stat().st_size // 2)
     reader = CheckpointReader(newest)
     _flip(newest / "__1_0.distcp", 1000)

@@ -5,7 +5,7 @@ import warnings
 import torch
 import torch.distributed.checkpoint as dcp
 
-from minimax_train.checkpoint.store import load_weights
+from minimax_train.checkpoint.initial_weights import load_weights
 from minimax_train.convert import from_hf, to_hf
 from minimax_train.engines.fsdp import FSDPConfig, shard
 from support.distributed import run_ranks
