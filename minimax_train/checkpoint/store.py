@@ -202,8 +202,6 @@ class CheckpointStore:
         return [path for path in named(self.folder) if (path / METADATA).is_file()]
 
 
-
-
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint at a path: itself, or the newest of the run there.
 
