@@ -7,11 +7,9 @@ whatever they are, are refused.
 
 from __future__ import annotations
 
-import io
 import pathlib
 import pickle
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,15 +76,12 @@ class CheckpointFiles(dcp.FileSystemReader):
 
     Args:
         path: the checkpoint.
-        verify: compare each shard with its checksum before it is read first, which reads it twice.
     """
 
-    def __init__(self, path: Path, *, verify: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._folder, self._verify = path, verify
+        self._folder = path
         self._metadata: Metadata | None = None
-        self._manifest = None
-        self._verified: set[str] = set()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, once the first rank has seen every shard there in full length, and every other file as it was
@@ -128,29 +123,13 @@ class CheckpointFiles(dcp.FileSystemReader):
                 raise ConfigError(f"{self._folder / METADATA}: refused: {name} is a pickled object, must be a tensor")
             by_shard.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_shard.items():
-            if self._verify and self._manifest is not None and name not in self._verified:
-                check_hashes(self._folder, self._manifest, [name])
-                self._verified.add(name)
             try:
-                if self._verify and self._manifest is None:
-                    for item in items:
-                        self._check_record(item.storage_index)
                 super().read_data(replace(plan, items=items), planner)
             except Exception as error:
                 raise ConfigError(f"{self._folder / name}: damaged: it cannot be read: {one_line(error)}") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _check_record(self, index: Any) -> None:
-        info = self.storage_data[index]
-        with open(self._folder / info.relative_path, "rb") as shard:
-            shard.seek(info.offset)
-            record = io.BytesIO(shard.read(info.length))
-        # A record is a file of torch.save: a zip archive with the CRC-32 of its members.
-        with zipfile.ZipFile(record) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile(f"the checksum of {index.fqn} is another")
 
     def _read_metadata(self) -> Metadata:
         file = self._folder / METADATA
@@ -187,8 +166,7 @@ class CheckpointFiles(dcp.FileSystemReader):
         return index
 
     def _check_files(self) -> None:
-        self._manifest = read_manifest(self._folder)
-        if self._manifest is not None:
-            check_sizes(self._folder, self._manifest)
-            small = [name for name in self._manifest if not name.endswith(SHARD)]
-            check_hashes(self._folder, self._manifest, small)
+        manifest = read_manifest(self._folder)
+        if manifest is not None:
+            check_sizes(self._folder, manifest)
+            check_hashes(self._folder, manifest, [name for name in manifest if not name.endswith(SHARD)])

@@ -7,8 +7,11 @@ decays       the buffers of lightning attention that transformers keeps beside t
 hf_config    ModelConfig to and from transformers' MiniMaxConfig
 text_01_config  ModelConfig to and from the config.json of MiniMax-Text-01
 layouts      what the two layouts differ in
-checkpoint   reading and writing checkpoints one parameter at a time
-shards       reading and writing safetensors folders one tensor, or one shard, at a time
+checkpoint   reading and writing checkpoints chunk by chunk; records: boxes of tensors out of their shards
+shards       reading and writing safetensors folders one tensor at a time
+jobs         work shared out among processes
+card         the model card of an export
+verify       the logits of both sides
 tokenizer    files and special tokens
 to_hf from_hf cli
 """

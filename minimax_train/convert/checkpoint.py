@@ -1,8 +1,8 @@
-"""Checkpoints read and written one parameter at a time, without a process group.
+"""Checkpoints read and written chunk by chunk, by any number of processes without a process group.
 
 A converted checkpoint holds what ``checkpoint.initial_weights`` and ``minimax-convert to-hf`` read:
 
-    *.distcp .metadata        "model.<parameter>", each expert a file of its own
+    *.distcp .metadata        "model.<parameter>", each chunk (an expert, ...) a file of its own
     config.yaml               the ``model`` group alone
     model/imported.yaml       the same as a Hydra group: ``minimax-train --config-dir CHECKPOINT model=imported``
     huggingface.json          what it was converted from (Origin)
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -33,11 +31,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 from yaml import YAMLError
 
+from minimax_train.checkpoint.manifest import Entry, read_manifest, seal
 from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.convert.jobs import run_jobs
 from minimax_train.convert.json_file import read_json
-from minimax_train.convert.names import Chunk, Parameter
+from minimax_train.convert.names import Chunk, Parameter, Part
+from minimax_train.convert.records import Records
 from minimax_train.convert.shards import DTYPES, require_finite
 from minimax_train.errors import ConfigError, one_line, require
 from minimax_train.files import CONFIG
@@ -69,7 +71,7 @@ def read_model_config(path: str | Path) -> ModelConfig:
     Raises:
         ConfigError: when the file is missing or its model is not one.
     """
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     try:
         model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), tree.get("model") or {}))
     except ConfigError as error:
@@ -79,7 +81,12 @@ def read_model_config(path: str | Path) -> ModelConfig:
     return model
 
 
-def _read_yaml(path: str | Path) -> DictConfig:
+def read_yaml(path: str | Path) -> DictConfig:
+    """A ``config.yaml``.
+
+    Raises:
+        ConfigError: when it cannot be read, or is none.
+    """
     try:
         tree = OmegaConf.load(path)
     except (OSError, ValueError, RecursionError, OmegaConfBaseException, YAMLError) as error:
@@ -103,7 +110,7 @@ def read_sequence_length(path: str | Path) -> int:
         ConfigError: when it names none.
     """
     try:
-        length = OmegaConf.select(_read_yaml(path), "data.sequence_length")
+        length = OmegaConf.select(read_yaml(path), "data.sequence_length")
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: data.sequence_length: {one_line(error)}") from error
     fits = isinstance(length, int) and not isinstance(length, bool) and 0 < length <= 2**40
@@ -139,28 +146,30 @@ def write_origin(origin: Origin, folder: Path) -> None:
 
 
 class CheckpointReader:
-    """Parameters of a checkpoint, the last one kept: the host holds one at a time."""
+    """Parameters of a checkpoint, read part by part.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        ConfigError: naming the file that is missing or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Read the checkpoint's index.
-
-        Raises:
-            ConfigError: when a file is missing or damaged.
-        """
         self.folder = folder
-        self._files = CheckpointFiles(folder, verify=True)
-        self._found = self._files.read_metadata().state_dict_metadata
+        self._index = CheckpointFiles(folder).read_metadata()
+        self._manifest = read_manifest(folder)
         self._dtypes: dict[str, torch.dtype] = {}
-        self._last: tuple[str, Tensor] | None = None
 
-    def check(self, parameters: Iterable[Parameter]) -> None:
-        """Refuse a checkpoint that does not hold the parameters, or holds them in other shapes or as no floating type.
+    def open(self, parameters: Iterable[Parameter]) -> CheckpointReader:
+        """Open the shards of what will be read; the checkpoint may then be removed. Returns itself.
 
         Raises:
-            ConfigError: naming the parameter.
+            ConfigError: naming the parameter that it does not hold, or holds in another shape or as no floating type.
+            OSError: when a shard cannot be opened.
         """
         for parameter in parameters:
-            stored = self._found.get(PREFIX + parameter.name)
+            stored = self._index.state_dict_metadata.get(PREFIX + parameter.name)
             if not isinstance(stored, TensorStorageMetadata) or stored.size != parameter.shape:
                 held = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else "none"
                 raise ConfigError(
@@ -169,24 +178,41 @@ class CheckpointReader:
             self._dtypes[parameter.name] = dtype = stored.properties.dtype
             accepted = f"weights must be one of {', '.join(map(str, DTYPES.values()))}"
             require(dtype in DTYPES.values(), f"{self.folder}: {PREFIX}{parameter.name}", dtype, accepted)
+        self._records = Records(self.folder, self._index, {PREFIX + name for name in self._dtypes})
+        return self
+
+    def check(self, workers: int = 1) -> None:
+        """Compare what is read with its checksums; each shard is read once.
+
+        Raises:
+            ConfigError: naming the shard that is damaged.
+        """
+        entries = self._manifest or {}
+
+        def check(shard: str) -> None:
+            self._records.check(shard, entries.get(shard))
+
+        shards = sorted(self._records.shards, key=lambda name: -entries[name].size if name in entries else 0)
+        run_jobs(check, shards, workers)
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         return self._dtypes[parameter.name]
 
-    def read(self, parameter: Parameter) -> Tensor:
-        """A parameter, every element finite.
+    def read(self, parameter: Parameter, chunk: Chunk, part: Part | None = None) -> Tensor:
+        """A chunk of a parameter, or a part of it, every element finite.
 
         Raises:
             ConfigError: when one is not, or the file that holds it is damaged.
         """
-        if self._last is None or self._last[0] != parameter.name:
-            self._last = None  # let go of it before the next is made
-            # NaN, so that a part of it that no shard has is found out too
-            tensor = torch.full(parameter.shape, torch.nan, dtype=self.dtype(parameter))
-            self._files.load({PREFIX + parameter.name: tensor}, no_dist=True)
-            require_finite(tensor, f"{self.folder}: {PREFIX}{parameter.name}")
-            self._last = (parameter.name, tensor)
-        return self._last[1]
+        starts = [chunk.start] + [0] * (len(parameter.shape) - 1)
+        sizes = [chunk.length, *parameter.shape[1:]]
+        index = () if part is None else part.index
+        for dim, place in enumerate(index):
+            starts[dim] += place
+            sizes[dim] = 1
+        box = self._records.read(PREFIX + parameter.name, starts, sizes).view(sizes[len(index) :])
+        require_finite(box, f"{self.folder}: {PREFIX}{parameter.name}")
+        return box if part is None or part.rows is None else box[part.rows]
 
 
 def write_parameters(
@@ -194,63 +220,82 @@ def write_parameters(
     parameters: list[Parameter],
     dtype_of: Callable[[Parameter], torch.dtype],
     make: Callable[[Parameter, Chunk], Tensor],
-) -> None:
-    """Write a checkpoint of parameters alone, each chunk made when its turn comes.
+    workers: int = 1,
+    done: Callable[[Parameter, Chunk], None] = lambda parameter, chunk: None,
+) -> dict[str, Entry]:
+    """Write a checkpoint of parameters alone, each chunk a file, made when its turn comes.
 
     Args:
         make: the chunk's tensor, in the dtype of its parameter.
+        workers: how many processes do.
+        done: told which chunks have been written.
+
+    Returns:
+        The files of the chunks as they were written, by name.
 
     Raises:
         ConfigError: when ``make`` raises it.
         OSError: when the files cannot be written.
     """
-    planner = _ChunkPlanner(parameters, dtype_of, make)
+    pairs = [(parameter, chunk) for parameter in parameters for chunk in parameter.chunks]
+    items = [_write_item(parameter, chunk, dtype_of(parameter)) for parameter, chunk in pairs]
+    planner = _ChunkPlanner(make, {item.index: pair for item, pair in zip(items, pairs, strict=True)})
     # A file each: into a shared file torch would keep every tensor until the file is complete.
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({"model": planner.placeholders}, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:
-        cause: BaseException | None
-        cause, _ = error.failures[min(error.failures)]
-        if isinstance(cause, ConfigError):
-            raise cause from error
-        told = one_line(cause)
-        while cause is not None:  # torch's archive writer hides the system's error behind its own
-            told = str(cause) if isinstance(cause, OSError) else told
-            cause = cause.__context__
-        raise OSError(f"{folder}: cannot be written: {told}") from error
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, thread_count=1, sync_files=False)
+    writer.set_up_storage_writer(True)
+    # Each chunk is planned as a rank's of its own, so that any process can write it.
+    plans, index = planner.create_global_plan([SavePlan([item]) for item in items])
+    sealed: dict[str, Entry] = {}
+
+    def write(plan: SavePlan) -> tuple[list[WriteResult], str, Entry]:
+        try:
+            results = writer.write_data(plan, planner).wait()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise OSError(f"{folder}: cannot be written: {_root(error)}") from error
+        (name,) = {result.storage_data.relative_path for result in results}
+        return results, name, seal(folder / name)
+
+    def written(result: tuple[list[WriteResult], str, Entry]) -> None:
+        (of_chunk,), name, entry = result
+        sealed[name] = entry
+        done(*planner.made_from[of_chunk.index])
+
+    results = run_jobs(write, writer.prepare_global_plan(plans), workers, written)
+    writer.finish(index, [of_plan for of_plan, _, _ in results])
+    return sealed
+
+
+def _root(error: BaseException) -> str:
+    """torch's archive writer hides the system's error behind its own."""
+    told, cause = one_line(error), error.__cause__ or error.__context__
+    while cause is not None:
+        told = str(cause) if isinstance(cause, OSError) else told
+        cause = cause.__cause__ or cause.__context__
+    return told
 
 
 class _ChunkPlanner(dcp.DefaultSavePlanner):
-    """Plans from shapes alone, and resolves a chunk to its data when the writer asks for it."""
+    """Resolves a chunk to its data when the writer asks for it."""
 
-    def __init__(self, parameters: list[Parameter], dtype_of, make) -> None:
-        super().__init__()
-        self._parameters, self._make = parameters, make
-        self.placeholders = {p.name: torch.empty(p.shape, dtype=dtype_of(p), device="meta") for p in parameters}
-
-    def create_local_plan(self) -> SavePlan:
-        pairs = [(parameter, chunk) for parameter in self._parameters for chunk in parameter.chunks]
-        items = [self._write_item(*pair) for pair in pairs]
-        self._made_from = {item.index: pair for item, pair in zip(items, pairs, strict=True)}
-        self.plan = SavePlan(items, planner_data=self.mappings)
-        return self.plan
+    def __init__(self, make, made_from: dict[MetadataIndex, tuple[Parameter, Chunk]]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._make, self.made_from = make, made_from
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._make(*self._made_from[index])
+        return self._make(*self.made_from[index])
 
-    def _write_item(self, parameter: Parameter, chunk: Chunk) -> WriteItem:
-        placeholder = self.placeholders[parameter.name]
-        offsets = torch.Size([chunk.start, *[0] * (placeholder.dim() - 1)])
-        sizes = torch.Size([chunk.length, *placeholder.shape[1:]])
-        return WriteItem(
-            index=MetadataIndex(PREFIX + parameter.name, offsets),
-            type=WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets, sizes),
-                properties=TensorProperties(dtype=placeholder.dtype),
-                size=placeholder.shape,
-            ),
-        )
+
+def _write_item(parameter: Parameter, chunk: Chunk, dtype: torch.dtype) -> WriteItem:
+    offsets = torch.Size([chunk.start, *[0] * (len(parameter.shape) - 1)])
+    sizes = torch.Size([chunk.length, *parameter.shape[1:]])
+    return WriteItem(
+        index=MetadataIndex(PREFIX + parameter.name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, sizes),
+            properties=TensorProperties(dtype=dtype),
+            size=parameter.shape,
+        ),
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minimax_train.convert.from_hf import from_hf
+from minimax_train.convert.jobs import WORKERS
 from minimax_train.convert.layouts import LAYOUTS, MINIMAX
 from minimax_train.convert.shards import parse_size
 from minimax_train.convert.to_hf import to_hf
@@ -21,7 +22,8 @@ DTYPES = {KEEP: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Console script. Exit status 2 for what cannot be converted, 1 for files that cannot be read or written."""
+    """Console script. Exit status 2 for what cannot be converted, 1 for files that cannot be read or written, and for
+    logits that ``--verify`` finds apart."""
     options = _parser().parse_args(arguments)
     dtype = DTYPES[options.dtype]
     try:
@@ -29,19 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require(
                 path.isprintable() and path.strip() == path != "", name, path, "must be a path of printable characters"
             )
+        workers = options.workers
+        fits = workers is None or WORKERS.least <= workers <= WORKERS.greatest
+        require(fits, "--workers", workers, str(WORKERS))
+        accepted = "is read only with --verify; leave it out here"
+        require(options.verify or options.device is None, "--device", options.device, accepted)
+        verify_on = (options.device or "cpu") if options.verify else None
         if options.direction == "to-hf":
             size = parse_size(options.max_shard_size)
-            to_hf(
+            same = to_hf(
                 options.source,
                 options.target,
                 layout=options.layout,
                 dtype=dtype,
                 max_shard_bytes=size,
+                workers=workers,
+                verify_on=verify_on,
                 report=_report,
             )
             print(f"done: {options.target}; {LAYOUTS[options.layout].loading.format(repr(options.target))}")
         else:
-            from_hf(options.source, options.target, dtype=dtype, rotary_dim=options.rotary_dim, report=_report)
+            same = from_hf(
+                options.source,
+                options.target,
+                dtype=dtype,
+                rotary_dim=options.rotary_dim,
+                workers=workers,
+                verify_on=verify_on,
+                report=_report,
+            )
             tokenizer = Path(options.target) / TOKENIZER
             print(
                 f"done: {options.target}; train on with minimax-train --config-dir {options.target} model=imported "
@@ -58,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _report(f"interrupted: {options.target} was not written")
         return 130
-    return 0
+    return int(not same)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (to, back):
         command.add_argument("target", metavar="DST", help="a new or empty folder")
         command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the weights (default: as they are)")
+        command.add_argument(
+            "--workers", type=int, metavar="N", help="processes (default: as many as CPU cores and memory allow)"
+        )
+        command.add_argument(
+            "--verify",
+            action="store_true",
+            help="then load both sides in float32 and print the largest difference of their logits; exit status 1 if "
+            "they are not the same model",
+        )
+        command.add_argument("--device", metavar="D", help="of --verify: cpu (the default), cuda or cuda:N")
     to.add_argument(
         "--layout",
         choices=LAYOUTS,

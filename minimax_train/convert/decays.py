@@ -36,7 +36,7 @@ def decay_outputs(config: ModelConfig, block_size: int, dtype: torch.dtype) -> I
     for layer in lightning_layers(config):
         for buffer, shape in shapes.items():
             make = partial(decays, config, layer, buffer, block_size)
-            yield Output(decay_name(layer, buffer), shape, dtype, make)
+            yield Output(decay_name(layer, buffer), shape, dtype, (make,))
 
 
 def decays(config: ModelConfig, layer: int, buffer: str, block_size: int) -> Tensor:

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from minimax_train.checkpoint.manifest import write_manifest
-from minimax_train.convert.checkpoint import Origin, write_model_config, write_origin, write_parameters
+from minimax_train.convert.checkpoint import (
+    CheckpointReader,
+    Origin,
+    write_model_config,
+    write_origin,
+    write_parameters,
+)
 from minimax_train.convert.decays import SLOPES, decay_outputs
 from minimax_train.convert.draft import draft_of, require_space
 from minimax_train.convert.hf_config import from_hf_config, parse
+from minimax_train.convert.jobs import default_workers
 from minimax_train.convert.json_file import read_json
 from minimax_train.convert.layouts import layout_of
-from minimax_train.convert.names import Chunk, Parameter, Part, correspondence, fused_shape, put
+from minimax_train.convert.names import Chunk, Parameter, Part, bytes_per_worker, correspondence, fused_shape, put
 from minimax_train.convert.shards import Output, TensorFolder, require_finite
 from minimax_train.convert.tokenizer import copy_tokenizer, note_of_added_tokens, open_tokenizer
+from minimax_train.convert.verify import compare, our_logits, require_memory, transformers_logits
 from minimax_train.errors import ConfigError, require
 from minimax_train.files import TOKENIZER
 from minimax_train.model import ModelConfig
@@ -33,9 +41,11 @@ def from_hf(
     *,
     dtype: torch.dtype | None = None,
     rotary_dim: int | None = None,
+    workers: int | None = None,
+    verify_on: str | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Convert a Hugging Face folder. Host memory: one parameter, or one expert where a parameter holds all of them.
+) -> bool:
+    """Convert a Hugging Face folder. Host memory: a few chunks of the parameters, per worker.
 
     Args:
         source: a folder with ``config.json``, which says in which layout it is, and safetensors.
@@ -43,7 +53,12 @@ def from_hf(
         dtype: of the weights; as in the source if None.
         rotary_dim: how many leading dimensions of each head the weights were trained to rotate, where ``config.json``
             names another number than transformers would rotate; None in the layout of MiniMax-Text-01.
+        workers: processes; None for as many as cores and memory allow.
+        verify_on: the device on which both sides are loaded afterwards and their logits compared; None for not.
         report: told of the progress, a line at a time.
+
+    Returns:
+        Whether the logits agree, if they are compared.
 
     Raises:
         ConfigError: when the source is no such folder, its model is not one of ours, or the target exists.
@@ -63,11 +78,15 @@ def from_hf(
                 model = layout.read_model(raw)
         except ConfigError as error:
             raise ConfigError(f"{source / 'config.json'}: {error}") from error
+        if verify_on is not None:
+            accepted = "must be left out with --verify: transformers would rotate another number of dimensions"
+            require(rotary_dim is None, "--rotary-dim", rotary_dim, accepted)
+            require_memory(model, verify_on)
         generation = source / "generation_config.json"
         generation_config = read_json(generation) if generation.is_file() else None
         if copy_tokenizer(source, draft / TOKENIZER):
             note_of_added_tokens(open_tokenizer(draft / TOKENIZER, source, model.vocab_size), report)
-        tensors = _Tensors(TensorFolder(source))
+        tensors = Tensors(TensorFolder(source))
         tensors.check_sizes(model)
         # Weights that were trained to rotate the leading dimensions lie as ours do.
         parameters = correspondence(model, permute_rotary=layout.in_transformers and rotary_dim is None)
@@ -78,31 +97,43 @@ def from_hf(
         decay_dtype = tensors.check_decays(decays)
         total = sum(parameter.shape.numel() for parameter in parameters)
         report(f"converting {source}: {total:,} parameters")
-        done = 0
+        written = 0
 
         def dtype_of(parameter: Parameter) -> torch.dtype:
             return dtype or reduce(torch.promote_types, map(tensors.dtype, _parts(parameter)))
 
-        require_space(draft, sum(parameter.shape.numel() * dtype_of(parameter).itemsize for parameter in parameters))
+        size = sum(parameter.shape.numel() * dtype_of(parameter).itemsize for parameter in parameters)
+        require_space(draft, size)
 
         def make(parameter: Parameter, chunk: Chunk) -> Tensor:
-            nonlocal done
-            tensor = torch.empty(chunk.length, *parameter.shape[1:], dtype=dtype_of(parameter))
-            for part in chunk.parts:
-                put(tensor, part, tensors.read)
-                require_finite(tensor[part.index], f"{source}: {part.name}")
-            before, done = done, done + tensor.numel()
-            if 10 * done // total > 10 * before // total:
-                report(f"{100 * done // total} % at {parameter.name}")
-            return tensor
+            return tensors.chunk(parameter, chunk, dtype_of(parameter))
 
-        write_parameters(draft, parameters, dtype_of, make)
+        def done(parameter: Parameter, chunk: Chunk) -> None:
+            nonlocal written
+            before, written = written, written + chunk.length * parameter.shape[1:].numel()
+            if 10 * written // total > 10 * before // total:
+                report(f"{100 * written // total} % at {parameter.name}")
+
+        workers = workers or default_workers(size, bytes_per_worker(parameters))
+        sealed = write_parameters(draft, parameters, dtype_of, make, workers, done)
         write_model_config(model, draft)
         write_origin(Origin(raw, generation_config, decay_dtype), draft)
-        write_manifest(draft)
+        write_manifest(draft, sealed)
+        if verify_on is None:
+            return True
+        ours_TV = our_logits(model, parameters, CheckpointReader(draft).open(parameters).read, None, verify_on)
+        if layout.in_transformers:
+            theirs_TV = transformers_logits(source, model, dtype, verify_on)
+            return compare(ours_TV, theirs_TV, getattr(torch, decay_dtype), "transformers' MiniMax", report)
+
+        def theirs(parameter: Parameter, chunk: Chunk) -> Tensor:
+            return tensors.chunk(parameter, chunk)
+
+        theirs_TV = our_logits(model, parameters, theirs, dtype, verify_on)
+        return compare(ours_TV, theirs_TV, torch.float32, "the source as from-hf reads it", report)
 
 
-class _Tensors:
+class Tensors:
     """Theirs by their names on disk, whether experts are fused or not, and whatever the expert layer is called."""
 
     def __init__(self, folder: TensorFolder) -> None:
@@ -120,7 +151,20 @@ class _Tensors:
         return self.folder.dtype(self._find(part)[0])
 
     def read(self, part: Part) -> Tensor:
-        return self.folder.read(*self._find(part))
+        name, index = self._find(part)
+        return self.folder.read(name, (part.cut,) if part.cut else index)
+
+    def chunk(self, parameter: Parameter, chunk: Chunk, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A chunk of a parameter of ours, every element finite.
+
+        Raises:
+            ConfigError: when one is not.
+        """
+        tensor = torch.empty(chunk.length, *parameter.shape[1:], dtype=dtype)
+        for part in chunk.parts:
+            put(tensor, part, self.read)
+            require_finite(tensor[part.index], f"{self.folder.folder}: {part.name}")
+        return tensor
 
     def check_sizes(self, model: ModelConfig) -> None:
         """Refuse another number of layers or experts, before lists are made of as many as the configuration says."""
@@ -143,8 +187,8 @@ class _Tensors:
                     name, index = self._find(part)
                     found.add(name)
                     self.folder.dtype(name)
-                    wanted = tuple(fused_shape(parameter) if index else empty[part.index].shape)
-                    self._check_shape(name, wanted)
+                    whole = empty[part.index].shape if part.index else parameter.shape
+                    self._check_shape(name, tuple(fused_shape(parameter) if index else whole))
         unknown = sorted(self.folder.names() - found - {decay.name for decay in decays})
         if unknown:
             raise ConfigError(
@@ -160,7 +204,8 @@ class _Tensors:
                 continue
             dtype = str(self.folder.dtype(decay.name)).removeprefix("torch.")
             self._check_shape(decay.name, decay.shape)
-            expected, stored = decay.make(), self.folder.read(decay.name).float()
+            (make,) = decay.pieces
+            expected, stored = make(), self.folder.read(decay.name).float()
             if torch.allclose(stored, expected, rtol=_RELATIVE, atol=_ABSOLUTE):
                 continue
             if decay.name.endswith(SLOPES):

@@ -32,26 +32,33 @@ BLOCK = {
 EXPERTS = {"experts.mlp.gate_up_proj": ("w1", "w3"), "experts.mlp.down_proj": ("w2",)}
 
 
+# Elements of a chunk that is cut from a larger tensor: 128 MiB in bfloat16.
+CHUNK_ELEMENTS = 2**26
+
+
 @dataclass(frozen=True)
 class Part:
-    """One tensor of theirs: ``chunk[index]``, its rows then taken in the order ``rows`` where that is given.
+    """One tensor of theirs, or rows of it: ``chunk[index]``, its rows then taken in the order ``rows`` where that is
+    given.
 
     Attributes:
         name: its name on disk.
-        index: basic indices into the chunk.
+        index: which of the chunk's leading dimensions.
+        cut: which rows of theirs, where the tensor is cut into several chunks.
         rows: int64 row order, for what rotary position embedding wants elsewhere.
         fused: the other place it may be read from: a fused tensor's name, and the indices into it.
     """
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int, ...] = ()
+    cut: slice | None = None
     rows: Tensor | None = None
     fused: tuple[str, tuple[int | slice, ...]] | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """``parameter[start : start + length]``, made of whole tensors of theirs."""
+    """``parameter[start : start + length]``, made of whole tensors of theirs, or of rows of one."""
 
     start: int
     length: int
@@ -106,16 +113,24 @@ def rotary_row_order(head_dim: int, rotary_dim: int) -> Tensor:
 
 def _chunks(name: str, shape: torch.Size, config: ModelConfig, permute_rotary: bool) -> tuple[Chunk, ...]:
     if name in MODEL:
-        return (Chunk(0, shape[0], (Part(MODEL[name]),)),)
+        return _cut(shape, MODEL[name])
     _, layer, inner = name.split(".", 2)
     prefix = f"model.layers.{layer}."
     if inner in EXPERTS:
         return _expert_chunks(inner, shape, prefix)
     if inner in BLOCK:
-        return (Chunk(0, shape[0], (Part(prefix + BLOCK[inner]),)),)
+        return _cut(shape, prefix + BLOCK[inner])
     names, own = attention_names(config)[int(layer)], inner.removeprefix("attention.")
     rows = _rotary_rows(shape[0], config) if permute_rotary and own in names.rotated else None
-    return (Chunk(0, shape[0], (Part(f"{prefix}self_attn.{names.parameters[own]}", rows=rows),)),)
+    theirs = f"{prefix}self_attn.{names.parameters[own]}"
+    return _cut(shape, theirs) if rows is None else (Chunk(0, shape[0], (Part(theirs, rows=rows),)),)
+
+
+def _cut(shape: torch.Size, theirs: str) -> tuple[Chunk, ...]:
+    """A tensor that is the same on both sides, a few rows at a time."""
+    most = max(1, CHUNK_ELEMENTS // shape[1:].numel())
+    ends = [(start, min(start + most, shape[0])) for start in range(0, shape[0], most)]
+    return tuple(Chunk(a, b - a, (Part(theirs, cut=slice(a, b)),)) for a, b in ends)
 
 
 def _expert_chunks(inner: str, shape: torch.Size, prefix: str) -> tuple[Chunk, ...]:
@@ -147,10 +162,9 @@ def _rotary_rows(num_rows: int, config: ModelConfig) -> Tensor | None:
     return None if torch.equal(rows, torch.arange(num_rows)) else rows
 
 
-def take(chunk_tensor: Tensor, part: Part) -> Tensor:
-    """Theirs out of a chunk of ours; may be a view."""
-    theirs = chunk_tensor[part.index]
-    return theirs if part.rows is None else theirs[part.rows]
+def bytes_per_worker(parameters: list[Parameter]) -> int:
+    """Host memory that converting any one chunk takes: three copies in float32, as read, as laid out and as cast."""
+    return 3 * 4 * max(p.shape[1:].numel() * chunk.length for p in parameters for chunk in p.chunks)
 
 
 def put(chunk_tensor: Tensor, part: Part, read: Callable[[Part], Tensor]) -> None:

@@ -1,25 +1,30 @@
-"""Safetensors folders as transformers lays them out, read a tensor at a time and written a shard at a time."""
+"""Safetensors folders as transformers lays them out, read and written a tensor, or rows of one, at a time."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from minimax_train.convert.jobs import run_jobs
 from minimax_train.convert.json_file import read_json
 from minimax_train.errors import ConfigError, require
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_DTYPE_ORDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 Index = tuple[int | slice, ...]
@@ -27,12 +32,16 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written: what it will be, and how to make it when its turn comes."""
+    """A tensor to be written.
+
+    Attributes:
+        pieces: each makes some rows of it, in order.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    pieces: tuple[Callable[[], Tensor], ...]
 
     @property
     def num_bytes(self) -> int:
@@ -53,14 +62,23 @@ def parse_size(text: str) -> int:
 
 
 def write_shards(
-    outputs: Iterable[Output], folder: Path, max_shard_bytes: int, report: Callable[[str], None]
+    outputs: Iterable[Output],
+    folder: Path,
+    max_shard_bytes: int,
+    report: Callable[[str], None],
+    workers: int = 1,
 ) -> list[str]:
     """Write the tensors in order, a new file wherever the next one would take the file over the limit.
 
-    The names and sizes are known before anything is made, so one shard at a time is in memory.
+    Names, sizes and places are known before anything is made, so each worker makes a piece of a tensor and writes it to
+    where it belongs.
 
     Returns:
         The files' names.
+
+    Raises:
+        ConfigError: when a value is not finite in the dtype it is cast to, or ``pieces`` raise it.
+        OSError: when the files cannot be written.
     """
     shards, filled = [[]], 0
     for output in outputs:
@@ -72,9 +90,22 @@ def write_shards(
     names = [WEIGHTS]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    jobs: list[_Job] = []
     for name, shard in zip(names, shards, strict=True):
-        report(f"writing {name}: {len(shard)} tensors, {sum(o.num_bytes for o in shard) / 1e9:.2f} GB")
-        _write_shard(shard, folder / name)
+        size = sum(output.num_bytes for output in shard)
+        report(f"writing {name}: {len(shard)} tensors, {size / 1e9:.2f} GB")
+        jobs += [_Job(folder / name, offset, output) for output, offset in _begin_shard(shard, folder / name)]
+    total = sum(job.output.num_bytes for job in jobs)
+    written = 0
+
+    def done(written_now: tuple[str, int]) -> None:
+        nonlocal written
+        name, num_bytes = written_now
+        before, written = written, written + num_bytes
+        if 10 * written // total > 10 * before // total:
+            report(f"{100 * written // total} % at {name}")
+
+    run_jobs(_write_tensor, jobs, workers, done)
     if len(shards) > 1:
         everything = [output for shard in shards for output in shard]
         index = {
@@ -88,18 +119,57 @@ def write_shards(
     return names
 
 
-def _write_shard(shard: list[Output], file: Path) -> None:
-    tensors = {}
-    for o in shard:
-        made = o.make()
-        assert made.shape == o.shape
-        # A copy: parts of one parameter share storage, which safetensors refuses.
-        tensors[o.name] = made.to(o.dtype, memory_format=torch.contiguous_format, copy=True)
-        if made.dtype != o.dtype:  # what is made is finite
-            require_finite(tensors[o.name], o.name)
+class _Job(NamedTuple):
+    file: Path
+    offset: int
+    output: Output
+
+
+def _begin_shard(shard: list[Output], file: Path) -> list[tuple[Output, int]]:
+    """Write a safetensors file without its tensors. Returns these with their places in the file.
+
+    The file is the one that the safetensors library would write: tensors by dtype, the widest first, then by name.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    ordered = sorted(shard, key=lambda output: (_DTYPE_ORDER.index(output.dtype), output.name))
+    ends = list(accumulate((output.num_bytes for output in ordered), initial=0))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for output, start, end in zip(ordered, ends[:-1], ends[1:], strict=True):
+        header[output.name] = {"dtype": codes[output.dtype], "shape": output.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with _writing(file), open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + ends[-1])
+    return [(output, 8 + len(text) + start) for output, start in zip(ordered, ends[:-1], strict=True)]
+
+
+def _write_tensor(job: _Job) -> tuple[str, int]:
+    """Make a tensor, a piece at a time, and write it to its place. Returns its name, and its size in bytes."""
+    place = job.offset
+    with _writing(job.file), open(job.file, "r+b", buffering=0) as stream:
+        for piece in job.output.pieces:
+            made = piece()
+            cast = made.to(job.output.dtype).contiguous()
+            if cast.dtype != made.dtype:  # what is made is finite
+                require_finite(cast, job.output.name)
+            buffer: Any = cast.flatten().view(torch.uint8).numpy()
+            left = memoryview(buffer)
+            while len(left):
+                written = os.pwrite(stream.fileno(), left, place)
+                place, left = place + written, left[written:]
+    assert place == job.offset + job.output.num_bytes, job.output.name
+    return job.output.name, job.output.num_bytes
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Errors of the operating system that name no file are about this one."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
         raise OSError(f"{file}: cannot be written: {error}") from error
 
 

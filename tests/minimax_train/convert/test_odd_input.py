@@ -305,7 +305,7 @@ def test_weights_of_a_run_that_are_not_finite(lab, tmp_path, bad):
     with torch.no_grad():
         model.layers[1].experts.mlp.down_proj[2, :4, 5] = bad
     error = refused("to-hf", lab.save_checkpoint(model, tmp_path / "source"))
-    assert "source: model.layers.1.experts.mlp.down_proj: 4 of 3840 values are NaN or infinite" in error
+    assert "source: model.layers.1.experts.mlp.down_proj: 4 of 960 values are NaN or infinite" in error
 
 
 def test_weights_that_the_dtype_cannot_hold(lab, tmp_path):

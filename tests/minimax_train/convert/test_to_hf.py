@@ -120,12 +120,12 @@ def test_tokenizer_and_its_special_tokens_come_along(lab, tmp_path):
 
 
 def test_generation_continues_as_our_logits_say(lab, tmp_path):
-    ours = lab.random_model(lab.model_config())
+    ours = lab.random_model(lab.model_config(**CASES["odd sizes"]))
     to_hf(lab.save_checkpoint(ours, tmp_path / "ours"), tmp_path / "hf")
-    prompt = torch.randint(lab.VOCABULARY, (270,), generator=torch.Generator().manual_seed(5))
-    generated = lab.load_theirs(tmp_path / "hf").generate(prompt[None], max_new_tokens=6, do_sample=False)[0]
+    prompt = torch.randint(lab.VOCABULARY, (230,), generator=torch.Generator().manual_seed(5))
+    generated = lab.load_theirs(tmp_path / "hf").generate(prompt[None], max_new_tokens=64, do_sample=False)[0]
     tokens = prompt
-    for _ in range(6):
+    for _ in range(64):
         with torch.no_grad():
             logits = ours(tokens, lab.Documents.from_lengths([len(tokens)]))
         tokens = torch.cat([tokens, logits[-1].argmax()[None]])
