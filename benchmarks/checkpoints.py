@@ -193,6 +193,7 @@ def main() -> int:
     config = load_config(
         [
             f"model={options.model}",
+            "data.sequence_length=8192",
             "recipe.micro_batch_size=4",
             f"recipe.global_batch_size={4 * options.micro_batches * environment.world_size}",
             f"data.num_streams={max(8, 4 * environment.world_size)}",
