@@ -47,6 +47,7 @@ setup(
             "minimax-data = minimax_train.data.cli:main",
             "minimax-convert = minimax_train.convert.cli:main",
             "minimax-checkpoint = minimax_train.checkpoint.cli:main",
+            "minimax-plan = minimax_train.planner.cli:main",
         ],
     },
 )

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from math import isqrt, prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -92,9 +92,13 @@ class ProcessGrid:
             return self.joined[axes[0]]
         return (self.dense if axes[0] in DENSE else self.expert)[axes]
 
-    def layout(self, *axes: str) -> DeviceMesh:
+    def layout(self, *axes: str, factors: tuple[int, ...] = ()) -> DeviceMesh:
         """The ranks that differ from this one on the given axes, those of one side or joined ones, in that order: where
-        parts of a tensor lie. It has no process group."""
+        parts of a tensor lie. It has no process group.
+
+        Args:
+            factors: if given, the last axis becomes as many, of these sizes.
+        """
         side = self.expert if set(axes) & set(EXPERT) else self.dense
         names = list(EXPERT if side is self.expert else DENSE)
         parts = [JOINED.get(axis, (axis,)) for axis in axes]
@@ -103,10 +107,15 @@ class ProcessGrid:
         kept = [name for name in names if name in wanted]
         ranks = side.mesh[tuple(place)].permute([kept.index(name) for name in wanted])
         sizes = [prod(side.size(names.index(name)) for name in part) for part in parts]
+        if factors:
+            sizes, axes = [*sizes[:-1], *factors], (*axes[:-1], *(f"{axes[-1]}_{i}" for i in range(len(factors))))
         return DeviceMesh(self.device_type, ranks.reshape(sizes), mesh_dim_names=axes, _init_backend=False)
 
     def size(self, axis: str) -> int:
-        return self.mesh(axis).size()
+        if axis in self.joined:
+            return self.joined[axis].size()
+        side, names = (self.dense, DENSE) if axis in DENSE else (self.expert, EXPERT)
+        return side.size(names.index(axis))  # a mesh of the axis alone takes a millisecond to make
 
     def rank(self, axis: str) -> int:
         """Place of this process on an axis."""
@@ -119,6 +128,39 @@ class ProcessGrid:
     def is_first(self) -> bool:
         """Whether this rank speaks for the run: console, logs, files written once."""
         return dist.get_rank() == 0
+
+
+class AxisSizes(Protocol):
+    """What has named axes: a :class:`ProcessGrid`, or the :class:`GridSizes` of one that need not be there."""
+
+    def size(self, axis: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class GridSizes:
+    """The sizes of a grid's axes, without processes.
+
+    Raises:
+        ValueError: as :func:`check_sizes`.
+    """
+
+    world_size: int
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        check_sizes(self.world_size, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp)
+
+    def size(self, axis: str) -> int:
+        if axis == WORLD:
+            return self.world_size
+        if axis == "dp":
+            return self.world_size // (self.cp * self.tp)
+        if axis == "edp":
+            return self.world_size // (self.ep * self.etp)
+        return prod(map(self.size, JOINED[axis])) if axis in JOINED else getattr(self, axis)
 
 
 def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:

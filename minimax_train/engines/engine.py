@@ -10,7 +10,7 @@ Shape legend: L layers, E experts, O origins of a document (:attr:`DataConfig.or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from minimax_train.config import Config
     from minimax_train.data import MicroBatch
     from minimax_train.model import HybridModel
-    from minimax_train.parallel.grid import ProcessGrid
+    from minimax_train.model.sharding import ParameterLayout
+    from minimax_train.parallel.grid import AxisSizes, ProcessGrid
     from minimax_train.phases import Phases
     from minimax_train.recipe import StepPlan
 
@@ -111,6 +112,18 @@ class Engine(ABC):
     def __init__(
         self, model: HybridModel, config: Config, grid: ProcessGrid, device: torch.device, phases: Phases
     ) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def memory(
+        cls, config: Config, layouts: Mapping[str, ParameterLayout], grid: AxisSizes, device_type: str
+    ) -> dict[str, int]:
+        """Bytes on a rank beside activations, by what they are for: parameters, gradients, optimizer's states, and
+        what is needed for a time only.
+
+        Args:
+            layouts: of all parameters, by name.
+        """
 
     @abstractmethod
     def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:

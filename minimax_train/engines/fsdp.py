@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -115,24 +116,31 @@ class FSDPEngine(AutogradEngine):
             }
             for name, parameter in self.parameters.items()
         }
-        self._choose_recomputation(self._still_needed())
+        needed = self.memory(config, layouts, grid, device.type)
+        self._choose_recomputation(sum(needed[what] for what in ("gradients", "gathered weights", "whole gradients")))
 
-    def _still_needed(self) -> int:
-        """Bytes of gradients, and of weights and gradients while they are whole: of two blocks, or where they are kept
-        of all, and of embedding and head."""
-        compute = self.config.engine.compute_dtype(self.device.type)
+    @classmethod
+    def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
+        options: FSDPConfig = config.engine
+        compute = options.compute_dtype(device_type)
         master = torch.promote_types(compute, torch.float32)
-        shards, whole = 0, dict.fromkeys(("", *(f"layers.{i}." for i in range(len(self.model.layers)))), 0)
-        for name, parameter in self.parameters.items():
-            elements = local(parameter).numel()
-            shards += elements * master.itemsize
+        shards, whole = 0, dict.fromkeys(("", *(f"layers.{i}." for i in range(config.model.num_layers))), 0)
+        for name, layout in layouts.items():
+            elements = prod(layout.part(grid))
+            shards += -(-elements // grid.size(layout.replicas(grid)))
             block = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else ""
-            whole[block] += elements * self._replicas[name]
+            whole[block] += elements
         root, largest = whole.pop(""), max(whole.values())
-        gathered = root + (2 * largest if self._reshards else sum(whole.values()))
-        # A gradient in the dtype of compute, and a copy in that of the reduction.
-        reduced = max(root, largest) * (compute.itemsize + master.itemsize)
-        return shards + gathered * compute.itemsize + reduced
+        # Of two blocks, or where they are kept of all, and of embedding and head.
+        gathered = root + (2 * largest if options.reshard_after_forward else sum(whole.values()))
+        return {
+            "master weights": shards * master.itemsize,
+            "gradients": shards * master.itemsize,
+            "moments": 2 * shards * master.itemsize,
+            "gathered weights": gathered * compute.itemsize,
+            # In the dtype of compute, and a copy in that of the reduction.
+            "whole gradients": max(root, largest) * (compute.itemsize + master.itemsize),
+        }
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:

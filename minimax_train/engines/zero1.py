@@ -1,9 +1,9 @@
 """ZeRO-1 (arXiv 1910.02054; Megatron-Core's distributed optimizer): every rank holds the weights it computes with and
 their gradients whole; float32 master weights and AdamW's moments are sharded.
 
-A parameter's elements lie in one stretch of memory, cut in n equal stretches of whole rows for the n ranks that hold
-the same part of it (:meth:`ParameterLayout.replicas`). So a reduce-scatter of gradients and an all-gather of weights
-read and write them where they are, and the optimizer goes over all parameters in one pass:
+A parameter's elements lie in one stretch of memory, cut in n equal stretches for the n ranks that hold the same part
+of it (:meth:`ParameterLayout.cut`). So a reduce-scatter of gradients and an all-gather of weights read and write them
+where they are, and the optimizer goes over all parameters in one pass:
 
     micro-batches   gradients are added up in float32, on this rank
     reduce-scatter  of the step's gradients, each as soon as the last micro-batch has added to it
@@ -19,6 +19,7 @@ Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -36,7 +37,7 @@ from minimax_train.engines.graphs import MicroBatchGraphs
 from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
-from minimax_train.model.sharding import ParameterLayout, local, parameter_layouts, set_parameter
+from minimax_train.model.sharding import Cut, ParameterLayout, local, parameter_layouts, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import StepPlan
@@ -68,8 +69,11 @@ class Zero1Config(EngineConfig):
 class ParameterShards:
     """Parameters that the same ranks hold and that decay, or do not: one tensor of each kind, cut by parameter.
 
+    Args:
+        shapes, cuts: of each parameter, and how it is cut over the ranks.
+
     Attributes:
-        weights, gradients: of all ranks, ``rows`` of every rank after one another for each parameter. The dtype of
+        weights, gradients: of all ranks, every rank's stretch after one another for each parameter. The dtype of
             compute, and of the master weights.
         master, exp_avg, exp_avg_sq: this rank's shards.
         gradient_shards: this rank's shards of the summed gradients.
@@ -77,13 +81,12 @@ class ParameterShards:
     """
 
     def __init__(
-        self, shapes: dict[str, torch.Size], ranks: GroupCommunicator, device: torch.device,
+        self, shapes: dict[str, torch.Size], cuts: dict[str, Cut], ranks: GroupCommunicator, device: torch.device,
         compute: torch.dtype, moments: torch.dtype,
     ) -> None:  # fmt: skip
-        self.shapes, self.ranks = shapes, ranks
+        self.shapes, self.ranks, self._cuts = shapes, ranks, cuts
         master, n = torch.promote_types(compute, torch.float32), ranks.size
-        self._rows = {name: -(-shape[0] // n) for name, shape in shapes.items()}
-        sizes = {name: rows * prod(shapes[name][1:]) for name, rows in self._rows.items()}
+        sizes = {name: prod(_shard_shape(shape, cuts[name])) for name, shape in shapes.items()}
         self._parts, total = _places(sizes)
         self._wholes, whole_total = _places({name: n * size for name, size in sizes.items()})
 
@@ -105,8 +108,9 @@ class ParameterShards:
         """By name, this rank's rows: views of one of the other tensors."""
         found = {}
         for name, shape in self.shapes.items():
-            rows, start = self._rows[name], self.ranks.rank * self._rows[name]
-            found[name] = x[self._parts[name]].view(rows, *shape[1:])[: max(0, min(rows, shape[0] - start))]
+            rows, *others = _shard_shape(shape, self._cuts[name])
+            start = self.ranks.rank * rows if len(self._cuts[name]) == 1 else 0
+            found[name] = x[self._parts[name]].view(rows, *others)[: max(0, min(rows, shape[0] - start))]
         return found
 
     def reduce(self, name: str) -> Pending:
@@ -127,9 +131,18 @@ class ParameterShards:
             self.weight_shards.copy_(self.master)
 
 
+def _shard_shape(shape: Sequence[int], cut: Cut) -> list[int]:
+    """Of a rank's shard; its first rows where they are not the same number everywhere."""
+    return [-(-size // ranks) for size, ranks in zip(shape, (*cut, *[1] * len(shape)), strict=False)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
     """Where pieces of these sizes lie one after the other, each on an aligned address, and where the last ends."""
-    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
+    aligned = [_aligned(size) for size in sizes.values()]
     *starts, total = accumulate(aligned, initial=0)
     places = {name: slice(start, start + size) for start, (name, size) in zip(starts, sizes.items(), strict=True)}
     return places, total
@@ -206,6 +219,31 @@ class Zero1Engine(AutogradEngine):
                 self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
             else:
                 self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
+
+    @classmethod
+    def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
+        options: Zero1Config = config.engine
+        compute = options.compute_dtype(device_type)
+        master = torch.promote_types(compute, torch.float32)
+        moments = master.itemsize if options.moments == "float32" else 2
+        bytes_of = dict.fromkeys(("weights", "gradients", "master weights", "moments", "shards sent and received"), 0)
+        largest = 0
+        for layout in layouts.values():
+            shape, n = layout.part(grid), grid.size(layout.replicas(grid))
+            shard = prod(_shard_shape(shape, layout.cut(grid)))
+            part, whole = _aligned(shard), _aligned(n * shard)
+            bytes_of["weights"] += whole * compute.itemsize
+            bytes_of["gradients"] += whole * master.itemsize
+            bytes_of["moments"] += 2 * part * moments
+            if n > 1:
+                bytes_of["shards sent and received"] += part * (compute.itemsize + master.itemsize)
+            if compute != master:
+                bytes_of["master weights"] += part * master.itemsize
+            elif n > 1:  # the shards of weights are the master weights
+                bytes_of["shards sent and received"] -= part * compute.itemsize
+                bytes_of["master weights"] += part * master.itemsize
+            largest = max(largest, prod(shape) * compute.itemsize)
+        return bytes_of | {"one parameter's gradient": largest}
 
     def _wait_before(self, module: nn.Module, prefix: str) -> None:
         """Wait for the weights whose names begin so when a module is called."""
@@ -340,7 +378,8 @@ def _make_groups(
         key = layouts[name].replicas(grid), parameter.dim() >= 2
         shapes.setdefault(key, {})[name] = local(parameter).shape
     compute, moments = options.compute_dtype(device.type), PRECISIONS[options.moments]
-    return {
-        (axis, decays): ParameterShards(found, GroupCommunicator(grid.group(axis)), device, compute, moments)
-        for (axis, decays), found in shapes.items()
-    }
+    groups = {}
+    for (axis, decays), found in shapes.items():
+        cuts, ranks = {name: layouts[name].cut(grid) for name in found}, GroupCommunicator(grid.group(axis))
+        groups[axis, decays] = ParameterShards(found, cuts, ranks, device, compute, moments)
+    return groups

@@ -71,7 +71,7 @@ def _fill(parameter: Tensor, rule: Initializer, key: int) -> None:
         local = parameter.to_local()
         shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
         assert tuple(local.shape) == tuple(shape)
-    if local.numel() == 0:
+    if local.numel() == 0 or local.is_meta:
         return
     if isinstance(rule, Constant):
         local.fill_(rule.value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from minimax_train.parallel.grid import EXPERT, ProcessGrid
+from minimax_train.parallel.grid import EXPERT, AxisSizes, ProcessGrid
 
 Sharding = Mapping[str, int]
 
@@ -37,6 +37,11 @@ class Linear(nn.Linear):
         return F.linear(x, local(self.weight))
 
 
+Cut = tuple[int, ...]
+"""Over how many ranks each of a tensor's leading dimensions is cut, the ranks of the last varying fastest. All but the
+last, of several, are cut into single rows, and the last evenly: so a rank's part is one stretch of memory."""
+
+
 @dataclass(frozen=True)
 class ParameterLayout:
     """How one parameter lies over the process grid: the one thing from which an engine's placements, the checkpoint's
@@ -50,6 +55,13 @@ class ParameterLayout:
     shape: tuple[int, ...]
     splits: Sharding
 
+    def part(self, grid: AxisSizes) -> tuple[int, ...]:
+        """Shape of what a rank holds."""
+        shape = list(self.shape)
+        for axis, dim in self.splits.items():
+            shape[dim] //= grid.size(axis)
+        return tuple(shape)
+
     def wrap(self, grid: ProcessGrid, part: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """The parameter as this rank holds it: a DTensor over the axes that split it, a plain tensor where none does.
 
@@ -57,34 +69,51 @@ class ParameterLayout:
             part: makes this rank's part, given its shape.
         """
         splits = {axis: dim for axis, dim in self.splits.items() if grid.size(axis) > 1}
-        shape = list(self.shape)
-        for axis, dim in splits.items():
-            shape[dim] //= grid.size(axis)
-        tensor = part(tuple(shape))
+        tensor = part(self.part(grid))
         if not splits:
             return tensor
         return self._distributed(tensor, grid.mesh(*splits), [Shard(dim) for dim in splits.values()])
 
+    def cut(self, grid: AxisSizes) -> Cut:
+        """How a rank's part is split further over :meth:`replicas`: each has one stretch of its memory.
+
+        Along dimension 0 as ``torch.chunk`` does, the last of more ranks than rows having none; but where every row, as
+        an expert, can be split evenly over several ranks, so are they.
+        """
+        ranks, cut = grid.size(self.replicas(grid)), []
+        left = ranks
+        for size in self.part(grid):
+            if left > size and left % size == 0:
+                cut.append(size)
+                left //= size
+                continue
+            if cut and size % left == 0:
+                return (*cut, left)
+            break
+        return (ranks,)
+
     def shard(self, grid: ProcessGrid, part: Tensor) -> Tensor:
-        """What is split further over :meth:`replicas`, along dimension 0, as ``torch.chunk`` does.
+        """What is split further over :meth:`replicas`, as :meth:`cut` says.
 
         Args:
             part: this rank's.
         """
         axes = [axis for axis in self.splits if grid.size(axis) > 1]
         placements = [Shard(self.splits[axis]) for axis in axes]
+        cut: Cut = ()
         if grid.size(replicas := self.replicas(grid)) > 1:
-            axes, placements = [*axes, replicas], [*placements, Shard(0)]
+            axes, cut = [*axes, replicas], self.cut(grid)
+            placements += [Shard(dim) for dim in range(len(cut))]
         if not axes:
             return part
-        return self._distributed(part, grid.layout(*axes), placements)
+        return self._distributed(part, grid.layout(*axes, factors=cut), placements)
 
     def _distributed(self, part: Tensor, mesh: DeviceMesh, placements: list[Shard]) -> DTensor:
         strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         size = {"shape": torch.Size(self.shape), "stride": strides}
         return DTensor.from_local(part, mesh, placements, run_check=False, **size)
 
-    def replicas(self, grid: ProcessGrid) -> str:
+    def replicas(self, grid: AxisSizes) -> str:
         """The axis of the ranks that hold the same part, over which its gradient is summed."""
         axes = {axis for axis in self.splits if grid.size(axis) > 1}
         if axes & set(EXPERT):

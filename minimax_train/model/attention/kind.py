@@ -43,6 +43,20 @@ class Activations(NamedTuple):
     float32: int
 
 
+class AttentionCost(NamedTuple):
+    """What the planner (``planner/cost.py``) takes a layer to cost besides its projections; of all heads.
+
+    Attributes:
+        moved: numbers in the dtype of compute that the forward and backward pass read and write for each token, where
+            memory bandwidth decides how long they take; 0 where FLOPs do.
+        exchanged: such numbers that a context-parallel rank receives of each other rank in the forward pass, given its
+            own tokens and the packed sequences of its micro-batch.
+    """
+
+    moved: int
+    exchanged: Callable[[int, int], int]
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionKind:
     """One kind of attention.
@@ -58,6 +72,7 @@ class AttentionKind:
             the sizes and the mean number of tokens that a token sees in a causal attention, itself included: in
             documents of n tokens ``(n + 1) / 2``.
         activations: from the sizes alone, of all heads; their input and what they return left out.
+        cost: from the sizes alone.
         tp: the keys of ``model`` whose values tensor parallelism splits, and ``parallel.tp`` must divide; None where
             the attention cannot be split over ranks.
         cp: the keys of ``parallel`` that choose how context parallelism is done, with what each may be besides
@@ -71,6 +86,7 @@ class AttentionKind:
     parameters: Callable[[ModelConfig], int]
     flops: Callable[[ModelConfig, float], float]
     activations: Callable[[ModelConfig], Activations]
+    cost: Callable[[ModelConfig], AttentionCost]
     tp: tuple[str, ...] | None = None
     cp: Mapping[str, tuple[str, ...]] | None = None
     hugging_face: HuggingFaceNames | None = None

@@ -16,7 +16,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.silu import silu_qkv
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.kind import Activations, AttentionKind, HuggingFaceNames
+from minimax_train.model.attention.kind import Activations, AttentionCost, AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.norm import GatedRMSNorm
@@ -107,6 +107,12 @@ def _activations(config: ModelConfig) -> Activations:
     return Activations(kept=5 * width, cheap=4 * width, float32=1)
 
 
+def _cost(config: ModelConfig) -> AttentionCost:
+    """Recurrence, SiLU and gate, fitted to measured steps; a state of each head and packed sequence, in float32."""
+    width = config.num_heads * config.head_dim
+    return AttentionCost(43 * width, lambda tokens, sequences: 2 * width * config.head_dim * sequences)
+
+
 LIGHTNING = AttentionKind(
     letter="L",
     name="lightning",
@@ -114,6 +120,7 @@ LIGHTNING = AttentionKind(
     parameters=_parameters,
     flops=_flops,
     activations=_activations,
+    cost=_cost,
     tp=("num_heads",),
     cp={"linear_cp": METHODS},
     hugging_face=HuggingFaceNames(

@@ -14,7 +14,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.kind import Activations, AttentionKind, HuggingFaceNames
+from minimax_train.model.attention.kind import Activations, AttentionCost, AttentionKind, HuggingFaceNames
 from minimax_train.model.initialization import Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.ranks import ModelRanks
@@ -91,6 +91,11 @@ def _activations(config: ModelConfig) -> Activations:
     )
 
 
+def _cost(config: ModelConfig) -> AttentionCost:
+    """Scores decide; keys and values of all tokens."""
+    return AttentionCost(0, lambda tokens, sequences: 2 * config.num_kv_heads * config.head_dim * tokens)
+
+
 SOFTMAX = AttentionKind(
     letter="S",
     name="softmax",
@@ -98,6 +103,7 @@ SOFTMAX = AttentionKind(
     parameters=_parameters,
     flops=_flops,
     activations=_activations,
+    cost=_cost,
     tp=("num_heads", "num_kv_heads"),
     cp={"softmax_cp": METHODS},
     hugging_face=HuggingFaceNames(

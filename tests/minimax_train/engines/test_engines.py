@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minimax_train.model.sharding import local
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
@@ -72,3 +73,27 @@ def test_bfloat16_moments(tmp_path):
     _, moments = run_ranks(_moments, 1, more)[0]
     assert {x.dtype for x in moments.values()} == {torch.float32}
     assert any(not torch.equal(x, x.bfloat16().float()) for x in moments.values())
+
+
+# One expert, so that its matrices are cut over ranks along two or three dimensions, also beside etp's.
+ONE_EXPERT = ["model.num_experts=1", "model.experts_per_token=1", "recipe.eval_interval=0", "checkpoint.resume=auto"]
+ONE_EXPERT += ["recipe.warmup_steps=0", "recipe.decay_steps=0"]
+
+
+def _trained(grid, config):
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    trainer.train()
+    return weights_of(trainer), sum(x.numel() for x in map(local, trainer.engine.snapshot()["model"].values()))
+
+
+@pytest.mark.parametrize("axes", [{}, {"etp": 2}], ids=str)
+def test_fewer_experts_than_ranks(tmp_path, axes):
+    """The shards are as small as they can be; two steps on four ranks go on as a third on one."""
+    shared = [*SIZES, *STEP, *ONE_EXPERT]
+    ((right, elements),) = run_ranks(_trained, 1, tiny_run(tmp_path / "right", *shared, "recipe.steps=3"))
+    sizes = [f"parallel.{axis}={size}" for axis, size in axes.items()]
+    ranks = run_ranks(_trained, 4, tiny_run(tmp_path / "run", *shared, *sizes, "recipe.steps=2"), **axes)
+    assert sum(held for _, held in ranks) == elements
+    ((weights, _),) = run_ranks(_trained, 1, tiny_run(tmp_path / "run", *shared, "recipe.steps=3"))
+    for name, value in right.items():
+        assert relative_error(weights[name], value) < 1e-9, name

@@ -20,7 +20,7 @@ from minimax_train.kernels.rope import rotary_table
 from minimax_train.model import KernelConfig
 from minimax_train.model.attention import ATTENTIONS, AttentionKind, lightning
 from minimax_train.model.attention.context import TokenContext
-from minimax_train.model.attention.kind import Activations
+from minimax_train.model.attention.kind import Activations, AttentionCost
 from minimax_train.model.initialization import xavier
 from minimax_train.model.ranks import ModelRanks
 from minimax_train.model.sharding import Linear, local
@@ -73,6 +73,7 @@ MEAN = AttentionKind(
     parameters=lambda config: 2 * config.hidden_size * config.num_heads * config.head_dim,
     flops=lambda config, num_scores: 4 * config.hidden_size * config.num_heads * config.head_dim,
     activations=lambda config: Activations(kept=2 * config.num_heads * config.head_dim, cheap=0, float32=0),
+    cost=lambda config: AttentionCost(moved=9 * config.num_heads * config.head_dim, exchanged=lambda *_: 0),
     tp=("num_heads",),
     cp={},
 )

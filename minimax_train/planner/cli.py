@@ -1,0 +1,168 @@
+"""``minimax-plan [overrides] world_size=N``: what a run takes on so many GPUs, without any."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from minimax_train.config import load_config
+from minimax_train.errors import ConfigError, require
+from minimax_train.metrics.console import Output, to_stderr
+from minimax_train.metrics.flops import training_flops
+from minimax_train.model.config import count_parameters
+from minimax_train.parallel.cost import Machine
+from minimax_train.planner.dry_run import dry_run
+from minimax_train.planner.machine import MACHINES
+from minimax_train.planner.plan import Cluster, RunPlan, overrides_of, plan_run, propose
+from minimax_train.recipe import Progress, Recipe
+
+_WORLD = "world_size="
+_SHOWN = 10
+_EPILOG = """
+Overrides are those of minimax-train. With none of parallel.tp, cp, ep and etp among them, grids are proposed, the
+fastest first, and that one is shown. Predicted is the first step of the recipe. docs/planner.md says how well.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console script. Exit status 0 for a plan that fits, 1 for one that does not, 2 for what cannot run at all."""
+    parser = argparse.ArgumentParser(
+        "minimax-plan", description="Memory, speed and traffic of a run, before it has GPUs.", epilog=_EPILOG
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="and world_size=N: how many GPUs")
+    parser.add_argument("--config-dir", action="append", default=[], help="as of minimax-train")
+    parser.add_argument("--machine", choices=MACHINES, default="h100", help="each GPU (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", default="8", metavar="N", help="linked by NVLink (default: %(default)s)")
+    parser.add_argument(
+        "--document-tokens", default="4000", metavar="N", help="mean length of documents (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        worlds = [text.removeprefix(_WORLD) for text in options.overrides if text.startswith(_WORLD)]
+        overrides = [text for text in options.overrides if not text.startswith(_WORLD)]
+        world_size = _number("world_size", worlds[-1] if worlds else "1", 2**20)
+        links = Machine(gpus_per_node=_number("--gpus-per-node", options.gpus_per_node, 2**10))
+        cluster = Cluster(world_size, MACHINES[options.machine], links)
+        document_tokens = _number("--document-tokens", options.document_tokens, 2**31)
+        config = load_config(overrides, config_dirs=options.config_dir)
+        chosen = any(text.lstrip("+").startswith(f"parallel.{axis}=") for text in overrides for axis in _AXES)
+        proposed: list[RunPlan] = []
+        if world_size == 1 or chosen:
+            plan = plan_run(config, cluster, document_tokens)
+        else:
+            proposed = propose(config, cluster, document_tokens)
+            plan = proposed[0]
+        built_s, built_bytes = dry_run(plan.config, world_size)
+    except ConfigError as error:
+        to_stderr(f"error: {' '.join(str(error).split())}")
+        return 2
+    output = Output(sys.stdout)
+    if options.json:
+        output.write(json.dumps(_as_json(plan, proposed), indent=1) + "\n")
+    else:
+        lines = [*_proposals(proposed), *_report(plan, options.machine)]
+        lines.append(
+            f"{'built':14}rank 0 of {world_size:,} on the meta device in {built_s:.1f} s: "
+            f"{built_bytes / 2**30:.2f} GiB of weights, gradients and states"
+        )
+        output.write("\n".join(lines) + "\n")
+    return 0 if plan.fits else 1
+
+
+_AXES = ("tp", "cp", "ep", "etp")
+
+
+def _number(name: str, text: str, greatest: int) -> int:
+    fits = text.isascii() and text.isdecimal() and 1 <= int(text) <= greatest
+    require(fits, name, text, f"must be a whole number from 1 to {greatest}")
+    return int(text)
+
+
+def _proposals(plans: list[RunPlan]) -> Iterable[str]:
+    if not plans:
+        return
+    shown = f"overrides ({min(_SHOWN, len(plans))} of {len(plans)} grids that fit)"
+    yield f"{'GiB':>8}{'ms':>12}{'tokens/s':>14}{'MFU %':>8}  {shown}"
+    for plan in plans[:_SHOWN]:
+        overrides = overrides_of(plan.config.parallel, plan.config.data.num_streams)
+        yield (
+            f"{plan.memory_bytes / 2**30:8.1f}{1e3 * plan.cost.seconds:12,.1f}{plan.tokens_per_s:14,.0f}"
+            f"{100 * plan.mfu:8.1f}  {overrides}"
+        )
+    yield ""
+
+
+def _report(plan: RunPlan, machine: str) -> Iterable[str]:
+    config, grid, step, rates = plan.config, plan.grid, plan.step, plan.cluster.rates
+    count = count_parameters(config.model)
+    per_token = training_flops(config.model, 1, (plan.document_tokens + 1) / 2)
+    yield (
+        f"{'model':14}{_billions(count.total)} parameters, {_billions(count.active_in_layers)} active in layers, "
+        f"{per_token / 1e9:,.1f} GFLOP a token (documents of {plan.document_tokens:,.0f})"
+    )
+    sizes = ", ".join(f"{axis} {grid.size(axis)}" for axis in ("dp", "cp", "tp", "edp", "ep", "etp"))
+    yield f"{'grid':14}{grid.world_size:,} x {machine}: {sizes}; engine={config.engine.name}"
+    yield (
+        f"{'step':14}{step.tokens:,} tokens: {step.micro_batches(grid.size('dp'))} micro-batches of "
+        f"{step.micro_batch_size} x {step.sequence_length:,} on a data-parallel rank"
+    )
+    verdict = "fits" if plan.fits else "does not fit"
+    free = rates.memory_bytes / 2**30
+    yield f"{'memory':14}{plan.memory_bytes / 2**30:.1f} GiB on a GPU of {free:.1f}: {verdict}"
+    for what, num_bytes in plan.memory.items():
+        yield f"{'':14}{num_bytes / 2**30:10.2f}  {what}"
+    longest = f"{plan.largest_sequence:,} tokens" if plan.largest_sequence else "none fits"
+    yield f"{'':14}longest packed sequence, alone in a micro-batch, blocks recomputed: {longest}"
+    for axis, traffic in plan.cost.traffic.items():
+        yield (
+            f"{f'traffic {axis}':14}{traffic.num_bytes / 2**30:.2f} GiB received a step, "
+            f"{1e3 * traffic.seconds:,.1f} ms longer for it"
+        )
+    yield (
+        f"{'time':14}{1e3 * plan.cost.seconds:,.1f} ms a step, {plan.tokens_per_s:,.0f} tokens/s, "
+        f"{100 * plan.mfu:.1f} % MFU"
+    )
+    for what, seconds in plan.cost.compute_s.items():
+        if seconds:
+            yield f"{'':14}{1e3 * seconds:10,.1f}  {what}"
+    if (tokens := _recipe_tokens(plan)) is not None:
+        yield f"{'recipe':14}{tokens:,} tokens, {tokens / plan.tokens_per_s / 86400:,.2f} days at this rate"
+
+
+def _recipe_tokens(plan: RunPlan) -> int | None:
+    """Of the whole run; None where an epoch's length decides, or the grid is another in a later stage."""
+    recipe = Recipe(plan.config)
+    if recipe.needs_epoch:
+        return None
+    return sum(piece.steps * piece.batch for piece in recipe.pieces(Progress(), {}))
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
+
+
+def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:
+    def one(plan: RunPlan) -> dict:
+        return {
+            "parallel": plan.config.parallel.sizes,
+            "num_streams": plan.config.data.num_streams,
+            "fits": plan.fits,
+            "memory_bytes": plan.memory,
+            "recomputation": plan.recomputation,
+            "seconds": plan.cost.seconds,
+            "compute_s": plan.cost.compute_s,
+            "traffic": {axis: vars(part) for axis, part in plan.cost.traffic.items()},
+            "tokens_per_s": plan.tokens_per_s,
+            "mfu": plan.mfu,
+            "largest_sequence": plan.largest_sequence,
+        }
+
+    count = count_parameters(plan.config.model)
+    return {**one(plan), "parameters": vars(count), "proposals": [one(each) for each in proposed[:_SHOWN]]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

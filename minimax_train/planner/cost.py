@@ -1,0 +1,175 @@
+"""How long a training step takes, and what ranks send each other in it: arithmetic from sizes and measured rates.
+
+Per token of a rank a block reads and writes, besides its GEMMs and its attention (``AttentionCost``), so many numbers
+in the dtype of compute, forward and backward together, with D the hidden size and K the experts per token:
+
+    norms, residuals, router, and the sums of their gradients       53 D
+    permutation to the experts and back                             11 (K + 1) D
+
+They are fitted to whole steps, as the rates are (``machine.py``), and so contain the bandwidth that is not reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from minimax_train.config import Config
+from minimax_train.model.config import ModelConfig
+from minimax_train.model.sharding import ParameterLayout
+from minimax_train.parallel.cost import Line, Machine
+from minimax_train.parallel.grid import GridSizes
+from minimax_train.planner.machine import DATA_PARALLEL_SHARE, HALF_RATE_WIDTH, TRANSFER_S, Rates
+from minimax_train.recipe import StepPlan
+
+_ITEM = 2  # bytes of a number in bfloat16
+_BUSY = 0.985  # the share of a step's time in which kernels run
+_ALONE = 1.3  # a block that is computed again takes so much longer than in the forward pass
+_BACKWARD = 2.5  # softmax attention's backward pass, in forward passes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank receives in a step, for one axis of the grid.
+
+    Attributes:
+        num_bytes: in all.
+        seconds: by which the step is longer.
+    """
+
+    num_bytes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.num_bytes + other.num_bytes, self.seconds + other.seconds)
+
+    def __mul__(self, times: float) -> Traffic:
+        return Traffic(self.num_bytes * times, self.seconds * times)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A step on any rank, routing in balance.
+
+    Attributes:
+        compute_s: seconds by what computes.
+        traffic: by axis of the grid, those on which anything is sent.
+    """
+
+    compute_s: dict[str, float]
+    traffic: dict[str, Traffic]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.compute_s.values()) / _BUSY + sum(part.seconds for part in self.traffic.values())
+
+
+def step_cost(
+    config: Config,
+    plan: StepPlan,
+    grid: GridSizes,
+    layouts: Mapping[str, ParameterLayout],
+    recomputation: str,
+    rates: Rates,
+    cluster: Machine,
+    document_tokens: float,
+) -> StepCost:
+    """Of one step.
+
+    Args:
+        layouts: of all parameters.
+        recomputation: ``none``, ``selective`` or ``full``.
+        document_tokens: mean length of the documents.
+
+    Raises:
+        ValueError: when the micro-batches do not make up the global batch.
+    """
+    micro_batches = plan.micro_batches(grid.size("dp"))
+    tokens = plan.micro_batch_size * plan.sequence_length // grid.size("cp_tp")
+    passes = _passes(config.model, grid, tokens, recomputation, rates, document_tokens)
+    compute = {what: seconds * micro_batches for what, seconds in passes.items()}
+    held = sum(prod(layout.part(grid)) for layout in layouts.values())
+    shard = sum(prod(layout.part(grid)) / grid.size(layout.replicas(grid)) for layout in layouts.values())
+    # The first micro-batch's gradients are copied to float32, the others' added.
+    compute["sums of gradients"] = (6 + 10 * (micro_batches - 1)) * held / rates.copy_bytes_per_s
+    compute["optimizer"] = 34 * shard / rates.copy_bytes_per_s
+    layers = _layer_traffic(config.model, grid, tokens, plan.micro_batch_size, recomputation, cluster)
+    traffic = {axis: part * micro_batches for axis, part in layers.items()}
+    if received := held - shard:
+        line = cluster.link(grid.world_size).all_gather
+        # Weights in bfloat16, gradients in float32: once a step, or with FSDP in every pass of every micro-batch.
+        sharded = config.engine.name == "fsdp"
+        gathers, reductions = (2 * micro_batches, micro_batches) if sharded else (1, 1)
+        seconds = gathers * line.seconds(2 * received) + reductions * line.seconds(4 * received)
+        traffic["dp"] = Traffic((2 * gathers + 4 * reductions) * received, DATA_PARALLEL_SHARE * seconds)
+    return StepCost(compute, traffic)
+
+
+def _passes(
+    model: ModelConfig, grid: GridSizes, tokens: int, recomputation: str, rates: Rates, document_tokens: float
+) -> dict[str, float]:
+    """Seconds of a micro-batch's forward and backward pass, by what computes."""
+    D, K, F, W = model.hidden_size, model.experts_per_token, model.expert_hidden_size, model.num_heads * model.head_dim
+
+    def gemm(flops: float, rate: float, width: float) -> float:
+        return flops * tokens * (width + HALF_RATE_WIDTH) / (width * rate)
+
+    def moved(numbers: float) -> float:
+        return numbers * tokens * _ITEM / rates.copy_bytes_per_s
+
+    experts = gemm(6 * model.num_layers * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp))
+    projections = sum(kind.parameters(model) for kind in model.attentions)
+    dense = gemm(2 * projections, rates.dense_flops_per_s, min(D, W / grid.tp))
+    head = gemm(2 * model.vocab_size * D, rates.dense_flops_per_s, min(D, model.vocab_size / grid.tp))
+    scores = attention = cheap = 0.0
+    for kind in model.attentions:
+        if numbers := kind.cost(model).moved:
+            attention += moved(numbers)
+        else:
+            flops = kind.flops(model, (document_tokens + 1) / 2) - 2 * kind.parameters(model)
+            scores += flops * tokens / rates.attention_flops_per_s
+        # SiLU and gate are computed again from what is read, and written: twice what the backward pass reads.
+        cheap += moved(2 * kind.activations(model).cheap + 5 * D)
+    small = moved(model.num_layers * (53 + 11 * (K + 1)) * D)
+    forward = experts + dense + scores + (small + attention) / 3
+    return {
+        "experts": 3 * experts,
+        "projections": 3 * dense,
+        "head and loss": 3 * head + moved(6 * model.vocab_size),
+        "softmax attention": (1 + _BACKWARD) * scores,
+        "lightning attention, SiLU, gate": attention,
+        "norms, residuals, permutation": small,
+        "recomputation": {"none": 0.0, "selective": cheap, "full": _ALONE * forward}[recomputation],
+    }
+
+
+def _layer_traffic(
+    model: ModelConfig, grid: GridSizes, tokens: int, sequences: int, recomputation: str, cluster: Machine
+) -> dict[str, Traffic]:
+    """Of one micro-batch, forward and backward pass, by axis."""
+    x = tokens * model.hidden_size * _ITEM  # the residual stream on a rank
+    forward = 2 if recomputation == "full" else 1  # passes whose transfers are the forward pass's
+    found: dict[str, Traffic] = {}
+
+    def add(axis: str, count: float, num_bytes: float, line: Line) -> None:
+        one = Traffic(num_bytes, line.seconds(num_bytes) + TRANSFER_S[axis])
+        found[axis] = found.get(axis, Traffic()) + one * count
+
+    if (tp := grid.tp) > 1:
+        # Gathered before each attention, reduced and scattered after it; likewise embedding and head, once.
+        count = 2 * model.num_layers * (forward + 1) + 4
+        add("tp", count, (tp - 1) * x, cluster.link(tp).all_gather)
+    arriving = x * model.experts_per_token if grid.ep > 1 else x
+    to_experts_and_back = 2 * model.num_layers * (forward + 1)
+    if (ep := grid.ep) > 1:
+        add("ep", to_experts_and_back, arriving * (ep - 1) / ep, cluster.link(ep * grid.etp).send_receive)
+    if (etp := grid.etp) > 1:
+        add("etp", to_experts_and_back, (etp - 1) * arriving, cluster.link(etp).all_gather)
+    if (cp := grid.cp) > 1:
+        line = cluster.link(cp * tp).all_gather
+        for kind in model.attentions:
+            num_bytes = _ITEM * kind.cost(model).exchanged(tokens * tp, sequences) / tp
+            # The backward pass brings them again, and takes their gradients back.
+            add("cp", forward + 2, (cp - 1) * num_bytes, line)
+    return found

@@ -1,0 +1,91 @@
+"""The planner against steps that were measured on GPUs (docs/results.md, "Training steps")."""
+
+import pytest
+
+from minimax_train.config import load_config
+from minimax_train.parallel.cost import Machine
+from minimax_train.planner.machine import MACHINES
+from minimax_train.planner.plan import Cluster, plan_run
+
+MEDIUM, SMALL = ["model=medium"], ["model=small"]
+# Two layers of text-01 at full width, and the shape that transformers is compared at.
+SLICE = [
+    "model=text-01",
+    "model.num_layers=2",
+    "model.layer_pattern=LS",
+    "model.num_experts=8",
+    "model.vocab_size=32000",
+]
+WIDE = [
+    *SMALL,
+    "model.num_layers=8",
+    "model.hidden_size=1024",
+    "model.num_heads=8",
+    "model.num_kv_heads=2",
+    "model.head_dim=128",
+    "model.num_experts=16",
+    "model.expert_hidden_size=2816",
+]
+ROW = (8192, 4)
+# Machine, model, sequence length and sequences of a micro-batch, micro-batches, axes; milliseconds, GiB, recomputation.
+ONE = [
+    ("h200", MEDIUM, ROW, 1, 235.7, 84.7, "none"),
+    ("h200", MEDIUM, ROW, 4, 883.9, 84.7, "none"),
+    ("h200", MEDIUM, ROW, 8, 1736.6, 84.7, "none"),
+    ("h200", SLICE, ROW, 1, 434.0, 78.2, "none"),
+    ("h200", SLICE, ROW, 8, 3327.9, 78.2, "none"),
+    ("h200", SMALL, ROW, 1, 79.7, 31.1, "none"),
+    ("h200", SMALL, ROW, 8, 595.2, 31.1, "none"),
+    ("h200", WIDE, ROW, 1, 96.6, 34.0, "none"),
+    ("h200", WIDE, ROW, 8, 720.2, 34.1, "none"),
+    ("h200", MEDIUM, (131072, 1), 1, 1237.6, 67.5, "full"),
+    ("h100", MEDIUM, ROW, 1, 270.9, 74.3, "selective"),
+    ("h100", MEDIUM, ROW, 8, 1961.8, 74.4, "selective"),
+    ("h100", SLICE, ROW, 1, 563.4, 73.3, "full"),
+    ("h100", SLICE, ROW, 8, 4282.7, 73.4, "full"),
+    ("h100", SMALL, ROW, 1, 90.6, 31.1, "none"),
+    ("h100", SMALL, ROW, 8, 658.1, 31.1, "none"),
+    ("h100", WIDE, ROW, 1, 106.5, 34.0, "none"),
+    ("h100", WIDE, ROW, 8, 773.6, 34.1, "none"),
+    ("h100", MEDIUM, (131072, 1), 1, 1362.2, 67.6, "full"),
+]
+# Two H200, one micro-batch on each data-parallel rank; milliseconds.
+TWO = [
+    ({}, ROW, 1, 259.8),
+    ({}, ROW, 8, 1820.2),
+    ({"etp": 2}, ROW, 1, 281.6),
+    ({"ep": 2}, ROW, 1, 293.1),
+    ({"tp": 2}, (8192, 8), 1, 298.7),
+]
+
+
+def planned(machine, model, row, micro_batches, world_size=1, **axes):
+    length, rows = row
+    dp = world_size // (axes.get("cp", 1) * axes.get("tp", 1))
+    config = load_config(
+        [
+            *model,
+            f"data.sequence_length={length}",
+            f"recipe.micro_batch_size={rows}",
+            f"recipe.global_batch_size={rows * micro_batches * dp}",
+            "recipe.eval_interval=0",
+            *(f"parallel.{axis}={size}" for axis, size in axes.items()),
+        ]
+    )
+    return plan_run(config, Cluster(world_size, MACHINES[machine], Machine()), document_tokens=4000)
+
+
+@pytest.mark.parametrize("machine, model, row, micro_batches, ms, gib, recomputation", ONE)
+def test_one_gpu(machine, model, row, micro_batches, ms, gib, recomputation):
+    plan = planned(machine, model, row, micro_batches)
+    assert plan.fits and plan.recomputation == recomputation
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.05)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
+
+
+@pytest.mark.parametrize("axes, row, micro_batches, ms", TWO)
+def test_two_gpus(axes, row, micro_batches, ms):
+    plan = planned("h200", MEDIUM, row, micro_batches, world_size=2, **axes)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
+    if not axes and micro_batches == 1:
+        assert plan.memory_bytes / 2**30 == pytest.approx(76.0, rel=0.05)
