@@ -24,6 +24,7 @@ setup(
         "numpy>=1.26",
         "hydra-core>=1.3.2,<1.4",
         "datasets>=5.0",
+        "fsspec>=2025.3",
         "pyarrow>=21",
         "tokenizers>=0.22",
         "transformers>=5.0",
@@ -38,7 +39,14 @@ setup(
             "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
         ],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
-        "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=77", "triton>=3.6; platform_system == 'Linux'"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "setuptools>=77",
+            "triton>=3.6; platform_system == 'Linux'",
+            "s3fs",  # each release goes with the fsspec of its number
+            "moto[server]>=5",
+        ],
         "lint": ["ruff>=0.9", "pyrefly>=1.4", "pre-commit>=4"],
     },
     entry_points={

@@ -129,7 +129,7 @@ def methods(trainer: Trainer, names: list[str], folder: Path) -> Iterator[dict[s
     def ours(must_succeed: bool) -> tuple[Callable[[], bool], Path]:
         trainer.save(trainer.plan(), must_succeed)
         step = trainer.progress.step
-        return lambda: not trainer.saver.is_saving, store.path(step)
+        return lambda: not trainer.saver.is_saving, Path(str(store.path(step)))
 
     def plain() -> tuple[Callable[[], bool], Path]:
         dcp.save(trainer.engine.snapshot(), checkpoint_id=folder / "dcp")
@@ -256,7 +256,7 @@ def run(trainer: Trainer, options: argparse.Namespace, machine: str, folder: Pat
                 results.append({"method": name, **found})
                 if first:
                     print(f"{name:12}" + "".join(f"{found[column]:11.2f}" for column in COLUMNS), flush=True)
-                    for saved in [*trainer.store.all(), *folder.glob("dcp*")]:
+                    for saved in [*map(str, trainer.store.all()), *folder.glob("dcp*")]:
                         shutil.rmtree(saved)
                 dist.barrier()
     if options.json and first:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 
 from minimax_train.checkpoint.config import CheckpointConfig
+from minimax_train.checkpoint.remote import MEMORY
 from minimax_train.compose import Tree, compose_tree, read_yaml
 from minimax_train.data.config import DataConfig
 from minimax_train.engines import ENGINES, EngineConfig
@@ -202,6 +203,8 @@ class Config:
         Raises:
             ConfigError: naming the key to change and the values that would do.
         """
+        folder, accepted = self.checkpoint.folder, f"is in the memory of one process; this run has {world_size}"
+        require(world_size == 1 or not (folder or "").startswith(MEMORY), "checkpoint.folder", folder, accepted)
         streams, parallel = self.data.num_streams, self.parallel
         try:
             check_sizes(world_size, **parallel.sizes)

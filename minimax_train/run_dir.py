@@ -13,7 +13,8 @@ from pathlib import Path
 from minimax_train.cache import find_cache
 from minimax_train.checkpoint.initial_weights import find_weights
 from minimax_train.checkpoint.reading import METADATA
-from minimax_train.checkpoint.store import PROGRESS, CheckpointStore
+from minimax_train.checkpoint.remote import Folder, local_copy
+from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, folder_of
 from minimax_train.config import Config, config_on, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
@@ -32,7 +33,7 @@ _FILES = (LOCK, CONFIG, TOKENIZER, CHECKPOINTS, METRICS, PICTURE, WANDB_ID)
 _DRAFTS = tuple(name + UNFINISHED for name in (CONFIG, TOKENIZER, METRICS, WANDB_ID))
 
 
-def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, Path | None, Path | None]:
+def prepare_run_dir(config: Config, store: CheckpointStore) -> tuple[Tokenizer, Folder | None, Folder | None]:
     """Take the folder for this run alone, check it, write configuration and tokenizer; called by all ranks.
 
     Returns:
@@ -59,7 +60,8 @@ def on_grid_of_stage(config: Config, world_size: int) -> Config:
         ConfigError: when the folder cannot be searched or the checkpoint is damaged, when it is not known whether the
             stage has ended, or that grid cannot be laid out on so many processes.
     """
-    store, recipe, progress = CheckpointStore(Path(config.run_dir)), Recipe(config), Progress()
+    store = CheckpointStore(Path(config.run_dir), folder=config.checkpoint.folder)
+    recipe, progress = Recipe(config), Progress()
     checkpoint = None
     if config.checkpoint.resume == "auto":
         with _usable(config):
@@ -100,16 +102,31 @@ def _take(config: Config, folder: Path, store: CheckpointStore) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(config, folder, store)
         take_lock(folder)
+        store.claim()
         checkpoint = store.latest()
     if checkpoint is not None and config.checkpoint.resume == "never":
+        where = f"run_dir={config.run_dir!r}"
+        if config.checkpoint.folder is not None:
+            where = f"checkpoint.folder={config.checkpoint.folder!r}"
         raise ConfigError(
-            f"run_dir={config.run_dir!r}: already holds {checkpoint.name}; "
-            "pass checkpoint.resume=auto to continue it, or another run_dir"
+            f"{where}: already holds {checkpoint.name}; pass checkpoint.resume=auto to continue it, or another run_dir"
         )
+    if checkpoint is None:
+        with _usable(config):
+            _refuse_moved(folder, store)
+
+
+def _refuse_moved(folder: Path, store: CheckpointStore) -> None:
+    """Refuse to start over where the run's checkpoints were elsewhere before."""
+    for before in (folder_of(folder), folder / CHECKPOINTS):
+        left = None if before == store.folder else CheckpointStore(folder, folder=before).latest()
+        if left is not None:
+            accepted = f"holds no checkpoint, but {left} is of this run: pass checkpoint.folder={before}, or copy it"
+            require(False, "checkpoint.folder", str(store.folder), accepted)
 
 
 def _prepare(
-    config: Config, folder: Path, checkpoint: Path | None, weights: Path | None, store: CheckpointStore
+    config: Config, folder: Path, checkpoint: Folder | None, weights: Folder | None, store: CheckpointStore
 ) -> None:
     try:
         if checkpoint is None:
@@ -157,7 +174,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir()) and (path.name == CHECKPOINTS or not path.is_symlink())
 
 
-def _start(config: Config, folder: Path, weights: Path | None) -> None:
+def _start(config: Config, folder: Path, weights: Folder | None) -> None:
     """Make the tokenizer of a new run. What an earlier one left that has no checkpoint is kept under other names."""
     draft = folder / (TOKENIZER + UNFINISHED)
     shutil.rmtree(draft, ignore_errors=True)
@@ -221,14 +238,14 @@ def _same_files(a: Path, b: Path) -> bool:
     return not differing and not unread
 
 
-def _resume(config: Config, folder: Path, checkpoint: Path, store: CheckpointStore) -> None:
+def _resume(config: Config, folder: Path, checkpoint: Folder, store: CheckpointStore) -> None:
     """Compare a run with its newest checkpoint, before anything is written."""
     Recipe(config).check_resumed(store.check(checkpoint), str(checkpoint))
-    _refuse_changes(read_config(checkpoint / CONFIG), config)
+    _refuse_changes(read_config(local_copy(checkpoint / CONFIG)), config)
     if os.path.lexists(folder / CONFIG):
         read_config(folder / CONFIG)  # which is written anew: not if it is something else
     read_records(folder / METRICS)  # likewise
-    own, theirs = folder / TOKENIZER, checkpoint / TOKENIZER
+    own, theirs = folder / TOKENIZER, local_copy(checkpoint / TOKENIZER)
     if not own.exists():
         draft = own.with_name(own.name + UNFINISHED)
         shutil.rmtree(draft, ignore_errors=True)
@@ -239,7 +256,7 @@ def _resume(config: Config, folder: Path, checkpoint: Path, store: CheckpointSto
         how = "splits text otherwise" if same_ids else "gives other token ids"
         raise ConfigError(
             f"{own}: not the tokenizer that {checkpoint} was trained with: it {how}; "
-            f"move it away to continue with {theirs}"
+            f"move it away to continue with {checkpoint / TOKENIZER}"
         )
 
 
@@ -247,14 +264,15 @@ def _tokenizer_json(folder: Path) -> object:
     return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def _refuse_other_tokens(config: Config, weights: Path, tokenizer: Tokenizer) -> None:
+def _refuse_other_tokens(config: Config, weights: Folder, tokenizer: Tokenizer) -> None:
     """Embedding rows of initial weights mean the tokens they were trained with. Of another number, they are not
     loaded."""
     theirs, given = weights / TOKENIZER, config.checkpoint
-    partial = not given.initial_weights_strict and (weights / CONFIG).is_file()
-    if partial and read_config(weights / CONFIG).model.vocab_size != config.model.vocab_size:
+    saved = local_copy(weights / CONFIG)
+    partial = not given.initial_weights_strict and saved.is_file()
+    if partial and read_config(saved).model.vocab_size != config.model.vocab_size:
         return
-    if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(theirs)):
+    if theirs.is_dir() and not tokenizer.has_ids_of(load_tokenizer(local_copy(theirs))):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}: gives other token ids than "
             f"checkpoint.initial_weights={given.initial_weights!r} was trained with; pass data.tokenizer={theirs}"

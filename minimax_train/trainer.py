@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from minimax_train.cache import find_cache, use_kernel_cache
 from minimax_train.checkpoint.initial_weights import load_weights
+from minimax_train.checkpoint.remote import Folder
 from minimax_train.checkpoint.saving import Saver
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.config import Config, config_at, flatten, to_yaml
@@ -59,7 +60,7 @@ class Trainer:
         use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
-        self.store = CheckpointStore(self.run_dir, config.checkpoint.retention)
+        self.store = CheckpointStore(self.run_dir, config.checkpoint.retention, config.checkpoint.folder)
         self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
         self.recipe, self.phases = Recipe(config), Phases()
         self.peak_flops_per_s = peak_flops_per_s(device)
@@ -155,7 +156,8 @@ class Trainer:
             self.saver.wait()
             self.log.finish()
             self.log.say(
-                f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.latest()}; {self.run_dir}/loss.png"
+                f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.path(self.progress.step)}; "
+                f"{self.run_dir}/loss.png"
             )
 
     @property
@@ -344,7 +346,8 @@ class Trainer:
             self.log.finish()
             raise GridChange(
                 f"after step {self.progress.step}: stage {state['stage']} runs on another grid, {grid.shown}; the run "
-                f"is saved in {self.store.latest()}: start the same command on processes for that grid to go on"
+                f"is saved in {self.store.path(self.progress.step)}: start the same command on processes for that grid "
+                "to go on"
             )
 
     def _count_epoch(self) -> list[str]:
@@ -383,7 +386,7 @@ class Trainer:
             error.on_all_ranks = True
             raise error
 
-    def _restore(self, resumed: Path | None, weights: Path | None) -> Progress:
+    def _restore(self, resumed: Folder | None, weights: Folder | None) -> Progress:
         state = self.engine.snapshot()
         if resumed is not None:
             progress = self.store.load(resumed, state)

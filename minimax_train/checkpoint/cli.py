@@ -14,15 +14,25 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from minimax_train.checkpoint.manifest import MANIFEST, check_hashes, read_manifest
+from minimax_train.checkpoint.manifest import MANIFEST, check_hashes, read_manifest, readable
 from minimax_train.checkpoint.reading import CheckpointFiles
-from minimax_train.checkpoint.retention import Retention, aside, drafts, held_out_losses, remove, step_of, superseded
-from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint
+from minimax_train.checkpoint.remote import Folder, RemotePath, at, local_copy, sizes_of
+from minimax_train.checkpoint.retention import (
+    Retention,
+    aside,
+    drafts,
+    held_out_losses,
+    named,
+    remove,
+    step_of,
+    superseded,
+)
+from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint, folder_of, owner_of
 from minimax_train.config import read_config
 from minimax_train.errors import ConfigError, require
 from minimax_train.fields import Field, fields_of
 from minimax_train.files import CHECKPOINTS, CONFIG, METRICS
-from minimax_train.metrics.console import to_stderr
+from minimax_train.metrics.console import note, to_stderr
 from minimax_train.metrics.log import read_steps
 from minimax_train.run_lock import release_lock, take_lock
 
@@ -38,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (run, paths) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         for path in paths:
-            command.add_argument(path.lower(), metavar=path, type=Path, help="a run or a checkpoint")
+            command.add_argument(path.lower(), metavar=path, help="a run or a checkpoint, or a URL where some are")
         if run is _prune:
             for key, what in fields_of(Retention).items():
                 told = f"number; by default the run's checkpoint.{key}"
@@ -49,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run, paths = COMMANDS[options.pop("command")]
     given = [options.pop(path.lower()) for path in paths]
     try:
-        return run(*given, **options)
+        return run(*map(at, given), **options)
     except ConfigError as error:
         to_stderr(f"error: {' '.join(str(error).split())}")
         return 2
@@ -60,11 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _list(path: Path) -> int:
+def _list(path: Folder) -> int:
     """list the checkpoints of a run: step, tokens, size, age, losses, process grid, and what is damaged, without
     reading tensors"""
     checkpoints = _checkpoints(path)
-    records = read_steps(checkpoints[0].parents[1] / METRICS, {step_of(checkpoint) for checkpoint in checkpoints})
+    run = _run_of(checkpoints[0].parent)
+    records = read_steps(run / METRICS, {step_of(checkpoint) for checkpoint in checkpoints})
     print(f"{'step':>12}{'tokens':>18}{'GB':>10}{'age':>8}{'loss':>10}{'held-out':>10}  {'grid':<16}  state")
     damaged = 0
     for checkpoint in checkpoints:
@@ -72,7 +83,7 @@ def _list(path: Path) -> int:
         losses = "".join(f"{record[name]:10.4f}" if name in record else f"{'-':>10}" for name in LOSSES)
         grid, state = "?", f"no {MANIFEST}: saved by an earlier version"
         try:
-            tokens = f"{CheckpointStore(path).check(checkpoint).tokens:,}"
+            tokens = f"{CheckpointStore(run).check(checkpoint).tokens:,}"
             state = "whole" if (checkpoint / MANIFEST).is_file() else state
             grid = _grid(checkpoint)
         except ConfigError as error:
@@ -82,18 +93,23 @@ def _list(path: Path) -> int:
     return int(damaged > 0)
 
 
-def _prune(run: Path, *, damaged: bool, dry_run: bool, **given: int | None) -> int:
+def _prune(path: Folder, *, damaged: bool, dry_run: bool, **given: int | None) -> int:
     """remove checkpoints of a run that is not being trained: all but the newest, every n-th and best ones; and what was
     left half written; the newest whole one stays"""
-    store = CheckpointStore(run)
+    folder = folder_of(path)
+    run = path if isinstance(path, Path) and path != folder else _run_of(folder)
+    store = CheckpointStore(run, folder=folder)
     checkpoints = store.all()
     if not checkpoints:
-        raise ConfigError(f"{run}: no run with {CHECKPOINTS} in it")
-    if not dry_run:
+        raise ConfigError(f"{path}: no run with {CHECKPOINTS} in it")
+    if not dry_run and run.is_dir():
         take_lock(run, "RUN")
+    elif not dry_run:
+        note(f"{run}: not on this machine, so that nothing here keeps the run from going on meanwhile")
     try:
+        saved = run / CONFIG if run.is_dir() else local_copy(checkpoints[-1] / CONFIG)
         retention = replace(
-            read_config(run / CONFIG).checkpoint.retention,
+            read_config(saved).checkpoint.retention,
             **{key: value for key, value in given.items() if value is not None},
         )
         accepted = "has no effect with checkpoint.keep=0; give --keep"
@@ -107,7 +123,7 @@ def _prune(run: Path, *, damaged: bool, dry_run: bool, **given: int | None) -> i
         newest, _ = store.newest_checked()
         old = [path for path in superseded(run, checkpoints, retention) if path != newest]
         freed = 0
-        for path in [*drafts(store.folder), *old, *(aside(store.folder) if damaged else [])]:
+        for path in [*drafts(folder), *old, *(aside(folder) if damaged else [])]:
             size = _size(path)
             if not dry_run:
                 remove(path)
@@ -142,25 +158,34 @@ def _number(what: Field) -> Callable[[str], int]:
     return number
 
 
-def _size(folder: Path) -> int:
+def _run_of(folder: Folder) -> Path:
+    """The ``run_dir`` of a folder of checkpoints; it may be on another machine."""
+    return Path(owner_of(folder) or "unknown run")
+
+
+def _size(folder: Folder) -> int:
     """Bytes of a checkpoint's files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(sizes_of(folder).values())
 
 
-def _age(checkpoint: Path) -> str:
+def _age(checkpoint: Folder) -> str:
     """Since it was saved, in the largest unit of which it is two or more."""
-    seconds = time.time() - max(file.stat().st_mtime for file in (checkpoint, *checkpoint.glob(PROGRESS)))
+    if isinstance(checkpoint, RemotePath):
+        saved = (checkpoint / MANIFEST).modified()
+    else:
+        saved = max(file.stat().st_mtime for file in (checkpoint, *checkpoint.glob(PROGRESS)))
+    seconds = time.time() - saved
     unit, name = next(((unit, name) for unit, name in _UNITS if seconds >= 2 * unit), _UNITS[-1])
     return f"{max(0, seconds) / unit:.0f} {name}"
 
 
-def _grid(checkpoint: Path) -> str:
+def _grid(checkpoint: Folder) -> str:
     """Sizes of the grid's axes that are not 1."""
-    sizes = read_config(checkpoint / CONFIG).parallel.sizes
+    sizes = read_config(local_copy(checkpoint / CONFIG)).parallel.sizes
     return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "-"
 
 
-def _verify(path: Path) -> int:
+def _verify(path: Folder) -> int:
     """read every file of a checkpoint, or of all of a run, and compare it with its size and hash"""
     damaged = 0
     for checkpoint in _checkpoints(path):
@@ -181,7 +206,7 @@ def _verify(path: Path) -> int:
     return int(damaged > 0)
 
 
-def _diff(first: Path, second: Path) -> int:
+def _diff(first: Folder, second: Folder) -> int:
     """compare two checkpoints tensor by tensor: names in one alone, and the largest difference of any element"""
     files = [CheckpointFiles(find_checkpoint(path)) for path in (first, second)]
     held = [set(reader.read_metadata().state_dict_metadata) for reader in files]
@@ -214,15 +239,16 @@ def _tensor(files: CheckpointFiles, name: str) -> Tensor:
     return tensor
 
 
-def _checkpoints(path: Path) -> list[Path]:
+def _checkpoints(path: Folder) -> list[Folder]:
     """A checkpoint itself, or all of a run, oldest first.
 
     Raises:
         ConfigError: when it is neither.
     """
-    if (path / PROGRESS).is_file():
-        return [path]
-    found = CheckpointStore(path).all()
+    with readable(path):
+        if (path / PROGRESS).is_file():
+            return [path]
+        found = named(folder_of(path))
     if not found:
         raise ConfigError(f"{path}: neither a run with {CHECKPOINTS} in it nor a checkpoint")
     return found

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from minimax_train.checkpoint.remote import MEMORY, at
 from minimax_train.checkpoint.retention import Retention
-from minimax_train.errors import require, require_choice
+from minimax_train.errors import ConfigError, require, require_choice
 from minimax_train.fields import PATH, Range, check_fields
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints under ``run_dir/checkpoints``.
+    """Checkpoints of a run.
 
     Attributes:
+        folder: where they are: null for ``run_dir/checkpoints``, else a path or an fsspec URL, ``s3://bucket/runs/a``,
+            for this run alone. Credentials and endpoint are taken from the environment, as the library of that
+            protocol has it. ``memory://`` is for one process that saves synchronously.
         interval: write one every so many steps, and at the end; 0 for only at the end.
         async_save: save beside training: the state is copied to host memory, from which a process beside each rank
             writes it. Training waits for saves where that memory does not suffice, and where a run or a stage ends.
@@ -22,16 +26,17 @@ class CheckpointConfig:
         keep_every: also kept are those whose step is a multiple of this number; 0 for none.
         keep_best: also kept are so many with the least held-out loss. An evaluation follows the save of its step, so
             that a checkpoint is compared at the saves after it, and only where an evaluation falls on its step.
-        resume: ``auto`` continues from the newest checkpoint in ``run_dir``, or starts if there is none; ``never``
+        resume: ``auto`` continues from the newest checkpoint of the run, or starts if there is none; ``never``
             refuses a ``run_dir`` that already holds one.
         leave_within_s: seconds from a SIGTERM or SIGUSR1, at which the run saves and leaves, to the end of a process
             that has not come to it; torchrun kills 30 s after its signal.
-        initial_weights: a checkpoint, or a run and so its newest whole one, whose weights (not optimizer or data
-            position) a new run starts from.
+        initial_weights: path or URL of a checkpoint, or of a run and so its newest whole one, whose weights (not
+            optimizer or data position) a new run starts from.
         initial_weights_strict: refuse a checkpoint that does not hold just this model's parameters. Otherwise those
             that it holds by the same name in the same shape are loaded, and the others are told.
     """
 
+    folder: Annotated[str | None, PATH] = None
     interval: Annotated[int, Range(0, 10**9)] = 500
     async_save: bool = True
     keep: Annotated[int, Range(0, 10**9)] = 2
@@ -44,6 +49,17 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_fields("checkpoint", self)
+        for name in ("folder", "initial_weights"):
+            value = getattr(self, name)
+            try:
+                at(value or ".")
+            except ConfigError as error:
+                raise ConfigError(f"checkpoint.{name}={error}") from error
+        in_memory, accepted = (
+            (self.folder or "").startswith(MEMORY),
+            f"must be false with checkpoint.folder={self.folder}",
+        )
+        require(not (in_memory and self.async_save), "checkpoint.async_save", self.async_save, accepted)
         require_choice("checkpoint.resume", self.resume, ("auto", "never"))
         for name in ("keep_every", "keep_best"):
             value, accepted = getattr(self, name), "must be 0 with checkpoint.keep=0, which keeps all"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
-from minimax_train.checkpoint.manifest import DamagedCheckpoint, check_shards
+from minimax_train.checkpoint.manifest import DamagedCheckpoint, check_shards, readable
 from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.checkpoint.remote import Folder, at
 from minimax_train.checkpoint.retention import named
-from minimax_train.checkpoint.store import find_checkpoint
+from minimax_train.checkpoint.store import find_checkpoint, folder_of
 from minimax_train.errors import ConfigError
-from minimax_train.files import CHECKPOINTS
 from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
 
@@ -21,9 +20,9 @@ _SHOWN = 12  # names in a message
 _KEY = "checkpoint.initial_weights"
 
 
-def find_weights(path: str) -> Path:
-    """The checkpoint at a path, or the newest whole one of the run there; damaged ones that are passed over are told,
-    and left as they are. Called by all ranks together; each reads its share of the shards.
+def find_weights(path: str) -> Folder:
+    """The checkpoint at a path or URL, or the newest whole one of the run there; damaged ones that are passed over are
+    told, and left as they are. Called by all ranks together; each reads its share of the shards.
 
     Raises:
         DamagedCheckpoint: of the newest, when all are damaged.
@@ -32,7 +31,8 @@ def find_weights(path: str) -> Path:
     passed: list[DamagedCheckpoint] = []
     for checkpoint in on_first_rank(lambda: _candidates(path)):
         try:
-            on_first_rank(lambda checkpoint=checkpoint: CheckpointFiles(checkpoint).read_metadata() and None)
+            with readable(checkpoint):
+                on_first_rank(lambda checkpoint=checkpoint: CheckpointFiles(checkpoint).read_metadata() and None)
             check_shards(checkpoint)
         except DamagedCheckpoint as error:
             passed.append(error)
@@ -43,7 +43,7 @@ def find_weights(path: str) -> Path:
     raise _on_all_ranks(DamagedCheckpoint(f"{_KEY}={path!r}: {passed[0]}"))
 
 
-def load_weights(path: Path, model: dict[str, Tensor], *, strict: bool = True) -> None:
+def load_weights(path: Folder, model: dict[str, Tensor], *, strict: bool = True) -> None:
     """Fill parameters by name from a checkpoint; called by all ranks together.
 
     Args:
@@ -82,13 +82,14 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _candidates(path: str) -> list[Path]:
+def _candidates(path: str) -> list[Folder]:
     """Newest first."""
     try:
         found = find_checkpoint(path)
     except ConfigError as error:
         raise type(error)(f"{_KEY}={path!r}: {error}") from error
-    in_run = named(Path(path) / CHECKPOINTS)
+    with readable(at(path)):
+        in_run = named(folder_of(at(path)))
     return in_run[::-1] if found in in_run else [found]
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 import torch.distributed as dist
 
+from minimax_train.checkpoint.remote import Folder, RemotePath, sizes_of
 from minimax_train.errors import ConfigError, one_line
 from minimax_train.first_rank import on_every_rank, on_first_rank
 
@@ -89,7 +91,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_manifest(folder: Path) -> dict[str, Entry] | None:
+def read_manifest(folder: Folder) -> dict[str, Entry] | None:
     """What a checkpoint's files were when it was saved, by name; None where an earlier version saved it.
 
     Raises:
@@ -112,38 +114,53 @@ def read_manifest(folder: Path) -> dict[str, Entry] | None:
     return entries
 
 
-def check_sizes(folder: Path, manifest: Mapping[str, Entry]) -> None:
+@contextmanager
+def readable(folder: Folder) -> Iterator[None]:
+    """Inside, what cannot be read of a folder is told as such.
+
+    Raises:
+        ConfigError: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read: {error}") from error
+
+
+def check_sizes(folder: Folder, manifest: Mapping[str, Entry]) -> None:
     """Compare the sizes of all files.
 
     Raises:
         DamagedCheckpoint: naming the first that is missing or has another size.
     """
+    sizes = sizes_of(folder, manifest)
     for name, entry in manifest.items():
-        _check_size(folder, name, entry)
+        file, size = folder / name, sizes.get(name)
+        if size is None:
+            raise DamagedCheckpoint(f"{file}: missing, though {folder / MANIFEST} names it")
+        if size != entry.size:
+            raise DamagedCheckpoint(f"{file}: damaged: it has {size} bytes, {folder / MANIFEST} says {entry.size}")
 
 
-def check_hashes(folder: Path, manifest: Mapping[str, Entry], names: Iterable[str]) -> None:
+def check_hashes(folder: Folder, manifest: Mapping[str, Entry], names: Iterable[str]) -> None:
     """Read files whole and compare them.
 
     Raises:
         DamagedCheckpoint: naming the first that is missing or not as it was saved.
         ConfigError: when a file cannot be read.
     """
+    names = list(names)
+    with readable(folder):
+        check_sizes(folder, {name: manifest[name] for name in names})
     for name in names:
-        entry, file = manifest[name], folder / name
-        _check_size(folder, name, entry)
-        try:
-            with open(file, "rb") as stream:
-                found = _entry(stream)
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error}") from error
-        if found != entry:
-            raise DamagedCheckpoint(
-                f"{file}: damaged: its SHA-256 is {found.sha256}, {folder / MANIFEST} says {entry.sha256}"
-            )
+        file, expected = folder / name, manifest[name].sha256
+        with readable(file):
+            found = _hash_of_file(file)
+        if found != expected:
+            raise DamagedCheckpoint(f"{file}: damaged: its SHA-256 is {found}, {folder / MANIFEST} says {expected}")
 
 
-def check_shards(folder: Path) -> None:
+def check_shards(folder: Folder) -> None:
     """Read all shards and compare them, each rank its share; called by all ranks together.
 
     Nothing is compared where there is no manifest.
@@ -152,7 +169,8 @@ def check_shards(folder: Path) -> None:
         DamagedCheckpoint, ConfigError: as :func:`check_hashes`, the same on all ranks.
     """
     # One rank looks: on a network file system the others may not see the same folder yet.
-    manifest = on_first_rank(lambda: read_manifest(folder))
+    with readable(folder):
+        manifest = on_first_rank(lambda: read_manifest(folder))
     if manifest is None:
         return
     shards = [name for name in manifest if name.endswith(SHARD)]
@@ -168,13 +186,14 @@ def _hash_of(files: object) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _check_size(folder: Path, name: str, entry: Entry) -> None:
-    file = folder / name
-    if not file.is_file():
-        raise DamagedCheckpoint(f"{file}: missing, though {folder / MANIFEST} names it")
-    size = file.stat().st_size
-    if size != entry.size:
-        raise DamagedCheckpoint(f"{file}: damaged: it has {size} bytes, {folder / MANIFEST} says {entry.size}")
+def _hash_of_file(file: Folder) -> str:
+    if isinstance(file, RemotePath):
+        hashed = hashlib.sha256()
+        for block in file.blocks():
+            hashed.update(block)
+        return hashed.hexdigest()
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _entry(stream: BufferedReader) -> Entry:

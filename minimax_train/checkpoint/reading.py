@@ -7,12 +7,15 @@ whatever they are, are refused.
 
 from __future__ import annotations
 
+import io
 import pathlib
 import pickle
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -23,10 +26,20 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 from torch.serialization import _get_layout
 
-from minimax_train.checkpoint.manifest import SHARD, DamagedCheckpoint, check_hashes, check_sizes, read_manifest
+from minimax_train.checkpoint.manifest import (
+    SHARD,
+    DamagedCheckpoint,
+    check_hashes,
+    check_sizes,
+    read_manifest,
+    readable,
+)
+from minimax_train.checkpoint.remote import Folder, RemotePath, cannot_be_read, sizes_of
 from minimax_train.errors import ConfigError, one_line
 
 METADATA = ".metadata"
+_DOWNLOAD = 256 * 2**20
+"""Bytes of records that are downloaded before they are read."""
 
 _INDEX_CLASSES = (
     metadata.BytesStorageMetadata,
@@ -57,7 +70,7 @@ class _IndexUnpickler(pickle.Unpickler):
         ConfigError: naming the file, and the class or function it asks for.
     """
 
-    def __init__(self, file: Path, stream: BinaryIO) -> None:
+    def __init__(self, file: Folder, stream: BinaryIO) -> None:
         super().__init__(stream)
         self._file = file
 
@@ -71,6 +84,17 @@ class _IndexUnpickler(pickle.Unpickler):
             ) from None
 
 
+class _RemoteShards(filesystem.FileSystem):
+    """Has torch's reader ask :meth:`CheckpointFiles._slice_file` for all it reads."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        yield path
+
+
 class CheckpointFiles(dcp.FileSystemReader):
     """The files of one checkpoint; its index is read once, and the files are compared with its manifest then.
 
@@ -78,9 +102,11 @@ class CheckpointFiles(dcp.FileSystemReader):
         path: the checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._folder = path
+    def __init__(self, path: Folder) -> None:
+        super().__init__(str(path))
+        if isinstance(path, RemotePath):
+            self.fs, self.path = _RemoteShards(), cast(Any, path)
+        self._folder, self._records = path, dict[int, bytes]()
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -102,7 +128,8 @@ class CheckpointFiles(dcp.FileSystemReader):
             ConfigError: naming the damaged file, or what the checkpoint does not hold. The same on all ranks, even if
                 only one met it.
         """
-        self.read_metadata()  # not first inside dcp.load, which logs an error with its traceback
+        with readable(self._folder):
+            self.read_metadata()  # not first inside dcp.load, which logs an error with its traceback
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -123,13 +150,35 @@ class CheckpointFiles(dcp.FileSystemReader):
                 raise ConfigError(f"{self._folder / METADATA}: refused: {name} is a pickled object, must be a tensor")
             by_shard.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_shard.items():
+            shard = self._folder / name
             try:
-                super().read_data(replace(plan, items=items), planner)
+                if isinstance(shard, RemotePath):
+                    self._read_remote(shard, items, plan, planner)
+                else:
+                    super().read_data(replace(plan, items=items), planner)
             except Exception as error:
-                raise ConfigError(f"{self._folder / name}: damaged: it cannot be read: {one_line(error)}") from error
+                raise ConfigError(f"{shard}: {cannot_be_read(shard, error)}") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_remote(self, shard: RemotePath, items: Sequence[Any], plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Many records are small: a request after the other would mostly wait."""
+        places = [self.storage_data[item.storage_index] for item in items]
+        batch: list[Any] = []
+        wanted: dict[int, int] = {}
+        for item, place in zip(items, places, strict=True):
+            batch.append(item)
+            wanted[place.offset] = place.length
+            if item is items[-1] or sum(wanted.values()) >= _DOWNLOAD:
+                self._records = dict(zip(wanted, shard.read_ranges(list(wanted.items())), strict=True))
+                super().read_data(replace(plan, items=batch), planner)
+                batch, wanted, self._records = [], {}, {}
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if isinstance(file, RemotePath):
+            return io.BytesIO(self._records[sinfo.offset])
+        return super()._slice_file(file, sinfo)
 
     def _read_metadata(self) -> Metadata:
         file = self._folder / METADATA
@@ -141,8 +190,7 @@ class CheckpointFiles(dcp.FileSystemReader):
             self._check_files()
         ends: dict[str, int] = {}
         try:
-            with open(file, "rb") as stream:
-                index = _IndexUnpickler(file, stream).load()
+            index = _IndexUnpickler(file, io.BytesIO(file.read_bytes())).load()
             if not isinstance(index, Metadata):
                 raise TypeError(f"it holds a {type(index).__name__}")
             index.storage_meta = index.storage_meta or StorageMeta()
@@ -152,15 +200,16 @@ class CheckpointFiles(dcp.FileSystemReader):
                 if Path(info.relative_path).name != info.relative_path:
                     raise ValueError(f"{info.relative_path!r} is no file of the checkpoint's folder")
                 ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-            shards = {name: self._folder / name for name in sorted(ends)}
+            names = sorted(ends)
         except (OSError, ConfigError):
             raise
         except Exception as error:  # unpickling damaged bytes may raise anything
             raise DamagedCheckpoint(f"{file}: damaged: not the index of a checkpoint: {one_line(error)}") from error
-        for name, shard in shards.items() if looks else ():
-            if not shard.is_file():
+        sizes = sizes_of(self._folder, names) if looks else {}
+        for name in names if looks else ():
+            shard, size = self._folder / name, sizes.get(name)
+            if size is None:
                 raise DamagedCheckpoint(f"{shard}: missing, though {file} names it")
-            size = shard.stat().st_size
             if size < ends[name]:
                 raise DamagedCheckpoint(f"{shard}: damaged: it has {size} bytes, {file} says {ends[name]}")
         return index

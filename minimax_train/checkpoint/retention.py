@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from minimax_train.checkpoint.manifest import MANIFEST
+from minimax_train.checkpoint.remote import Folder, RemotePath
 from minimax_train.fields import Range
 from minimax_train.files import METRICS, UNFINISHED
 from minimax_train.metrics.log import read_steps
@@ -53,27 +55,29 @@ class Retention:
 KEEP_ALL = Retention()
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Folder) -> int:
     """Which step a checkpoint is called after."""
     return int(checkpoint.name.partition("-")[2])
 
 
-def named(folder: Path) -> list[Path]:
-    """What is named like a finished checkpoint, oldest first."""
-    return sorted(_matching(folder, _NAME), key=step_of)
+def named(folder: Folder) -> list[Folder]:
+    """What is named like a finished checkpoint, oldest first; in an object store, what also has a manifest."""
+    return sorted((path for path in _matching(folder, _NAME) if _is_finished(path)), key=step_of)
 
 
-def drafts(folder: Path) -> list[Path]:
+def drafts(folder: Folder) -> list[Folder]:
     """What runs that were killed were writing or removing."""
+    if isinstance(folder, RemotePath):
+        return [path for path in _matching(folder, _NAME) if not _is_finished(path)]
     return _matching(folder, _DRAFT)
 
 
-def aside(folder: Path) -> list[Path]:
+def aside(folder: Folder) -> list[Folder]:
     """Damaged checkpoints that runs passed over and kept aside."""
     return _matching(folder, _DAMAGED)
 
 
-def held_out_losses(run_dir: Path, checkpoints: list[Path]) -> dict[int, float]:
+def held_out_losses(run_dir: Path, checkpoints: Sequence[Folder]) -> dict[int, float]:
     """Loss at the steps of checkpoints, where it was evaluated and is finite.
 
     Raises:
@@ -84,7 +88,7 @@ def held_out_losses(run_dir: Path, checkpoints: list[Path]) -> dict[int, float]:
     return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
 
-def superseded(run_dir: Path, checkpoints: list[Path], retention: Retention) -> list[Path]:
+def superseded(run_dir: Path, checkpoints: Sequence[Folder], retention: Retention) -> list[Folder]:
     """The checkpoints of a run that are not kept.
 
     An evaluation follows the save of its step, so that the newest checkpoint has no held-out loss yet.
@@ -97,12 +101,17 @@ def superseded(run_dir: Path, checkpoints: list[Path], retention: Retention) -> 
     return [path for path in checkpoints if step_of(path) in removed]
 
 
-def remove(checkpoint: Path) -> None:
+def remove(checkpoint: Folder) -> None:
     """Remove a checkpoint. Killed in between, what is left does not look like one.
 
     Raises:
         OSError: when it cannot be removed.
     """
+    if isinstance(checkpoint, RemotePath):
+        if (checkpoint / MANIFEST).is_file():
+            (checkpoint / MANIFEST).unlink()
+        checkpoint.rmtree()
+        return
     leaving = checkpoint
     if _NAME.fullmatch(checkpoint.name):
         leaving = checkpoint.with_name(f"{checkpoint.name}.old{UNFINISHED}")
@@ -110,5 +119,10 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(leaving)
 
 
-def _matching(folder: Path, name: re.Pattern[str]) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if name.fullmatch(path.name)) if folder.is_dir() else []
+def _is_finished(path: Folder) -> bool:
+    return not isinstance(path, RemotePath) or (path / MANIFEST).is_file()
+
+
+def _matching(folder: Folder, name: re.Pattern[str]) -> list[Folder]:
+    paths = folder.iterdir() if isinstance(folder, RemotePath) or folder.is_dir() else ()
+    return sorted((path for path in paths if name.fullmatch(path.name)), key=lambda path: path.name)

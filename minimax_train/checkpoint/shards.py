@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from minimax_train.checkpoint.manifest import SHARD, Entry, seal
+from minimax_train.checkpoint.remote import Folder, RemotePath
 
 _LEAST_BYTES = 256 * 2**20
 """Of each of a rank's files, where it has several."""
@@ -74,8 +75,9 @@ class SavePlanner:
         return [cast(Tensor, self._planner.resolve_data(item)).detach() for item in self.items]
 
 
-def write_shards(folder: Path, rank: int, items: Sequence[WriteItem], tensors: Sequence[Tensor]) -> Written:
-    """Write a rank's files, several at a time, as FileSystemWriter lays them out, and seal them.
+def write_shards(folder: Folder, rank: int, items: Sequence[WriteItem], tensors: Sequence[Tensor]) -> Written:
+    """Write a rank's files, several at a time, as FileSystemWriter lays them out, and seal them. Those that go to an
+    object store are hashed on the way: reading them again is dear.
 
     FileSystemWriter itself keeps a copy of every tensor until the file is closed, the whole state in the end, and the
     errors of its threads are lost.
@@ -94,11 +96,17 @@ def write_shards(folder: Path, rank: int, items: Sequence[WriteItem], tensors: S
     names = [f"__{rank}_{number}{SHARD}" for number in range(len(parts))]
 
     def write(name: str, part: list[WriteItem]) -> tuple[list[WriteResult], Entry]:
+        file, tensors = folder / name, ((item, found[item.index]) for item in part)
         try:
-            results = list(_write_items(folder / name, part, lambda item: found[item.index]))
+            if isinstance(file, RemotePath):
+                with file.writing() as stream:
+                    results = list(_write_items(stream, name, tensors))
+                return results, Entry(stream.size, stream.sha256)
+            with open(file, "wb") as stream:
+                results = list(_write_items(stream, name, tensors))
         except Exception as error:
             raise _cause(error) from None
-        return results, seal(folder / name)
+        return results, seal(file)
 
     with ThreadPoolExecutor(threads) as pool:
         done = list(pool.map(write, names, parts))
@@ -115,16 +123,15 @@ def write_index(folder: Path, metadata: Metadata, results: Sequence[Sequence[Wri
     dcp.FileSystemWriter(folder).finish(metadata, [list(each) for each in results])
 
 
-def _write_items(file: Path, items: list[WriteItem], tensor: Callable[[WriteItem], Tensor]) -> Iterator[WriteResult]:
-    with open(file, "wb") as stream:
-        for item in items:
-            x = tensor(item).cpu()
-            if x.untyped_storage().nbytes() != x.nbytes:
-                x = x.clone()  # torch.save writes all of the memory that a view is of
-            start = stream.tell()
-            torch.save(x, stream)
-            length = stream.tell() - start
-            yield WriteResult(item.index, length, _StorageInfo(file.name, start, length))
+def _write_items(stream: Any, name: str, tensors: Iterable[tuple[WriteItem, Tensor]]) -> Iterator[WriteResult]:
+    for item, x in tensors:
+        x = x.cpu()
+        if x.untyped_storage().nbytes() != x.nbytes:
+            x = x.clone()  # torch.save writes all of the memory that a view is of
+        start = stream.tell()
+        torch.save(x, stream)
+        length = stream.tell() - start
+        yield WriteResult(item.index, length, _StorageInfo(name, start, length))
 
 
 def _cause(error: BaseException) -> BaseException:

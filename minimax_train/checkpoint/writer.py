@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
+from minimax_train.checkpoint.remote import Folder
 from minimax_train.checkpoint.shards import Written, write_shards
 from minimax_train.checkpoint.staging import Place, staged
 from minimax_train.checkpoint.store import CheckpointStore
@@ -141,7 +141,7 @@ def main() -> None:
     items: list[WriteItem] = []
     shared: mmap.mmap | None = None  # once it is allocated
 
-    def write(folder: Path, places: list[Place]) -> Written:
+    def write(folder: Folder, places: list[Place]) -> Written:
         assert shared is not None
         return write_shards(folder, rank, items, [staged(shared, place) for place in places])
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from minimax_train.checkpoint.store import PROGRESS
 from minimax_train.convert.checkpoint import Origin, read_yaml
 from minimax_train.errors import ConfigError
-from minimax_train.files import CHECKPOINTS, CONFIG, METRICS, PICTURE
+from minimax_train.files import CONFIG, METRICS, PICTURE
 from minimax_train.metrics.log import read_records
 from minimax_train.metrics.plot import plot_loss
 from minimax_train.model import ModelConfig
@@ -32,7 +32,13 @@ _PATHS = {"train_files", "validation_files", "tokenizer", "run_dir", "initial_we
 
 
 def write_card(
-    checkpoint: Path, model: ModelConfig, origin: Origin | None, dtype: str, in_transformers: bool, draft: Path
+    checkpoint: Path,
+    run: Path | None,
+    model: ModelConfig,
+    origin: Origin | None,
+    dtype: str,
+    in_transformers: bool,
+    draft: Path,
 ) -> None:
     """Write the card from what lies beside the checkpoint: configuration, progress and the run's metrics.
 
@@ -62,7 +68,7 @@ def write_card(
         "",
     ]
     if origin is None:
-        lines += _training(checkpoint, draft)
+        lines += _training(checkpoint, run, draft)
     else:
         kind = (origin.config.get("architectures") or [origin.config.get("model_type")])[0]
         lines += [f"These weights were converted from a Hugging Face folder of {kind} and not trained here.", ""]
@@ -79,12 +85,11 @@ def write_card(
     (draft / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _training(checkpoint: Path, draft: Path) -> list[str]:
+def _training(checkpoint: Path, run: Path | None, draft: Path) -> list[str]:
     lines, progress = [], _progress(checkpoint)
     tree: Any = OmegaConf.to_container(read_yaml(checkpoint / CONFIG))
     if progress is not None:
         lines += [f"{progress['step']:,} steps, {progress['tokens']:,} tokens.", ""]
-    run = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
     if progress is not None and run is not None and (run / METRICS).is_file():
         records = [record for record in read_records(run / METRICS) if record["step"] <= progress["step"]]
         for key, name in (("loss", "training loss"), ("validation_loss", "held-out loss")):

@@ -36,6 +36,7 @@ from yaml import YAMLError
 
 from minimax_train.checkpoint.manifest import Entry, read_manifest, seal
 from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.checkpoint.remote import Folder
 from minimax_train.convert.jobs import run_jobs
 from minimax_train.convert.json_file import read_json
 from minimax_train.convert.names import Chunk, Parameter, Part
@@ -155,14 +156,14 @@ class CheckpointReader:
         ConfigError: naming the file that is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._index = CheckpointFiles(folder).read_metadata()
         self._manifest = read_manifest(folder)
         self._dtypes: dict[str, torch.dtype] = {}
 
     def open(self, parameters: Iterable[Parameter]) -> CheckpointReader:
-        """Open the shards of what will be read; the checkpoint may then be removed. Returns itself.
+        """Open the shards of what will be read; a local checkpoint may then be removed. Returns itself.
 
         Raises:
             ConfigError: naming the parameter that it does not hold, or holds in another shape or as no floating type.

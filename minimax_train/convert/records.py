@@ -13,7 +13,6 @@ import os
 import resource
 import zipfile
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,18 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from minimax_train.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Entry
-from minimax_train.errors import ConfigError, one_line
+from minimax_train.checkpoint.remote import Folder, RemotePath, cannot_be_read
+from minimax_train.errors import ConfigError
 
-_BLOCK = 2**20
+_BLOCK, _REMOTE_BLOCK = 2**20, 2**18
 _OTHER_FILES = 64  # that a process has open beside shards
 
 
 class Records:
     """The records of a checkpoint's tensors.
 
-    Shards are opened at once, as far as the system lets a process: they can then be read when the checkpoint has been
-    removed, as a run does that keeps few.
+    Local shards are opened at once, as far as the system lets a process: they can then be read when the checkpoint has
+    been removed, as a run does that keeps few. Those in an object store cannot.
 
     Args:
         folder: the checkpoint.
@@ -42,7 +42,7 @@ class Records:
         OSError: when a shard cannot be opened.
     """
 
-    def __init__(self, folder: Path, index: Metadata, names: Collection[str]) -> None:
+    def __init__(self, folder: Folder, index: Metadata, names: Collection[str]) -> None:
         self.folder, self._names = folder, names
         self._stored: dict[str, TensorStorageMetadata] = {
             name: stored
@@ -55,8 +55,9 @@ class Records:
         if soft < (wanted := len(self.shards) + _OTHER_FILES):
             soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self._held: dict[str, io.FileIO | _RemoteFile] = {}
         held = self.shards[: max(0, soft - _OTHER_FILES)]
-        self._held = {name: io.FileIO(folder / name) for name in held}
+        self._held = {name: self._open(name) for name in held}
 
     def check(self, shard: str, entry: Entry | None) -> None:
         """Read a shard whole and compare it with its hash, or each record with the checksums in it.
@@ -65,14 +66,18 @@ class Records:
             DamagedCheckpoint: when it is not as it was saved.
             OSError: when it cannot be read.
         """
-        view = _View(self._open(shard), 0, None)
         if entry is None:
             for index, info in self._records(self._names):
                 if info.relative_path == shard:
                     self._check_record(index, info)
             return
-        hashed = hashlib.sha256()
-        while block := view.read(_BLOCK):
+        hashed, file = hashlib.sha256(), self._open(shard)
+        if isinstance(file, _RemoteFile):
+            blocks = file.path.blocks()
+        else:
+            view = _View(file, 0, None)
+            blocks = iter(lambda: view.read(_BLOCK), b"")
+        for block in blocks:
             hashed.update(block)
         if hashed.hexdigest() != entry.sha256:
             told = f"its SHA-256 is {hashed.hexdigest()}, {self.folder / MANIFEST} says {entry.sha256}"
@@ -118,8 +123,7 @@ class Records:
             record.fill(memoryview(buffer))
             return elements.as_strided(tuple(sizes), strides)
         except Exception as error:  # of damaged bytes, torch may raise anything
-            path = self.folder / info.relative_path
-            raise ConfigError(f"{path}: damaged: it cannot be read: {one_line(error)}") from error
+            raise ConfigError(self._told(info.relative_path, error)) from error
 
     def _check_record(self, index: MetadataIndex, info: Any) -> None:
         file = self._open(info.relative_path)
@@ -128,22 +132,52 @@ class Records:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile(f"the checksum of {index.fqn} is another")
         except Exception as error:
-            path = self.folder / info.relative_path
-            raise DamagedCheckpoint(f"{path}: damaged: it cannot be read: {one_line(error)}") from error
+            raise DamagedCheckpoint(self._told(info.relative_path, error)) from error
+
+    def _told(self, shard: str, error: Exception) -> str:
+        path = self.folder / shard
+        return f"{path}: {cannot_be_read(path, error)}"
 
     def _records(self, names: Collection[str]) -> Iterable[tuple[MetadataIndex, Any]]:
         return ((index, info) for index, info in self._storage.items() if index.fqn in names)
 
-    def _open(self, shard: str) -> io.FileIO:
-        return self._held.get(shard) or io.FileIO(self.folder / shard)
+    def _open(self, shard: str) -> io.FileIO | _RemoteFile:
+        if shard in self._held:
+            return self._held[shard]
+        file = self.folder / shard
+        return _RemoteFile(file) if isinstance(file, RemotePath) else io.FileIO(file)
+
+
+class _RemoteFile:
+    """A shard in an object store: what torch reads around elements lies together, and is read a block at a time."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        self._block: tuple[int, bytes] = -1, b""
+
+    def read_into(self, target: memoryview, place: int) -> int:
+        """Returns how many bytes."""
+        if len(target) >= _REMOTE_BLOCK:
+            (data,) = self.path.read_ranges([(place, len(target))])
+        else:
+            number, offset = divmod(place, _REMOTE_BLOCK)
+            if self._block[0] != number:
+                (block,) = self.path.read_ranges([(number * _REMOTE_BLOCK, _REMOTE_BLOCK)])
+                self._block = number, block
+            data = self._block[1][offset : offset + len(target)]
+        target[: len(data)] = data
+        return len(data)
 
 
 class _View(io.RawIOBase):
     """A part of a file, with a position of its own: processes that were forked share the file's."""
 
-    def __init__(self, file: io.FileIO, offset: int, length: int | None) -> None:
+    def __init__(self, file: io.FileIO | _RemoteFile, offset: int, length: int | None) -> None:
         self._file, self._offset, self._place = file, offset, 0
-        self._length = os.fstat(file.fileno()).st_size - offset if length is None else length
+        if length is None:
+            assert isinstance(file, io.FileIO)
+            length = os.fstat(file.fileno()).st_size - offset
+        self._length = length
 
     def readable(self) -> bool:
         return True
@@ -163,7 +197,14 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         target = memoryview(buffer).cast("B")[: max(0, self._length - self._place)]
-        read = os.preadv(self._file.fileno(), [target], self._offset + self._place) if len(target) else 0
+        read, place = 0, self._offset + self._place
+        if len(target):
+            file = self._file
+            read = (
+                os.preadv(file.fileno(), [target], place)
+                if isinstance(file, io.FileIO)
+                else file.read_into(target, place)
+            )
         self._place += read
         return read
 

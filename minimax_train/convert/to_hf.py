@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimax_train.checkpoint.store import find_checkpoint
+from minimax_train.checkpoint.manifest import MANIFEST, SHARD
+from minimax_train.checkpoint.remote import Folder, RemotePath, local_copy
+from minimax_train.checkpoint.store import find_checkpoint, owner_of
 from minimax_train.convert.card import write_card
 from minimax_train.convert.checkpoint import (
     ORIGIN,
@@ -55,7 +57,7 @@ def to_hf(
     """Convert a checkpoint. Host memory: a few chunks of the parameters, per worker.
 
     Args:
-        source: a checkpoint, or a run, whose newest is taken.
+        source: path or URL of a checkpoint, or of a run, whose newest is taken.
         target: a new folder.
         layout: one of :data:`~minimax_train.convert.layouts.LAYOUTS`.
         dtype: of the weights; as in the checkpoint if None.
@@ -78,13 +80,17 @@ def to_hf(
                 return _convert(checkpoint, draft, LAYOUTS[layout], dtype, max_shard_bytes, workers, verify_on, report)
         except (ConfigError, OSError):
             # A run that keeps few checkpoints removes them, by renaming, while it goes on.
-            if checkpoint.exists():
+            if _is_there(checkpoint):
                 raise
             report(f"note: {checkpoint} was removed before it could be opened: beginning again with what is there now")
 
 
+def _is_there(checkpoint: Folder) -> bool:
+    return (checkpoint / MANIFEST).is_file() if isinstance(checkpoint, RemotePath) else checkpoint.exists()
+
+
 def _convert(
-    checkpoint: Path,
+    checkpoint: Folder,
     draft: Path,
     layout: Layout,
     dtype: torch.dtype | None,
@@ -94,16 +100,18 @@ def _convert(
     report: Callable[[str], None],
 ) -> bool:
     reader = CheckpointReader(checkpoint)
-    model = read_model_config(checkpoint / CONFIG)
+    beside = local_copy(checkpoint, without=SHARD)
+    model = read_model_config(beside / CONFIG)
     parameters = correspondence(model, permute_rotary=layout.in_transformers)
     reader.open(parameters)
     if verify_on is not None:
         require_memory(model, verify_on)
     kept = reduce(torch.promote_types, {reader.dtype(parameter) for parameter in parameters})
     report(f"converting {checkpoint} as {_name(dtype or kept)}")
-    decay_dtype = _write_surroundings(checkpoint, model, layout, dtype or kept, draft, report)
+    run = owner_of(checkpoint.parent)
+    decay_dtype = _write_surroundings(beside, Path(run) if run else None, model, layout, dtype or kept, draft, report)
     # From here on only shards are read, which are open.
-    require(checkpoint.exists(), "SRC", str(checkpoint), "was removed while it was read")
+    require(_is_there(checkpoint), "SRC", str(checkpoint), "was removed while it was read")
     outputs = _weights(parameters, reader, dtype)
     if layout.in_transformers:
         outputs += decay_outputs(model, parse(read_json(draft / "config.json")).block_size, decay_dtype)
@@ -142,6 +150,7 @@ def _weights(parameters: list[Parameter], reader: CheckpointReader, dtype: torch
 
 def _write_surroundings(
     checkpoint: Path,
+    run: Path | None,
     model: ModelConfig,
     layout: Layout,
     dtype: torch.dtype,
@@ -154,7 +163,7 @@ def _write_surroundings(
     for file in layout.files:
         shutil.copyfile(file, draft / file.name)
     origin, tokenizer = read_origin(checkpoint), checkpoint / TOKENIZER
-    write_card(checkpoint, model, origin, _name(dtype), layout.in_transformers, draft)
+    write_card(checkpoint, run, model, origin, _name(dtype), layout.in_transformers, draft)
     if origin is None:  # a run's
         length = read_sequence_length(checkpoint / CONFIG)
         if tokenizer.is_dir():

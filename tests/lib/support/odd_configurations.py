@@ -161,6 +161,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "recipe.late_source": ["stdlib", "null"],
     "recipe.eval_interval": ["0", "1", "2"],
     "recipe.eval_sequences": ["1", "3"],
+    "checkpoint.folder": ["null", "elsewhere/a", "memory://runs/a"],
     "checkpoint.interval": ["0", "1", "2"],
     "checkpoint.async_save": ["true", "false"],
     "checkpoint.keep": ["0", "1", "2"],
@@ -334,7 +335,7 @@ def wrong_training(case: dict[str, str], answer: Answer, folder: Path) -> str | 
         return f"status {answer.status}"
     if answer.status:
         return refused_well(answer, case)
-    (run,) = {path.parent.parent for path in folder.glob("**/checkpoints/step-*")}
+    (run,) = {path.parent for path in folder.glob("**/metrics.jsonl")}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     if not all(math.isfinite(value) for record in records for value in record.values()):
         return "a metric is not finite"
@@ -342,7 +343,10 @@ def wrong_training(case: dict[str, str], answer: Answer, folder: Path) -> str | 
         return "no loss"
     import torch
 
-    newest = max(run.glob("checkpoints/step-*"))
+    elsewhere = yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["folder"]
+    if elsewhere is not None and elsewhere.startswith("memory://"):
+        return None
+    newest = max((run / "checkpoints" if elsewhere is None else folder / elsewhere).glob("step-*"))
     dcp_to_torch_save(newest, folder / "whole.pt")
     state = torch.load(folder / "whole.pt", weights_only=False)
     bad = [name for name, tensor in state["model"].items() if not torch.isfinite(tensor).all()]

@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_saving(lab, tmp_path, capsys):
         seen = set()
         until = time.monotonic() + 120
         while len(seen) < 2 and time.monotonic() < until:
-            if not CheckpointStore(tmp_path / "run", keep=1).all():
+            if not CheckpointStore(tmp_path / "run").all():
                 assert trainer.is_alive()
                 time.sleep(0.2)
                 continue
