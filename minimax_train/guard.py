@@ -21,7 +21,7 @@ class TakenStep(NamedTuple):
     Attributes:
         number: of the step, from 1.
         tokens: that the run has trained on, this step included.
-        at: the host's clock when the device had been given all of it.
+        at: the host's clock when the device had been given all of it, less what evaluations and checkpoints took.
         plan: what it trained on, and how.
         totals, report: sums of all ranks, and what became of the step: on the host, once ``copied``.
     """

@@ -90,7 +90,8 @@ class Trainer:
         if config.data.has_validation and config.recipe.eval_interval:
             on_every_rank(self._open_evaluation)
         self.stage: str | None = None
-        # Of the step reported last: its time, later by what evaluations and checkpoints have taken since; what it was.
+        # Seconds that evaluations and checkpoints have taken; of the step reported last, its time and what it was.
+        self.paused_s = 0.0
         self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
         self.log = MetricLog(
             config.logging,
@@ -207,7 +208,8 @@ class Trainer:
         self.progress.tokens += plan.tokens
         results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report))
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        taken = TakenStep(self.progress.step, self.progress.tokens, time.perf_counter(), plan, *results, copied)
+        now = time.perf_counter() - self.paused_s
+        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, *results, copied)
         self.guard.watch(taken, batches)
         return taken
 
@@ -304,7 +306,7 @@ class Trainer:
         started = time.perf_counter()
         with self.phases(phase):
             yield
-        self.reported_at += time.perf_counter() - started
+        self.paused_s += time.perf_counter() - started
 
     def _tell_stage(self, plan: StepPlan) -> None:
         """Say which stage begins, in a run of several, and what has changed the number of steps."""

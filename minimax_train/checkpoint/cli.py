@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from minimax_train.checkpoint.manifest import MANIFEST, check_hashes, read_manifest, readable
-from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.checkpoint.manifest import MANIFEST, DamagedCheckpoint, check_hashes, read_manifest, readable
+from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
 from minimax_train.checkpoint.remote import Folder, RemotePath, at, local_copy, sizes_of
 from minimax_train.checkpoint.retention import (
     Retention,
@@ -73,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list(path: Folder) -> int:
     """list the checkpoints of a run: step, tokens, size, age, losses, process grid, and what is damaged, without
     reading tensors"""
-    checkpoints = _checkpoints(path)
+    with readable(path):
+        checkpoints = named(folder_of(path))
+    if not checkpoints:
+        raise ConfigError(f"{path}: no run with {CHECKPOINTS} in it")
     run = _run_of(checkpoints[0].parent)
     records = read_steps(run / METRICS, {step_of(checkpoint) for checkpoint in checkpoints})
     print(f"{'step':>12}{'tokens':>18}{'GB':>10}{'age':>8}{'loss':>10}{'held-out':>10}  {'grid':<16}  state")
@@ -189,7 +192,12 @@ def _verify(path: Folder) -> int:
     """read every file of a checkpoint, or of all of a run, and compare it with its size and hash"""
     damaged = 0
     for checkpoint in _checkpoints(path):
-        manifest = read_manifest(checkpoint)
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpoint as error:
+            print(error)
+            damaged += 1
+            continue
         if manifest is None:
             print(f"{checkpoint}: no {MANIFEST}: nothing to compare with")
             continue
@@ -246,7 +254,7 @@ def _checkpoints(path: Folder) -> list[Folder]:
         ConfigError: when it is neither.
     """
     with readable(path):
-        if (path / PROGRESS).is_file():
+        if any((path / name).exists() for name in (MANIFEST, METADATA, PROGRESS)):
             return [path]
         found = named(folder_of(path))
     if not found:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minimax_train.checkpoint.manifest import DamagedCheckpoint, check_shards, readable
-from minimax_train.checkpoint.reading import CheckpointFiles
+from minimax_train.checkpoint.reading import CheckpointFiles, tell_unchecked
 from minimax_train.checkpoint.remote import Folder, at
 from minimax_train.checkpoint.retention import named
 from minimax_train.checkpoint.store import find_checkpoint, folder_of
@@ -37,8 +37,10 @@ def find_weights(path: str) -> Folder:
         except DamagedCheckpoint as error:
             passed.append(error)
             continue
-        for error in passed if _is_first() else ():
-            note(f"{_KEY}={path!r}: {error}; {checkpoint} is taken instead")
+        if _is_first():
+            tell_unchecked(checkpoint)
+            for error in passed:
+                note(f"{_KEY}={path!r}: {error}; {checkpoint} is taken instead")
         return checkpoint
     raise _on_all_ranks(DamagedCheckpoint(f"{_KEY}={path!r}: {passed[0]}"))
 

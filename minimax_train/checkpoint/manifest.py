@@ -99,8 +99,10 @@ def read_manifest(folder: Folder) -> dict[str, Entry] | None:
         OSError: when it cannot be read.
     """
     file = folder / MANIFEST
-    if not file.is_file():
+    if not file.exists() and not (isinstance(file, Path) and file.is_symlink()):
         return None
+    if not file.is_file():
+        raise DamagedCheckpoint(f"{file}: damaged: not a file")
     try:
         content = json.loads(file.read_bytes())
         if content["sha256"] != _hash_of(content["files"]):

@@ -11,7 +11,7 @@ import io
 import pathlib
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.futures import Future
 from torch.serialization import _get_layout
 
 from minimax_train.checkpoint.manifest import (
+    MANIFEST,
     SHARD,
     DamagedCheckpoint,
     check_hashes,
@@ -36,6 +37,7 @@ from minimax_train.checkpoint.manifest import (
 )
 from minimax_train.checkpoint.remote import Folder, RemotePath, cannot_be_read, sizes_of
 from minimax_train.errors import ConfigError, one_line
+from minimax_train.metrics.console import note
 
 METADATA = ".metadata"
 _DOWNLOAD = 256 * 2**20
@@ -61,6 +63,12 @@ _INDEX_NAMES: dict[tuple[str, str], Any] = {
     # The folder it was saved to. Python 3.13 alone has these classes elsewhere.
     **{(module, name): pathlib.PurePath for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath")},
 }
+
+
+def tell_unchecked(folder: Folder, say: Callable[[str], None] = note) -> None:
+    """Say that a checkpoint is taken as it is, where there is no manifest to compare its files with."""
+    if read_manifest(folder) is None:
+        say(f"{folder}: has no {MANIFEST}, so its files are not compared with what was saved")
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -35,7 +35,7 @@ from minimax_train.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
-from minimax_train.checkpoint.reading import METADATA, CheckpointFiles
+from minimax_train.checkpoint.reading import METADATA, CheckpointFiles, tell_unchecked
 from minimax_train.checkpoint.remote import Folder, RemotePath, at, local_copy
 from minimax_train.checkpoint.retention import KEEP_ALL, Retention, drafts, named, remove, step_of, superseded
 from minimax_train.checkpoint.shards import Written, write_index
@@ -141,7 +141,7 @@ class CheckpointStore:
             except DamagedCheckpoint as error:
                 damaged[path] = error
                 continue
-            on_first_rank(lambda path=path: self._set_aside(damaged, path))
+            on_first_rank(lambda path=path: self._take(path, damaged))
             return path
         if damaged:
             raise next(iter(damaged.values()))
@@ -247,7 +247,9 @@ class CheckpointStore:
         CheckpointFiles(path).load(state)
         return progress
 
-    def _set_aside(self, damaged: Mapping[Folder, DamagedCheckpoint], instead: Folder) -> None:
+    def _take(self, whole: Folder, damaged: Mapping[Folder, DamagedCheckpoint]) -> None:
+        """Set aside the damaged ones that are newer."""
+        tell_unchecked(whole)
         for path, error in damaged.items():
             number, kept = 0, path.with_name(f"{path.name}.damaged")
             try:
@@ -257,7 +259,7 @@ class CheckpointStore:
                 cast(Any, path).rename(kept)
             except OSError as refused:
                 raise ConfigError(f"{error}; {path.name} cannot be renamed {kept.name}: {refused}") from error
-            note(f"{error}; it is kept as {kept.name}, and the run goes on from {instead}")
+            note(f"{error}; it is kept as {kept.name}, and the run goes on from {whole}")
 
     def _remove_old(self) -> None:
         try:

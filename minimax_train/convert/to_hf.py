@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minimax_train.checkpoint.manifest import MANIFEST, SHARD
+from minimax_train.checkpoint.reading import tell_unchecked
 from minimax_train.checkpoint.remote import Folder, RemotePath, local_copy
 from minimax_train.checkpoint.store import find_checkpoint, owner_of
 from minimax_train.convert.card import write_card
@@ -108,6 +109,7 @@ def _convert(
         require_memory(model, verify_on)
     kept = reduce(torch.promote_types, {reader.dtype(parameter) for parameter in parameters})
     report(f"converting {checkpoint} as {_name(dtype or kept)}")
+    tell_unchecked(checkpoint, lambda told: report(f"note: {told}"))
     run = owner_of(checkpoint.parent)
     decay_dtype = _write_surroundings(beside, Path(run) if run else None, model, layout, dtype or kept, draft, report)
     # From here on only shards are read, which are open.

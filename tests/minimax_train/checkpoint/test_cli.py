@@ -63,10 +63,22 @@ def test_what_a_run_has_saved(tmp_path, capfd):
     (newer / "progress.json").write_text("{}")
     assert main(["ls", str(run)]) == 1
     assert f"{newer / 'progress.json'}: damaged" in capfd.readouterr().out
+    (newer / "progress.json").unlink()
+    assert main(["verify", str(newer)]) == 1
+    assert f"{newer / 'progress.json'}: missing" in capfd.readouterr().out
+    (older / "manifest.json").write_text("{}")
+    assert main(["verify", str(run)]) == 1
+    told = capfd.readouterr().out
+    assert f"{older / 'manifest.json'}: damaged: " in told and f"{newer}: 7 files" in told
 
 
 def test_what_is_no_run(tmp_path, capfd):
-    for command in (["ls", str(tmp_path)], ["verify", str(tmp_path)], ["diff", str(tmp_path), str(tmp_path)]):
+    path = str(tmp_path)
+    for command, told in (
+        (["ls", path], "no run"),
+        (["verify", path], "neither a "),
+        (["diff", path, path], "neither a "),
+    ):
         assert main(command) == 2
         error = capfd.readouterr().err
-        assert error.startswith(f"error: {tmp_path}: neither a ") and error.count("\n") == 1
+        assert error.startswith(f"error: {tmp_path}: {told}") and error.count("\n") == 1

@@ -148,11 +148,16 @@ def test_nothing_is_renamed_when_all_are_damaged(finished, run):
     assert sorted(path.name for path in folder.iterdir()) == [BEFORE, NEWEST]
 
 
-def test_a_checkpoint_of_an_earlier_version_is_loaded(run):
+def test_a_checkpoint_of_an_earlier_version_is_loaded(run, capfd):
     newest = run / "checkpoints" / NEWEST
     (newest / "manifest.json").unlink()
     _flip(newest / "config.yaml", 0)  # which nothing tells
-    assert CheckpointStore(run).newest_whole() == newest
+    told = f"note: {newest}: has no manifest.json, so its files are not compared with what was saved\n"
+    assert CheckpointStore(run).newest_whole() == newest and capfd.readouterr().err == told
+    assert find_weights(str(newest)) == newest and capfd.readouterr().err == told
+    (newest / "manifest.json").mkdir()
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json: damaged: not a file"):
+        find_weights(str(newest))
 
 
 def test_weights_alone_and_one_by_one(run):
@@ -169,6 +174,7 @@ def test_weights_alone_and_one_by_one(run):
         _flip(shard, shard.stat().st_size // 2)
     parameters = correspondence(read_model_config(newest / "config.yaml"), permute_rotary=False)
     reader = CheckpointReader(newest).open(parameters)
+    reader.check()
     _flip(newest / "__1_0.distcp", 1000)
     with pytest.raises(ConfigError, match=r"__1_0\.distcp: damaged: its SHA-256 is"):
         reader.check()
