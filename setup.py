@@ -38,6 +38,7 @@ setup(
             "flash-attn-4[cu13]>=4.0.0b36; sys_platform == 'linux'",
             "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
         ],
+        "debug": ["py-spy>=0.4"],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": [
             "pytest>=8",

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from minimax_train.config import Config, load_config, to_yaml
 from minimax_train.errors import ConfigError, Interrupted, Saved, TrainingError, exit_status, require
@@ -20,6 +21,7 @@ from minimax_train.leave import Leave
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
 from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.phases import Phases
 from minimax_train.run_lock import release_lock
 from minimax_train.startup import Startup
 
@@ -115,6 +117,7 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     # After the configuration is checked: they take seconds to import.
     from minimax_train.run_dir import on_grid_of_stage
     from minimax_train.trainer import Trainer
+    from minimax_train.watchdog import BACKSTOP, Watchdog
 
     startup = Startup()
     device_type = config.device
@@ -128,20 +131,24 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
         device = environment.init_process_group(device_type, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    phases = Phases()
     try:
-        if config.has_other_grids:
-            config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
-        grid = ProcessGrid.create(device_type, timeout, **config.parallel.sizes)
-        startup.mark("process groups")
-        trainer = Trainer(config, grid, device, startup, leave)
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted after step {trainer.progress.step}; {trainer.store.to_go_on()}") from None
-        except Saved:
-            # The first rank closes its logs; a launcher ends the others as soon as one has left.
-            on_first_rank(lambda: None)
-            raise
+        with Watchdog(environment, phases, Path(config.run_dir), config.parallel.timeout_s):
+            _set_pg_timeout(timeout + BACKSTOP)
+            if config.has_other_grids:
+                config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
+            grid = ProcessGrid.create(device_type, timeout + BACKSTOP, **config.parallel.sizes)
+            startup.mark("process groups")
+            trainer = Trainer(config, grid, device, startup, leave, phases)
+            try:
+                trainer.train()
+            except KeyboardInterrupt:
+                line = f"interrupted after step {trainer.progress.step}; {trainer.store.to_go_on()}"
+                raise Interrupted(line) from None
+            except Saved:
+                # The first rank closes its logs; a launcher ends the others as soon as one has left.
+                on_first_rank(lambda: None)
+                raise
     finally:
         release_lock(Path(config.run_dir))
     dist.destroy_process_group()

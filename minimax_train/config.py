@@ -54,7 +54,7 @@ class ParallelConfig:
         layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
         linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
         softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
-        timeout_s: seconds after which a collective that has not finished ends the run with an error.
+        timeout_s: how many seconds ranks wait for each other, or for a data worker, before the run ends with an error.
     """
 
     tp: Annotated[int, Range(1, 2**16)] = 1

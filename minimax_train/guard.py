@@ -13,6 +13,7 @@ from minimax_train.data import MicroBatch
 from minimax_train.engines import Engine, StepReport, StepSums
 from minimax_train.errors import TrainingError
 from minimax_train.recipe import StepPlan
+from minimax_train.recipe.config import RecipeConfig
 
 
 class TakenStep(NamedTuple):
@@ -57,8 +58,10 @@ class StepGuard:
     before anything of the frozen steps is reported or saved.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, recipe: RecipeConfig) -> None:
+        self._engine, self._recipe = engine, recipe
+        self._outliers: list[TakenStep] = []
+        self._told = 0  # the last step of which outliers were taken
         self._watched: deque[tuple[TakenStep, Sequence[MicroBatch]]] = deque()
 
     def watch(self, taken: TakenStep, micro_batches: Sequence[MicroBatch]) -> None:
@@ -69,13 +72,14 @@ class StepGuard:
                 while len(self._watched) > 1:  # frozen like the first
                     self._watched.pop()
                 return
-            self._watched.popleft()
+            self._forget()
 
     def check(self, last: int | None = None) -> None:
         """Wait for the device to be done with step ``last``, or with all; called by all ranks together.
 
         Raises:
-            TrainingError: when a step was not applied, naming the first, its loss, and what was not finite in it.
+            TrainingError: when a step was not applied, naming the first, its loss, and what was not finite in it; or
+                when more updates were skipped as outliers than the recipe allows.
         """
         while self._watched and (last is None or self._watched[0][0].number <= last):
             taken, micro_batches = self._watched[0]
@@ -83,4 +87,37 @@ class StepGuard:
             if not taken.report.applied:
                 found = f"loss {float(taken.totals.loss)}, gradient norm {float(taken.report.gradient_norm)}"
                 raise TrainingError(f"step {taken.number}: {found}; {self._engine.diagnose(micro_batches, taken.plan)}")
-            self._watched.popleft()
+            self._forget()
+        self._check_skipped(last)
+
+    def take_outliers(self, last: int) -> list[str]:
+        """Of the steps since the last call up to step ``last``, which :meth:`check` has seen; a line each."""
+        found = [taken for taken in self._outliers if self._told < taken.number <= last]
+        self._told, oldest = last, last - self._recipe.outlier_window
+        self._outliers = [taken for taken in self._outliers if taken.number > oldest]
+        what = "; its update was skipped" if self._recipe.outliers == "skip" else ""
+        return [
+            f"step {taken.number}: loss {float(taken.totals.loss):.4f}, gradient norm "
+            f"{float(taken.report.gradient_norm):.3g}: more than {self._recipe.outlier_sigmas:g} standard deviations "
+            f"above the last {self._recipe.outlier_window} steps (recipe.outlier_sigmas){what}"
+            for taken in found
+        ]
+
+    def _forget(self) -> None:
+        """The oldest step, which was applied."""
+        taken, _ = self._watched.popleft()
+        if taken.report.outlier:
+            self._outliers.append(taken)
+
+    def _check_skipped(self, last: int | None) -> None:
+        """Decides alike on all ranks: a rank may know already what became of steps after ``last``."""
+        recipe = self._recipe
+        if recipe.outliers != "skip":
+            return
+        numbers = [taken.number for taken in self._outliers if last is None or taken.number <= last]
+        recent = [number for number in numbers if number > numbers[-1] - recipe.outlier_window]
+        if len(recent) > recipe.outlier_limit:
+            raise TrainingError(
+                f"step {recent[-1]}: {len(recent)} updates were skipped within {recipe.outlier_window} steps as "
+                f"outliers of loss or gradient norm (recipe.outlier_limit={recipe.outlier_limit})"
+            )

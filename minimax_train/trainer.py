@@ -45,6 +45,7 @@ class Trainer:
     Args:
         startup: of this process, with what was done before; told after the first step.
         leave: what signals ask of the run; none is asked of one without.
+        phases: in which a run tells where it is.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Trainer:
         device: torch.device,
         startup: Startup | None = None,
         leave: Leave | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.startup = Startup() if startup is None else startup
         self.leave = Leave() if leave is None else leave
@@ -62,7 +64,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.store = CheckpointStore(self.run_dir, config.checkpoint.retention, config.checkpoint.folder)
         self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
-        self.recipe, self.phases = Recipe(config), Phases()
+        self.recipe, self.phases = Recipe(config), Phases() if phases is None else phases
         self.peak_flops_per_s = peak_flops_per_s(device)
         # Before the model: worker processes open the data while it is built.
         self.loader = build_train_loader(
@@ -76,7 +78,7 @@ class Trainer:
         )
         self.startup.mark("tokenizer")
         self.engine = build_engine(config, grid, device, self.phases)
-        self.guard = StepGuard(self.engine)
+        self.guard = StepGuard(self.engine, config.recipe)
         self.startup.mark("model")
         if device.type == "cuda":
             import_compilers()
@@ -196,6 +198,7 @@ class Trainer:
         self.progress.policy = self.recipe.enter(self.progress, self.progress.policy)
         plan = self.plan()
         self._tell_stage(plan)
+        self.phases.begin_step(self.progress.step + 1)
         with self.phases("data"):
             try:
                 batches = self.next_batches(plan)
@@ -221,6 +224,11 @@ class Trainer:
     def report(self, taken: TakenStep) -> None:
         """Log the metrics of a step, and what there is to say about its data; what the recipe learns from them."""
         metrics = self.metrics(taken)
+        if self.config.recipe.outliers != "ignore":
+            outliers = self.guard.take_outliers(taken.number)
+            metrics["outliers"] = len(outliers)
+            for line in outliers:
+                self.log.say(line)
         self.log.report(taken.number, metrics | self.loader.figures(self.grid.group("dp")))
         if taken.number % self.config.logging.interval == 0:  # not where a run ends that may be extended
             self.progress.policy = self.recipe.learn(self.progress, self.progress.policy, taken.plan, metrics["loss"])

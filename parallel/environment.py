@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 # The first line of a process that a rank starts: signals to all processes of a job or a terminal are the rank's to
 # answer, also while the process is still importing.
 IGNORE_SIGNALS = (
@@ -107,6 +108,18 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os._exit(1)
+
+
+def store_is_the_launchers() -> bool:
+    """Whether the processes meet at a store that torchrun holds; else rank 0's process does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def allow_to_be_read() -> None:
+    """Let other processes of this user look at this one's memory, as py-spy does, where Yama would allow it to its
+    ancestors only (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY)
 
 
 def share_processors(environ: MutableMapping[str, str] = os.environ) -> None:

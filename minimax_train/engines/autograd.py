@@ -16,6 +16,7 @@ from minimax_train.data import MicroBatch
 from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
 from minimax_train.documents import IGNORE_INDEX
 from minimax_train.engines.engine import Engine, StepSums
+from minimax_train.engines.outliers import Outliers
 from minimax_train.engines.recomputation import Recomputation
 from minimax_train.model import HybridModel, ModelLoss
 from minimax_train.parallel.grid import WORLD, ProcessGrid
@@ -63,6 +64,11 @@ class AutogradEngine(Engine):
         self._sums = Accumulators(config, device)
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
         self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
+        recipe = config.recipe
+        self._outliers = None
+        if recipe.outliers != "ignore":
+            self._outliers = Outliers(recipe.outlier_window, recipe.outlier_sigmas, device)
+        self._outlier = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was one
 
     def _choose_recomputation(self, still_needed: int, *, apart: bool = False) -> None:
         """For a subclass to call when its states have their memory; arguments as of :class:`Recomputation`."""
@@ -121,15 +127,28 @@ class AutogradEngine(Engine):
         )
 
     def _gradient_norm(self, squares: Iterable[Tensor]) -> Tensor:
-        """L2 norm of the whole model's gradient; NaN where any rank's loss is not finite.
+        """L2 norm of the whole model's gradient; NaN where any rank's loss is not finite. Sees whether the step is an
+        outlier.
 
         Args:
             squares: of the elements of this rank's shards, summed, float64 scalars.
         """
         total = torch.stack(list(squares)).sum()
         total = total.where(self._loss.isfinite(), torch.nan)
-        dist.all_reduce(total, group=self.grid.group(WORLD))
-        return total.sqrt()
+        if self._outliers is None:
+            dist.all_reduce(total, group=self.grid.group(WORLD))
+            return total.sqrt()
+        summed_2 = torch.stack([total, self._sums.scalars_4[0]])
+        dist.all_reduce(summed_2, group=self.grid.group(WORLD))
+        norm = summed_2[0].sqrt()
+        self._outlier = self._outliers.is_next(summed_2[1], norm)
+        return norm
+
+    def _held(self) -> Tensor:
+        """1 where this step's update must change nothing: for good, or as an outlier."""
+        if self.config.recipe.outliers != "skip":
+            return self._frozen
+        return torch.maximum(self._frozen, self._outlier.float())
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         clip = self.config.recipe.gradient_clip
@@ -152,6 +171,7 @@ class AutogradEngine(Engine):
     def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
+            self.phases.tick()
             loss += self._forward(batch.to(self.device), plan).token_loss.double()
         dist.all_reduce(loss, group=self.grid.group(WORLD))
         return float(loss)

@@ -80,16 +80,19 @@ class StepSums(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What became of an optimizer step; both on the device and the same on all ranks.
+    """What became of an optimizer step; all on the device and the same on all ranks.
 
     Attributes:
         gradient_norm: L2 norm of the whole model's gradient before clipping, float64 scalar.
         applied: whether the weights were updated and are finite, bool scalar. Once false it stays false, and no later
-            update changes the weights. Nor does this one, if the loss or a gradient was not finite.
+            update changes the weights. Nor does this one, if the loss or a gradient was not finite. True as well of an
+            update that was skipped because the step is an outlier.
+        outlier: whether the loss or the gradient norm is one (``recipe.outliers``), bool scalar.
     """
 
     gradient_norm: Tensor
     applied: Tensor
+    outlier: Tensor
 
 
 class Engine(ABC):

@@ -158,11 +158,11 @@ class FSDPEngine(AutogradEngine):
             largest = torch.stack(torch._foreach_norm([w for w in weights if w.numel()], math.inf)).double().sum()
             dist.all_reduce(largest, group=self.grid.group(WORLD))
             self._freeze_unless(largest.isfinite())
-            return StepReport(norm, self._frozen == 0)
+            return StepReport(norm, self._frozen == 0, self._outlier)
 
     def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> None:
-        """AdamW on this rank's shards; nothing where ``_frozen`` is 1. Norms and biases do not decay."""
-        recipe = self.config.recipe
+        """AdamW on this rank's shards; nothing where the update is held. Norms and biases do not decay."""
+        recipe, held = self.config.recipe, self._held()
         for decays in (True, False):
             names = [name for name in gradients if (self.parameters[name].dim() >= 2) == decays]
             states = [self.optimizer_state[name] for name in names]
@@ -174,7 +174,7 @@ class FSDPEngine(AutogradEngine):
                 [],
                 [state["step"] for state in states],
                 fused=True,
-                found_inf=self._frozen,
+                found_inf=held,
                 amsgrad=False,
                 beta1=recipe.adam_beta1,
                 beta2=recipe.adam_beta2,

@@ -318,7 +318,8 @@ class Zero1Engine(AutogradEngine):
         with self.phases("optimizer"):
             norm = self._gradient_norm(squared_norm(group.gradient_shards) for group in self._groups.values())
             self._freeze_unless(norm.isfinite())
-            self._step += 1 - self._frozen
+            held = self._held()
+            self._step += 1 - held
             recipe, scale = self.config.recipe, self._clip_factor(norm)
             rate = torch.full_like(norm, learning_rate)
             for (_, decays), group in self._groups.items():
@@ -327,12 +328,12 @@ class Zero1Engine(AutogradEngine):
                     None if group.master is group.weight_shards else group.weight_shards,
                     step=self._step, learning_rate=rate, beta1=recipe.adam_beta1, beta2=recipe.adam_beta2,
                     eps=recipe.adam_eps, weight_decay=recipe.weight_decay * decays, grad_scale=scale,
-                    frozen=self._frozen, not_finite=self._not_finite,
+                    frozen=held, not_finite=self._not_finite,
                 )  # fmt: skip
             dist.all_reduce(self._not_finite, op=dist.ReduceOp.MAX, group=self.grid.group(WORLD))
             self._freeze_unless(self._not_finite == 0)
             self._is_stale = True
-            return StepReport(norm, self._frozen == 0)
+            return StepReport(norm, self._frozen == 0, self._outlier)
 
     def evaluate(self, micro_batches, plan) -> float:
         if self._is_stale and self._is_sharded:

@@ -12,6 +12,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.model.memory import RECOMPUTATIONS
 
 DECAY_SHAPES = ("exponential", "linear", "cosine")
+OUTLIER_POLICIES = ("ignore", "log", "skip")
 RENAMED_RECOMPUTATIONS = {"true": "full", "false": "none"}
 LENGTH_UNITS = ("steps", "tokens", "epochs")
 # The stage of a recipe that names none.
@@ -134,6 +135,11 @@ class RecipeConfig:
             loss ** -critical_batch_exponent``, loss in nats (Kaplan et al. 2020, arXiv 2001.08361, equation 1.4).
         weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
         gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
+        outliers: what becomes of a step whose loss or gradient norm is more than ``outlier_sigmas`` standard deviations
+            above the mean of the last ``outlier_window`` steps: ``ignore``; ``log``: it is told; ``skip``: its update
+            is left out too, and its data are passed over. Before half a window of steps is known, as after a
+            resumption, no step is an outlier.
+        outlier_limit: with ``skip``: more than so many within a window end the run.
         activation_checkpointing: what a block's backward pass computes again rather than keep from the forward pass:
             ``none``; ``selective``: what is cheap (norms, SiLU of q, k and v, the attention's gate); ``full``: all but
             the block's input; ``auto``: the first of these whose estimated memory fits in the GPU
@@ -167,6 +173,10 @@ class RecipeConfig:
     adam_eps: Annotated[float, Range(1e-20, 1e-2)] = 1e-8
     weight_decay: Annotated[float, Range(0, 100)] = 0.1
     gradient_clip: Annotated[float | None, Range(1e-6, 1e6, null="no limit")] = 1.0
+    outliers: str = "ignore"
+    outlier_sigmas: Annotated[float, Range(1, 1e6)] = 6.0
+    outlier_window: Annotated[int, Range(4, 10**6)] = 128
+    outlier_limit: Annotated[int, Range(1, 10**6)] = 8
     activation_checkpointing: str = AUTO
     eval_interval: Annotated[int, Range(0, 10**9)] = 100
     eval_sequences: Annotated[int, Range(1, 10**9)] = 64
@@ -190,6 +200,11 @@ class RecipeConfig:
         if not self.critical_batch:
             read = ("critical_batch_tokens", "critical_batch_exponent")
             self._refuse_set(read, "is read only with recipe.critical_batch=true")
+        require_choice("recipe.outliers", self.outliers, OUTLIER_POLICIES)
+        if self.outliers == "ignore":
+            self._refuse_set(("outlier_sigmas", "outlier_window"), "is read only with recipe.outliers=log or skip")
+        if self.outliers != "skip":
+            self._refuse_set(("outlier_limit",), "is read only with recipe.outliers=skip")
         for path, stage in self.paths:
             stage.check(path)
         _one_of("recipe", self, ("global_batch_size", "batch_tokens"), "in packed sequences or in tokens")
