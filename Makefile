@@ -1,13 +1,14 @@
 # make demo       pretrain a small hybrid model on this machine, in a fresh virtual environment
 # make test       the CPU test suite, likewise
 # make test-gpu   the tests that need a GPU; those over NCCL run where there are two or more
+# make slurm      install Slurm, for the launcher's tests, where there is apt and this is root
 # make lint       ruff, lint and format; pyrefly, the type checker
 # make hooks      lint and format before every commit
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint hooks install install-cuda a-gpu clean
+.PHONY: demo test test-gpu slurm lint hooks install install-cuda a-gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -28,6 +29,13 @@ test: install
 
 test-gpu: install a-gpu install-cuda
 	$(BIN)/pytest -m gpu -rs
+
+slurm:
+	@if command -v slurmctld >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2; \
+	else echo "make slurm: needs root and apt; the tests that need Slurm are skipped"; fi
 
 a-gpu: install
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device found')"

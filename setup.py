@@ -57,6 +57,7 @@ setup(
             "minimax-convert = minimax_train.convert.cli:main",
             "minimax-checkpoint = minimax_train.checkpoint.cli:main",
             "minimax-plan = minimax_train.planner.cli:main",
+            "minimax-launch = minimax_train.launch.cli:main",
         ],
     },
 )

@@ -5,7 +5,8 @@
 #
 # What comes before `--` goes to torchrun, the rest to minimax-train:
 #
-#   launch/torchrun.sh --standalone --nproc-per-node=2 -- model=tiny
+#   launch/torchrun.sh --nproc-per-node=2 -- model=tiny
+#   launch/torchrun.sh --max-restarts=3 -- model=small checkpoint.resume=auto
 #
 # Several machines, the same line on each:
 #
@@ -19,16 +20,16 @@ if [[ " $* " == *" -- "* ]]; then
     shift
   done
   shift
-else
-  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
-    gpus=$(grep -o '[^,]\+' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) || true
-  else
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
-  fi
-  options=(--standalone "--nproc-per-node=$((gpus > 0 ? gpus : 1))")
 fi
+if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+  gpus=$(grep -o '[^,]\+' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) || true
+else
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+fi
+defaults=("--nproc-per-node=$((gpus > 0 ? gpus : 1))")
+[[ " ${options[*]} " =~ \ --?(nnodes|rdzv|master|standalone) ]] || defaults+=(--standalone)
 
 # By default SIGUSR1 would end torchrun, and the run with it, at once.
-options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${options[@]}")
+options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${defaults[@]}" "${options[@]}")
 minimax-train --cfg "$@" >/dev/null # refuses a bad configuration once, before any process is started
 exec torchrun "${options[@]}" --no-python minimax-train "$@"

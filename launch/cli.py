@@ -1,0 +1,59 @@
+"""``minimax-launch local|slurm [options] -- [overrides]``: start a run here, or as a job of Slurm."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from minimax_train.errors import ConfigError
+from minimax_train.launch import slurm
+
+LOCAL = """usage: minimax-launch local [options of torchrun --] [overrides]
+
+Start a run on this machine with torchrun, one process per visible GPU (one where there is none), which continues from
+the newest checkpoint in run_dir if there is one. What comes before `--` goes to torchrun: --max-restarts=3 starts all
+processes again when one has failed."""
+SCRIPT = Path(__file__).with_name("torchrun.sh")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Console script. Exit status: of ``local`` torchrun's; of ``slurm`` 0, 1 where Slurm refuses the job, 2 for
+    options or a configuration that cannot run."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser("minimax-launch", description="Start a run.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("local", help="on this machine, with torchrun", add_help=False)
+    slurm.add_options(commands.add_parser("slurm", help="as a job of Slurm", allow_abbrev=False))
+    if given[:1] == ["local"]:
+        return _local(given[1:])
+    own, overrides = _split(given)
+    try:
+        return slurm.launch(parser.parse_args(own), overrides)
+    except ConfigError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help says what there is\n")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before ``--``, and after it."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _local(arguments: list[str]) -> int:
+    if arguments[:1] in (["--help"], ["-h"]):
+        print(LOCAL)
+        return 0
+    options, overrides = _split(arguments) if "--" in arguments else ([], arguments)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    command = ["bash", str(SCRIPT), *options, "--", "checkpoint.resume=auto", *overrides]
+    os.execvpe("bash", command, {**os.environ, "PATH": path})
