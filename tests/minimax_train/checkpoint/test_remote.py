@@ -188,7 +188,7 @@ def test_a_checkpoint_on_s3_is_exported_as_a_local_one_is(s3, run, tmp_path):
     assert theirs.pop("README.md") and theirs == ours and "model.safetensors" in ours
 
 
-def test_a_checkpoint_without_manifest_does_not_exist(s3):
+def test_a_checkpoint_without_manifest_does_not_exist(s3, run):
     for key in s3.keys("runs/a/step-00000002"):
         if key != "manifest.json":
             s3.ask("PUT", f"bucket/runs/c/step-00000002/{key}", b"x")
