@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 
-from minimax_train.config import load_config
+from minimax_train.config import Config, load_config
 from minimax_train.errors import ConfigError, require
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.metrics.flops import training_flops
@@ -20,9 +20,12 @@ from minimax_train.recipe import Progress, Recipe
 
 _WORLD = "world_size="
 _SHOWN = 10
+_BATCH = ("recipe=", "recipe.global_batch_size=", "recipe.batch", "recipe.stages", "experiment=")
+_MICRO_BATCHES = 8  # on a rank, where no global batch is given
 _EPILOG = """
 Overrides are those of minimax-train. With none of parallel.tp, cp, ep and etp among them, grids are proposed, the
-fastest first, and that one is shown. Predicted is the first step of the recipe. docs/planner.md says how well.
+fastest first, and the first is shown; without a recipe or a global batch each has 8 micro-batches on a rank. Predicted
+is the first step of the recipe. docs/planner.md says how well.
 """
 
 
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world_size == 1 or chosen:
             plan = plan_run(config, cluster, document_tokens)
         else:
-            proposed = propose(config, cluster, document_tokens)
+            batch_is_given = any(text.lstrip("+").startswith(_BATCH) for text in overrides)
+            proposed = propose(config, cluster, document_tokens, None if batch_is_given else _MICRO_BATCHES)
             plan = proposed[0]
         built_s, built_bytes = dry_run(plan.config, world_size)
     except ConfigError as error:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         output.write(json.dumps(_as_json(plan, proposed), indent=1) + "\n")
     else:
-        lines = [*_proposals(proposed), *_report(plan, options.machine)]
+        lines = [*_proposals(proposed, config), *_report(plan, options.machine)]
         lines.append(
             f"{'built':14}rank 0 of {world_size:,} on the meta device in {built_s:.1f} s: "
             f"{built_bytes / 2**30:.2f} GiB of weights, gradients and states"
@@ -81,16 +85,15 @@ def _number(name: str, text: str, greatest: int) -> int:
     return int(text)
 
 
-def _proposals(plans: list[RunPlan]) -> Iterable[str]:
+def _proposals(plans: list[RunPlan], config: Config) -> Iterable[str]:
     if not plans:
         return
     shown = f"overrides ({min(_SHOWN, len(plans))} of {len(plans)} grids that fit)"
     yield f"{'GiB':>8}{'ms':>12}{'tokens/s':>14}{'MFU %':>8}  {shown}"
     for plan in plans[:_SHOWN]:
-        overrides = overrides_of(plan.config.parallel, plan.config.data.num_streams)
         yield (
             f"{plan.memory_bytes / 2**30:8.1f}{1e3 * plan.cost.seconds:12,.1f}{plan.tokens_per_s:14,.0f}"
-            f"{100 * plan.mfu:8.1f}  {overrides}"
+            f"{100 * plan.mfu:8.1f}  {overrides_of(plan, config)}"
         )
     yield ""
 

@@ -10,7 +10,7 @@ from math import lcm
 
 import torch
 
-from minimax_train.config import Config, ParallelConfig, config_on
+from minimax_train.config import Config, config_on
 from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError
 from minimax_train.kernels.dispatch import AUTO
@@ -145,11 +145,16 @@ def _largest_sequence(activations: ActivationMemory, free_bytes: int, grid: Grid
     return lower * unit
 
 
-def propose(config: Config, cluster: Cluster, document_tokens: float) -> list[RunPlan]:
+def propose(
+    config: Config, cluster: Cluster, document_tokens: float, micro_batches: int | None = None
+) -> list[RunPlan]:
     """Plans of all grids that the model can be split over and that fit, the fastest first.
 
     Axes are divisors of the number of GPUs. ``data.num_streams`` follows data parallelism. All other settings are the
     configuration's.
+
+    Args:
+        micro_batches: on each data-parallel rank, whatever global batch that makes; None for the configuration's.
 
     Raises:
         ConfigError: when none can run, with the reason of one; or none fits, naming the one that takes least.
@@ -163,9 +168,13 @@ def propose(config: Config, cluster: Cluster, document_tokens: float) -> list[Ru
         parallel = dataclasses.replace(config.parallel, token_groups=1, cp=cp, tp=tp, ep=ep, etp=etp)
         taken = sum(engine.memory(config, layouts, GridSizes(cluster.world_size, cp, tp, ep, etp), "cuda").values())
         if taken <= capacity:
-            streams = lcm(config.data.num_streams, cluster.world_size // (cp * tp))
+            dp, recipe = cluster.world_size // (cp * tp), config.recipe
+            data = dataclasses.replace(config.data, num_streams=lcm(config.data.num_streams, dp))
+            if micro_batches is not None:
+                batch = micro_batches * recipe.micro_batch_size * dp
+                recipe = dataclasses.replace(recipe, global_batch_size=batch)
             try:
-                candidate = dataclasses.replace(config, data=dataclasses.replace(config.data, num_streams=streams))
+                candidate = dataclasses.replace(config, data=data, recipe=recipe)
                 plan = plan_run(config_on(candidate, parallel), cluster, document_tokens, layouts)
             except ConfigError as error:
                 refused = refused or error
@@ -176,7 +185,7 @@ def propose(config: Config, cluster: Cluster, document_tokens: float) -> list[Ru
         if taken < least_taken:
             least, least_taken = parallel.shown, taken
     if plans:
-        return sorted(plans, key=lambda plan: plan.cost.seconds)
+        return sorted(plans, key=lambda plan: -plan.tokens_per_s)
     if refused is not None:
         raise refused
     raise ConfigError(
@@ -197,7 +206,12 @@ def _grids(config: Config, world_size: int) -> Iterator[tuple[int, int, int, int
             yield cp, tp, ep, etp
 
 
-def overrides_of(parallel: ParallelConfig, num_streams: int) -> str:
-    """What to pass to ``minimax-train``."""
-    above = [f"parallel.{axis}={size}" for axis, size in parallel.sizes.items() if size > 1]
-    return " ".join([*above, f"data.num_streams={num_streams}"])
+def overrides_of(plan: RunPlan, config: Config) -> str:
+    """What to pass to ``minimax-train`` besides what the configuration says."""
+    own = plan.config
+    found = [f"parallel.{axis}={size}" for axis, size in own.parallel.sizes.items() if size > 1]
+    if own.data.num_streams != config.data.num_streams:
+        found.append(f"data.num_streams={own.data.num_streams}")
+    if own.recipe.global_batch_size != config.recipe.global_batch_size:
+        found.append(f"recipe.global_batch_size={own.recipe.global_batch_size}")
+    return " ".join(found)

@@ -94,6 +94,9 @@ def test_the_command(capsys):
     assert main([*tiny, "world_size=4", "--machine", "h200"]) == 0
     out = capsys.readouterr().out
     assert "grids that fit" in out and "4 x h200" in out and "MFU" in out and "rank 0 of 4" in out
+    assert main(["model=tiny", "world_size=24", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["proposals"]) > 3 and told["compute_s"]["optimizer"] > 0
     assert main([*tiny, "world_size=4", "parallel.tp=2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parallel"]["tp"] == 2 and told["proposals"] == [] and told["traffic"]["tp"]["num_bytes"] > 0
