@@ -80,8 +80,10 @@ def missing() -> str:
     ]
     if absent:
         return f"{', '.join(absent)} not installed (make slurm)"
-    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "namespaces for the nodes of a Slurm cluster need root"
+    links = "ip link add bridge type bridge && ip link add veth0 type veth peer name veth1"
+    isolated = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "bash", "-c", links]
+    if subprocess.run(isolated, capture_output=True).returncode:
+        return "namespaces and links for the nodes of a Slurm cluster need root"
     return ""
 
 
@@ -106,7 +108,7 @@ class Cluster:
         with open(folder / "daemons.log", "w") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
         self.wait(
-            lambda: self.run("sinfo", "-h", "-o", "%D %T", check=False).stdout.split() == ["3", "idle"], "nodes", 20
+            lambda: self.run("sinfo", "-h", "-o", "%D %T", check=False).stdout.split() == ["3", "idle"], "nodes", 60
         )
 
     def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
