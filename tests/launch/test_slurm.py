@@ -75,7 +75,7 @@ def _output(run):
 
 
 def test_a_job_that_is_preempted_and_loses_a_node_trains_as_one_that_is_not(cluster, tmp_path):
-    settings = ["engine.precision=float64", "recipe.steps=200", "recipe.eval_interval=0", "logging.interval=1"]
+    settings = ["engine.precision=float64", "recipe.steps=120", "recipe.eval_interval=0", "logging.interval=1"]
     settings += ["checkpoint.interval=20"]
     run = tmp_path / "slurm" / "run"
     job = _submit(cluster, "--nodes=2", *ON_CPU, "--", *overrides(tmp_path / "slurm", *settings))
@@ -84,7 +84,7 @@ def test_a_job_that_is_preempted_and_loses_a_node_trains_as_one_that_is_not(clus
     cluster.run("sbatch", "--wait", *urgent)
     alone = Command(tmp_path, overrides(tmp_path / "alone", *settings))  # beside what Slurm waits for
     saved = max(_losses(run))
-    assert saved < 200 and (run / "checkpoints" / f"step-{saved:08d}").is_dir(), _output(run)
+    assert saved < 120 and (run / "checkpoints" / f"step-{saved:08d}").is_dir(), _output(run)
     cluster.wait(lambda: max(_losses(run)) > max(20, saved), "steps after the pre-emption")
     nodes = cluster.job(job)["NodeList"]
     cluster.end_node("node2" if "2" in nodes else "node1")
@@ -94,7 +94,7 @@ def test_a_job_that_is_preempted_and_loses_a_node_trains_as_one_that_is_not(clus
     assert f"from step {saved}" in output and "DUE TO PREEMPTION" in output, output
     assert alone.finish(300).status == 0
     losses, expected = _losses(run), _losses(tmp_path / "alone" / "run")
-    assert losses == pytest.approx(expected, rel=1e-10) and len(losses) == 200
+    assert losses == pytest.approx(expected, rel=1e-10) and len(losses) == 120
 
 
 def test_what_is_started_again_where(cluster, stand_in, tmp_path):

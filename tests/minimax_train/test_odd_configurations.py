@@ -29,7 +29,7 @@ def test_odd_configurations(tmp_path, share):
             problems.append((problem, case, answer.err))
         elif answer.status == 0:
             accepted.append(case)
-    assert len(accepted) > 15, "the draw must hold configurations that are taken"
+    assert len(accepted) > 10, "the draw must hold configurations that are taken"
     # A tokenizer by name is looked for on the hub, for a minute where there is no network.
     trainable = [case for case in accepted if "data.tokenizer" not in case]
     for case in random.Random(share).sample(trainable, 5):

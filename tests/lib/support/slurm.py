@@ -34,7 +34,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=5
-KillWait=30
+KillWait=15
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min_interval=0
 SelectType=select/cons_tres

@@ -174,7 +174,7 @@ def test_two_ranks_save_beside_training_to_s3(s3, run, tmp_path):
         assert not (checkpoint / "__7_0.distcp").exists()
     told = _command("verify", "s3://bucket/runs/a")
     assert told[0] == 0 and told[1].count(": whole") == 3
-    listed = [re.sub(r" \d+ (s|min) ", "", _command("ls", run)[1]) for run in (config.run_dir, "s3://bucket/runs/a")]
+    listed = [re.sub(r" +\d+ (s|min) +", " ", _command("ls", run)[1]) for run in (config.run_dir, "s3://bucket/runs/a")]
     assert listed[0] == listed[1] and listed[0].count("whole") == 3
 
 
