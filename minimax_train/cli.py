@@ -115,6 +115,7 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     share_processors()
     _end_with_torchrun()
     # After the configuration is checked: they take seconds to import.
+    from minimax_train.checkpoint.store import CheckpointStore
     from minimax_train.run_dir import on_grid_of_stage
     from minimax_train.trainer import Trainer
     from minimax_train.watchdog import BACKSTOP, Watchdog
@@ -133,7 +134,8 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
         raise ConfigError(str(error)) from error
     phases = Phases()
     try:
-        with Watchdog(environment, phases, Path(config.run_dir), config.parallel.timeout_s):
+        store = CheckpointStore(Path(config.run_dir), folder=config.checkpoint.folder)
+        with Watchdog(environment, phases, store, config.parallel.timeout_s):
             _set_pg_timeout(timeout + BACKSTOP)
             if config.has_other_grids:
                 config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))

@@ -71,12 +71,14 @@ class Watchdog:
 
     Args:
         phases: tell where the run is.
-        run_dir: in which stacks are written.
+        store: of the run's checkpoints, from which it can go on; stacks are written in its ``run_dir``.
         timeout_s: how long ranks wait for each other.
     """
 
-    def __init__(self, environment: ProcessEnvironment, phases: Phases, run_dir: Path, timeout_s: float) -> None:
-        self._environment, self._phases, self._run_dir = environment, phases, run_dir
+    def __init__(
+        self, environment: ProcessEnvironment, phases: Phases, store: CheckpointStore, timeout_s: float
+    ) -> None:
+        self._environment, self._phases, self._checkpoints = environment, phases, store
         self._rank, self._size, self._timeout_s = environment.rank, environment.world_size, timeout_s
         self._beat_s = max(_BEAT_S, self._size / _RANKS_PER_BEAT_S)
         self._host = socket.gethostname()
@@ -176,7 +178,7 @@ class Watchdog:
         return f"{_who(where)} is in {_phase(where)}, in {where['at']}{idle}"
 
     def _folder(self, step: int) -> Path:
-        return self._run_dir / "stacks" / f"step-{step:08d}"
+        return self._checkpoints.run_dir / "stacks" / f"step-{step:08d}"
 
     def _write_stacks(self, step: int | None = None) -> str:
         """Of this process; returns where they are, or why not."""
@@ -379,8 +381,7 @@ class Watchdog:
 
     def _say(self, line: str) -> None:
         Output(sys.stdout).flush()
-        to_go_on = CheckpointStore(self._run_dir).to_go_on()
-        to_stderr(f"{f'rank {self._rank}: ' if self._rank else ''}error: {line}; {to_go_on}")
+        to_stderr(f"{f'rank {self._rank}: ' if self._rank else ''}error: {line}; {self._checkpoints.to_go_on()}")
 
 
 def is_of_communication(error: BaseException) -> bool:

@@ -209,7 +209,7 @@ class Zero1Engine(AutogradEngine):
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
-        largest = max(parameter.nbytes for parameter in self.parameters.values())
+        largest = self.memory(config, self.layouts, grid, device.type)["one parameter's gradient"]
         self._choose_recomputation(largest, apart=options.cuda_graphs)
         self._graphs = None
         if options.cuda_graphs and device.type == "cuda":
@@ -237,10 +237,7 @@ class Zero1Engine(AutogradEngine):
             bytes_of["moments"] += 2 * part * moments
             if n > 1:
                 bytes_of["shards sent and received"] += part * (compute.itemsize + master.itemsize)
-            if compute != master:
-                bytes_of["master weights"] += part * master.itemsize
-            elif n > 1:  # the shards of weights are the master weights
-                bytes_of["shards sent and received"] -= part * compute.itemsize
+            if compute != master:  # else the shards of the weights are the master weights
                 bytes_of["master weights"] += part * master.itemsize
             largest = max(largest, prod(shape) * compute.itemsize)
         return bytes_of | {"one parameter's gradient": largest}

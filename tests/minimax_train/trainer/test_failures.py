@@ -22,7 +22,8 @@ def _start(name, folder, rank, environment):
             hold_store(int(environment["MASTER_PORT"]))
         prepare(name, rank, folder)
 
-    process = Command(folder, arguments(folder, TIMEOUT_S), inside).process
+    elsewhere = [f"checkpoint.folder={folder}/elsewhere"] if name == "killed" else []
+    process = Command(folder, [*arguments(folder, TIMEOUT_S), *elsewhere], inside).process
     return process.pid, lambda: process.exitcode
 
 
@@ -47,6 +48,12 @@ def test_a_fault_is_told(drills, name):
     assert not told.problems(FAULTS[name], TIMEOUT_S), told
     # Without the launcher, that ends the others, each rank says that the store has gone.
     assert sum("error: " in line for line in told.lines) <= 1 + (name == "store"), told
+
+
+def test_what_the_run_can_go_on_from_is_told(drills):
+    folder, told = drills["killed"]
+    line = next(line for line in told.lines if "error: " in line)
+    assert f"no checkpoint is in {folder}/elsewhere" in line
 
 
 @pytest.mark.parametrize("name", ["killed", "stopped", "first_stopped", "slowed"])
