@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from minimax_train.checkpoint.store import CheckpointStore
-from minimax_train.cli import main as train
 from minimax_train.convert import from_hf, names, to_hf
 from minimax_train.convert.checkpoint import CheckpointReader
 from minimax_train.convert.cli import main
 from minimax_train.convert.jobs import run_jobs
+from support.commands import Command
 from support.runs import overrides
 
 ODD = {"hidden_size": 36, "num_heads": 3, "num_kv_heads": 1, "head_dim": 14, "rotary_dim": 6, "num_experts": 3}
@@ -128,23 +128,17 @@ def test_removed_while_it_is_read(lab, tmp_path, monkeypatch, capsys):
     assert lab.tensors(tmp_path / "next").keys() == lab.tensors(tmp_path / "held").keys()
 
 
-def _train(arguments):
-    torch.set_num_threads(1)
-    os._exit(train(arguments))
-
-
 def test_a_run_that_goes_on_saving(lab, tmp_path, capsys):
     """Every step is saved and the one before it removed, meanwhile whatever is newest is converted."""
     more = ["checkpoint.interval=1", "checkpoint.keep=1", "recipe.steps=2000", "recipe.eval_interval=2000"]
     arguments = overrides(tmp_path, *more, "recipe.decay_steps=1")
-    trainer = multiprocessing.get_context("spawn").Process(target=_train, args=(arguments,))
-    trainer.start()
+    trainer = Command(tmp_path, arguments)
     try:
         seen = set()
         until = time.monotonic() + 120
         while len(seen) < 2 and time.monotonic() < until:
             if not CheckpointStore(tmp_path / "run").all():
-                assert trainer.is_alive()
+                assert trainer.process.is_alive()
                 time.sleep(0.2)
                 continue
             target = tmp_path / f"hf-{len(seen)}"
@@ -155,7 +149,7 @@ def test_a_run_that_goes_on_saving(lab, tmp_path, capsys):
             assert all(tensor.isfinite().all() for tensor in tensors.values()) and len(tensors) > 50
             seen.add(re.findall(r"converting \S*(step-\d+)", error)[-1])
             assert "loss.png" in {file.name for file in target.iterdir()}
-        assert len(seen) == 2 and trainer.is_alive()
+        assert len(seen) == 2 and trainer.process.is_alive()
     finally:
-        trainer.kill()
-        trainer.join()
+        trainer.process.kill()
+        trainer.process.join()
