@@ -7,6 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that make test starts, a file of tests at a time; many tests start several ranks.
+WORKERS ?= 2
 
 .PHONY: demo test test-gpu slurm lint hooks install install-cuda a-gpu clean
 .DELETE_ON_ERROR:
@@ -25,7 +27,7 @@ $(VENV)/.installed-cuda: $(VENV)/.installed
 	touch $@
 
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-gpu: install a-gpu install-cuda
 	$(BIN)/pytest -m gpu -rs

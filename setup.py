@@ -42,6 +42,7 @@ setup(
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "setuptools>=77",
             "triton>=3.6; platform_system == 'Linux'",

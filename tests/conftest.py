@@ -18,6 +18,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test has printed can hold odd characters, and pytest-xdist sends reports as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """Uninitialised memory that shows up in any result it reaches: NaN, or an index far out of range."""
