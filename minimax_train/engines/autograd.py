@@ -77,7 +77,7 @@ class AutogradEngine(Engine):
         self.notes += self._recomputation.notes
 
     def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
-        self.model.set_recomputation(self._recomputation.kind(plan))
+        self.model.set_recomputation(self._recomputation.kinds(plan))
         sums = self._sums
         # Counted on the device: the host waits neither for it nor for other ranks.
         sums.targets.fill_(sum(batch.num_targets for batch in micro_batches))

@@ -1,4 +1,4 @@
-"""How much of the activations an engine has computed again: as configured, or the fastest that fits in its device."""
+"""What each layer computes again under an engine: as configured, or the fastest that fits in its device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.kernels.dispatch import AUTO
-from minimax_train.model.memory import RECOMPUTATIONS, ActivationMemory, choose_recomputation
+from minimax_train.model.memory import RECOMPUTATIONS, ActivationMemory, choose_recomputation, recomputation_shown
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import StepPlan, resolve_stages
 
@@ -35,6 +35,8 @@ class Recomputation:
     ) -> None:
         self._apart = apart and config.recipe.eval_interval > 0
         self._grid, self._requested, self._free = grid, config.recipe.activation_checkpointing, None
+        self._layers = config.model.num_layers
+        self._chosen: dict[int, tuple[str, ...]] = {}  # by tokens of a micro-batch
         self.notes: list[str] = []
         if self._requested != AUTO or device.type != "cuda":
             return
@@ -49,26 +51,33 @@ class Recomputation:
         stages = [stage for stage in resolve_stages(config) if stage.parallel.sizes == config.parallel.sizes]
         self.notes = list(dict.fromkeys(self._note(s.micro_batch_size * s.sequence_length) for s in stages))
 
-    def kind(self, plan: StepPlan) -> str:
-        """Of a step: one of :data:`minimax_train.model.memory.RECOMPUTATIONS`."""
-        return self._kind(plan.micro_batch_size * plan.sequence_length)
+    def kinds(self, plan: StepPlan) -> tuple[str, ...]:
+        """Of a step: for each layer one of :data:`minimax_train.model.memory.RECOMPUTATIONS`."""
+        return self._kinds(plan.micro_batch_size * plan.sequence_length)
 
-    def _kind(self, micro_batch_tokens: int) -> str:
+    def _kinds(self, micro_batch_tokens: int) -> tuple[str, ...]:
         if self._free is None:
-            return RECOMPUTATIONS[0] if self._requested == AUTO else self._requested
-        tokens = self._tokens(micro_batch_tokens)
-        evaluation = self._memory.forward(tokens) if self._apart else 0
-        return choose_recomputation(self._memory, tokens, self._free - evaluation)
+            return (RECOMPUTATIONS[0] if self._requested == AUTO else self._requested,) * self._layers
+        if micro_batch_tokens not in self._chosen:
+            tokens = self._tokens(micro_batch_tokens)
+            evaluation = self._memory.forward(tokens) if self._apart else 0
+            chosen = choose_recomputation(self._memory, tokens, self._free - evaluation)
+            self._chosen[micro_batch_tokens] = chosen
+        return self._chosen[micro_batch_tokens]
 
     def _tokens(self, micro_batch_tokens: int) -> int:
         return micro_batch_tokens // self._grid.size("cp_tp")
 
     def _note(self, micro_batch_tokens: int) -> str:
-        tokens, kind, free = self._tokens(micro_batch_tokens), self._kind(micro_batch_tokens), self._free or 0
-        estimates = (f"{name} {self._memory.peak(tokens, name) / 2**30:.1f}" for name in RECOMPUTATIONS)
+        tokens, kinds, free = self._tokens(micro_batch_tokens), self._kinds(micro_batch_tokens), self._free or 0
+        choices = {name: (name,) * self._layers for name in RECOMPUTATIONS}
+        if len(set(kinds)) > 1:
+            choices["this"] = kinds
+        estimates = (f"{name} {self._memory.peak(tokens, each) / 2**30:.1f}" for name, each in choices.items())
         return (
-            f"recipe.activation_checkpointing=auto: {kind} for micro-batches of {micro_batch_tokens:,} tokens; "
-            f"estimated GiB of activations: {', '.join(estimates)}; free {free / 2**30:.1f}"
+            f"recipe.activation_checkpointing=auto: {recomputation_shown(kinds)}, for micro-batches of "
+            f"{micro_batch_tokens:,} tokens; estimated GiB of activations: {', '.join(estimates)}; "
+            f"free {free / 2**30:.1f}"
         )
 
 

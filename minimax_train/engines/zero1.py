@@ -290,7 +290,7 @@ class Zero1Engine(AutogradEngine):
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
         # Computed again, a call between two graphs would be made twice, and nothing of the first forgotten.
-        twice = self.grid.size("ep") > 1 and self._recomputation.kind(plan) == "full"
+        twice = self.grid.size("ep") > 1 and "full" in self._recomputation.kinds(plan)
         if self._graphs is None or twice:
             self._sum_gradients(batch, plan)
         else:

@@ -1,4 +1,4 @@
-"""Memory of one micro-batch's activations on a rank, and how much of it to compute again rather than keep.
+"""Memory of one micro-batch's activations on a rank, and what each layer computes again rather than keep.
 
 Per token of the rank between the attentions (``tokens``: those of the micro-batch over cp x tp) a block keeps, in
 numbers of the dtype of compute, with D the hidden size, W = heads x head dim, K experts per token of hidden size F:
@@ -19,6 +19,9 @@ kept too, whatever the choice but ``full``; how many is taken as routing in bala
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minimax_train.kernels.cross_entropy import choose_block
@@ -50,16 +53,22 @@ class ActivationMemory:
     ep: int = 1
     etp: int = 1
 
-    def kept(self, tokens: int, recomputation: str) -> int:
-        """Held by all blocks between the forward and the backward pass, for that many tokens of the rank."""
-        return sum(self._block(layer, tokens, recomputation) for layer in range(self.model.num_layers))
+    def kept(self, tokens: int, recomputation: Sequence[str]) -> int:
+        """Held by all blocks between the forward and the backward pass, for that many tokens of the rank.
 
-    def peak(self, tokens: int, recomputation: str) -> int:
-        """The most at any time: when the loss is computed, or in the backward pass of a block beside all others."""
-        layers = range(self.model.num_layers)
-        again = max(self._block(i, tokens, "none") - self._block(i, tokens, recomputation) for i in layers)
-        backward = again + max(self._gradients(i, tokens) for i in layers)
-        return self.kept(tokens, recomputation) + self._head(tokens) + max(self._loss(tokens), backward)
+        Args:
+            recomputation: of each layer.
+        """
+        return sum(self._block(layer, tokens, kind) for layer, kind in enumerate(recomputation))
+
+    def peak(self, tokens: int, recomputation: Sequence[str]) -> int:
+        """The most at any time: when the loss is computed, or in the backward pass of a block, which has all it keeps
+        or computes again, beside what the blocks before it keep."""
+        before = backward = 0
+        for layer, kind in enumerate(recomputation):
+            backward = max(backward, before + self._block(layer, tokens, "none") + self._gradients(layer, tokens))
+            before += self._block(layer, tokens, kind)
+        return self._head(tokens) + max(before + self._loss(tokens), backward)
 
     def forward(self, tokens: int) -> int:
         """The most at any time of a forward pass alone, as an evaluation makes it."""
@@ -113,13 +122,38 @@ class ActivationMemory:
         return choose_block(tokens * self.tp, D, V, itemsize=self.itemsize, temporaries=0)
 
 
-def choose_recomputation(memory: ActivationMemory, tokens: int, free_bytes: int) -> str:
-    """The fastest of :data:`RECOMPUTATIONS` that fits: the first whose peak is within the free memory less
-    :data:`MARGIN` of it; ``full`` if none is.
+def choose_recomputation(memory: ActivationMemory, tokens: int, free_bytes: int) -> tuple[str, ...]:
+    """The fastest that fits of what each layer may compute again (:data:`RECOMPUTATIONS`): one whose peak is within the
+    free memory less :data:`MARGIN` of it; ``full`` everywhere if none is.
+
+    As few layers as possible recompute: all keep everything, then one after the other becomes ``selective``, then
+    ``full``. The first are those whose attention takes time in proportion to the tokens, which are cheap to compute
+    again, and of these the lowest: their backward pass comes last, when the others' activations are gone.
 
     Args:
         tokens: of a micro-batch on one rank, between the attentions: those of its packed sequences over cp x tp.
         free_bytes: what the device has left beside parameters, gradients and states; on several ranks the least.
     """
-    fitting = (kind for kind in RECOMPUTATIONS if memory.peak(tokens, kind) <= (1 - MARGIN) * free_bytes)
-    return next(fitting, RECOMPUTATIONS[-1])
+    model, layers = memory.model, memory.model.num_layers
+    order = sorted(range(layers), key=lambda layer: (model.attentions[layer].cost(model).moved == 0, layer))
+
+    def after(steps: int) -> tuple[str, ...]:
+        level, changed = divmod(steps, layers)
+        kinds = [RECOMPUTATIONS[level]] * layers
+        for layer in order[:changed]:
+            kinds[layer] = RECOMPUTATIONS[level + 1]
+        return tuple(kinds)
+
+    def fits(steps: int) -> bool:
+        return memory.peak(tokens, after(steps)) <= (1 - MARGIN) * free_bytes
+
+    return after(bisect_left(range(2 * layers), True, key=fits))
+
+
+def recomputation_shown(recomputation: Sequence[str]) -> str:
+    """``"selective"``, or ``"full in 3 layers, selective in 21"``."""
+    counts = Counter(recomputation)
+    if len(counts) == 1:
+        return recomputation[0]
+    first, *rest = [(kind, counts[kind]) for kind in reversed(RECOMPUTATIONS) if counts[kind]]
+    return ", ".join([f"{first[0]} in {first[1]} layers", *(f"{kind} in {count}" for kind, count in rest)])

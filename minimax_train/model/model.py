@@ -6,6 +6,7 @@ part of the tokens between the embedding, the attentions and the head, which wor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,11 +113,10 @@ class HybridModel(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size)
         self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
 
-    def set_recomputation(self, kind: str) -> None:
+    def set_recomputation(self, kinds: Sequence[str]) -> None:
         """What the backward pass of each block computes again rather than keep: one of :data:`RECOMPUTATIONS`."""
-        assert kind in RECOMPUTATIONS
-        for block in self.layers:
-            assert isinstance(block, Block)
+        for block, kind in zip(self.layers, kinds, strict=True):
+            assert isinstance(block, Block) and kind in RECOMPUTATIONS
             block.recomputation = kind
 
     def forward(

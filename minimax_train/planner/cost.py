@@ -11,7 +11,7 @@ They are fitted to whole steps, as the rates are (``machine.py``), and so contai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -70,7 +70,7 @@ def step_cost(
     plan: StepPlan,
     grid: GridSizes,
     layouts: Mapping[str, ParameterLayout],
-    recomputation: str,
+    recomputation: Sequence[str],
     rates: Rates,
     cluster: Machine,
     document_tokens: float,
@@ -79,7 +79,7 @@ def step_cost(
 
     Args:
         layouts: of all parameters.
-        recomputation: ``none``, ``selective`` or ``full``.
+        recomputation: of each layer: ``none``, ``selective`` or ``full``.
         document_tokens: mean length of the documents.
 
     Raises:
@@ -107,7 +107,12 @@ def step_cost(
 
 
 def _passes(
-    model: ModelConfig, grid: GridSizes, tokens: int, recomputation: str, rates: Rates, document_tokens: float
+    model: ModelConfig,
+    grid: GridSizes,
+    tokens: int,
+    recomputation: Sequence[str],
+    rates: Rates,
+    document_tokens: float,
 ) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward pass, by what computes."""
     D, K, F, W = model.hidden_size, model.experts_per_token, model.expert_hidden_size, model.num_heads * model.head_dim
@@ -118,38 +123,42 @@ def _passes(
     def moved(numbers: float) -> float:
         return numbers * tokens * _ITEM / rates.copy_bytes_per_s
 
-    experts = gemm(6 * model.num_layers * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp))
-    projections = sum(kind.parameters(model) for kind in model.attentions)
-    dense = gemm(2 * projections, rates.dense_flops_per_s, min(D, W / grid.tp))
     head = gemm(2 * model.vocab_size * D, rates.dense_flops_per_s, min(D, model.vocab_size / grid.tp))
-    scores = attention = cheap = 0.0
-    for kind in model.attentions:
-        if numbers := kind.cost(model).moved:
-            attention += moved(numbers)
-        else:
+    # Of a layer; only attention and projections differ between layers.
+    experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp))
+    small = moved((53 + 11 * (K + 1)) * D)
+    dense = scores = attention = again = 0.0
+    for kind, how in zip(model.attentions, recomputation, strict=True):
+        own_dense = gemm(2 * kind.parameters(model), rates.dense_flops_per_s, min(D, W / grid.tp))
+        own_attention = moved(kind.cost(model).moved)
+        own_scores = 0.0
+        if not own_attention:
             flops = kind.flops(model, (document_tokens + 1) / 2) - 2 * kind.parameters(model)
-            scores += flops * tokens / rates.attention_flops_per_s
-        # SiLU and gate are computed again from what is read, and written: twice what the backward pass reads.
-        cheap += moved(2 * kind.activations(model).cheap + 5 * D)
-    small = moved(model.num_layers * (53 + 11 * (K + 1)) * D)
-    forward = experts + dense + scores + (small + attention) / 3
+            own_scores = flops * tokens / rates.attention_flops_per_s
+        dense, attention, scores = dense + own_dense, attention + own_attention, scores + own_scores
+        if how == "selective":
+            # SiLU and gate are computed again from what is read, and written: twice what the backward pass reads.
+            again += moved(2 * kind.activations(model).cheap + 5 * D)
+        elif how == "full":
+            again += _ALONE * (experts + own_dense + own_scores + (small + own_attention) / 3)
     return {
-        "experts": 3 * experts,
+        "experts": 3 * model.num_layers * experts,
         "projections": 3 * dense,
         "head and loss": 3 * head + moved(6 * model.vocab_size),
         "softmax attention": (1 + _BACKWARD) * scores,
         "lightning attention, SiLU, gate": attention,
-        "norms, residuals, permutation": small,
-        "recomputation": {"none": 0.0, "selective": cheap, "full": _ALONE * forward}[recomputation],
+        "norms, residuals, permutation": model.num_layers * small,
+        "recomputation": again,
     }
 
 
 def _layer_traffic(
-    model: ModelConfig, grid: GridSizes, tokens: int, sequences: int, recomputation: str, cluster: Machine
+    model: ModelConfig, grid: GridSizes, tokens: int, sequences: int, recomputation: Sequence[str], cluster: Machine
 ) -> dict[str, Traffic]:
     """Of one micro-batch, forward and backward pass, by axis."""
     x = tokens * model.hidden_size * _ITEM  # the residual stream on a rank
-    forward = 2 if recomputation == "full" else 1  # passes whose transfers are the forward pass's
+    # A layer's passes whose transfers are the forward pass's: as many again where all is computed again.
+    layers = 2 * model.num_layers + sum(kind == "full" for kind in recomputation)
     found: dict[str, Traffic] = {}
 
     def add(axis: str, count: float, num_bytes: float, line: Line) -> None:
@@ -158,18 +167,18 @@ def _layer_traffic(
 
     if (tp := grid.tp) > 1:
         # Gathered before each attention, reduced and scattered after it; likewise embedding and head, once.
-        count = 2 * model.num_layers * (forward + 1) + 4
+        count = 2 * layers + 4
         add("tp", count, (tp - 1) * x, cluster.link(tp).all_gather)
     arriving = x * model.experts_per_token if grid.ep > 1 else x
-    to_experts_and_back = 2 * model.num_layers * (forward + 1)
+    to_experts_and_back = 2 * layers
     if (ep := grid.ep) > 1:
         add("ep", to_experts_and_back, arriving * (ep - 1) / ep, cluster.link(ep * grid.etp).send_receive)
     if (etp := grid.etp) > 1:
         add("etp", to_experts_and_back, (etp - 1) * arriving, cluster.link(etp).all_gather)
     if (cp := grid.cp) > 1:
         line = cluster.link(cp * tp).all_gather
-        for kind in model.attentions:
+        for kind, how in zip(model.attentions, recomputation, strict=True):
             num_bytes = _ITEM * kind.cost(model).exchanged(tokens * tp, sequences) / tp
             # The backward pass brings them again, and takes their gradients back.
-            add("cp", forward + 2, (cp - 1) * num_bytes, line)
+            add("cp", 4 if how == "full" else 3, (cp - 1) * num_bytes, line)
     return found

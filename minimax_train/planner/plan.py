@@ -16,7 +16,13 @@ from minimax_train.errors import ConfigError
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model import HybridModel
-from minimax_train.model.memory import MARGIN, RECOMPUTATIONS, ActivationMemory, choose_recomputation
+from minimax_train.model.memory import (
+    MARGIN,
+    RECOMPUTATIONS,
+    ActivationMemory,
+    choose_recomputation,
+    recomputation_shown,
+)
 from minimax_train.model.sharding import ParameterLayout, parameter_layouts
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes, divisors
@@ -46,7 +52,7 @@ class RunPlan:
 
     Attributes:
         memory: bytes by what they are for; most of it at the same time, as PyTorch's allocator counts it.
-        recomputation: as configured, or the fastest that fits.
+        recomputation: of each layer, as configured, or the fastest that fits.
         largest_sequence: tokens of the longest packed sequence that fits, one in a micro-batch, blocks recomputed; 0 if
             none does.
         document_tokens: mean length of documents that was assumed.
@@ -56,7 +62,7 @@ class RunPlan:
     grid: GridSizes
     step: StepPlan
     memory: dict[str, int]
-    recomputation: str
+    recomputation: tuple[str, ...]
     cost: StepCost
     largest_sequence: int
     document_tokens: float
@@ -110,16 +116,16 @@ def plan_run(
     )
     free = int(cluster.rates.memory_bytes - OVERHEAD_BYTES) - sum(states.values())
     tokens = step.micro_batch_size * step.sequence_length // grid.size("cp_tp")
-    kind = config.recipe.activation_checkpointing
-    if kind == AUTO:
-        kind = choose_recomputation(activations, tokens, free)
+    kinds = (config.recipe.activation_checkpointing,) * config.model.num_layers
+    if config.recipe.activation_checkpointing == AUTO:
+        kinds = choose_recomputation(activations, tokens, free)
     return RunPlan(
         config,
         grid,
         step,
-        {**states, f"activations ({kind})": activations.peak(tokens, kind)},
-        kind,
-        step_cost(config, step, grid, layouts, kind, cluster.rates, cluster.links, document_tokens),
+        {**states, f"activations ({recomputation_shown(kinds)})": activations.peak(tokens, kinds)},
+        kinds,
+        step_cost(config, step, grid, layouts, kinds, cluster.rates, cluster.links, document_tokens),
         _largest_sequence(activations, free, grid),
         document_tokens,
         cluster,
@@ -129,9 +135,10 @@ def plan_run(
 def _largest_sequence(activations: ActivationMemory, free_bytes: int, grid: GridSizes) -> int:
     """The memory of a sequence grows with its length."""
     unit = 2 * grid.size("cp_tp")  # zigzag halves a rank's part
+    recomputed = RECOMPUTATIONS[-1:] * activations.model.num_layers
 
     def fits(units: int) -> bool:
-        return activations.peak(2 * units, RECOMPUTATIONS[-1]) <= (1 - MARGIN) * free_bytes
+        return activations.peak(2 * units, recomputed) <= (1 - MARGIN) * free_bytes
 
     if not fits(1):
         return 0

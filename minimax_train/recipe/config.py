@@ -142,7 +142,7 @@ class RecipeConfig:
         outlier_limit: with ``skip``: more than so many within a window end the run.
         activation_checkpointing: what a block's backward pass computes again rather than keep from the forward pass:
             ``none``; ``selective``: what is cheap (norms, SiLU of q, k and v, the attention's gate); ``full``: all but
-            the block's input; ``auto``: the first of these whose estimated memory fits in the GPU
+            the block's input; ``auto``: of these for each layer the least whose estimated memory fits in the GPU
             (``minimax_train/model/memory.py``), ``none`` on a CPU.
         eval_interval, eval_sequences: every how many steps, and on how many held-out packed sequences; interval 0 for
             never. A stage's end is evaluated too.

@@ -17,7 +17,7 @@ def test_gpu_graph_of_the_model(recomputation):
         hidden_size=96, head_dim=32, rotary_dim=16, expert_hidden_size=72, capacity_factor=1.1, layer_pattern="LS"
     )
     model = HybridModel(config).cuda()
-    model.set_recomputation(recomputation)
+    model.set_recomputation([recomputation] * 2)
     initialize(model, seed=3)
     model.bfloat16()
     tokens_T, labels_T = (torch.randint(300, (2000,), device="cuda") for _ in range(2))

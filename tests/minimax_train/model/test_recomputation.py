@@ -13,7 +13,12 @@ from minimax_train.documents import Documents
 from minimax_train.kernels.experts import expert_mlp
 from minimax_train.kernels.lightning.chunked import TILE_TOKENS
 from minimax_train.model import HybridModel, KernelConfig, initialize
-from minimax_train.model.memory import RECOMPUTATIONS, ActivationMemory, choose_recomputation
+from minimax_train.model.memory import (
+    RECOMPUTATIONS,
+    ActivationMemory,
+    choose_recomputation,
+    recomputation_shown,
+)
 from minimax_train.model.ranks import ModelRanks
 from minimax_train.model.recompute import cheap, selective
 from support.runs import model_config
@@ -46,7 +51,7 @@ class _Allocations(TorchDispatchMode):
 def _model(kind, config, dtype, ranks=None, **kernels):
     model = HybridModel(config, KernelConfig(**kernels), ranks).to(dtype)
     initialize(model, seed=3)
-    model.set_recomputation(kind)
+    model.set_recomputation([kind] * config.num_layers if isinstance(kind, str) else kind)
     return model
 
 
@@ -60,12 +65,12 @@ def _loss(model):
 @pytest.mark.parametrize("pattern", ["LLSL", "S"])
 def test_gradients_are_the_same(pattern):
     gradients = []
-    for kind in RECOMPUTATIONS:
+    for kind in [*RECOMPUTATIONS, ("full", "none", "selective", "full")]:
         model = _model(kind, model_config(layer_pattern=pattern, capacity_factor=0.8), torch.float64)
         _loss(model).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for none, selective_, full in zip(*gradients, strict=True):
-        assert torch.equal(none, selective_) and torch.equal(none, full)
+    for none, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(none, other) for other in others)
 
 
 class _Recording:
@@ -117,7 +122,7 @@ def test_bytes_kept_by_a_block_are_those_of_the_formula(kind, pattern):
         # Only the chunked implementation keeps the states of tiles, besides each document's first.
         tiles = sum(-(-length // TILE_TOKENS["cpu"]) for length in LENGTHS)
         kept -= 2 * 4 * one.num_heads * one.head_dim**2 * (tiles + len(LENGTHS))
-    expected = ActivationMemory(three, itemsize=4).kept(TOKENS, kind)
+    expected = ActivationMemory(three, itemsize=4).kept(TOKENS, [kind] * 3)
     assert kept == pytest.approx(expected * 2 / 3, rel=0.02)
 
 
@@ -167,11 +172,41 @@ def test_memory_of_a_freed_output_is_not_taken_for_it():
 
 
 def test_the_fastest_that_fits_is_chosen():
-    memory = ActivationMemory(model_config(), itemsize=2)
-    peaks = [memory.peak(1000, kind) for kind in RECOMPUTATIONS]
+    memory = ActivationMemory(model_config(), itemsize=2)  # LLSL
+    uniform = [(kind,) * 4 for kind in RECOMPUTATIONS]
+    peaks = [memory.peak(1000, kinds) for kinds in uniform]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
-    for free, chosen in [(1.07, "none"), (1.05, "selective")]:  # of what none needs: 6 % are left
-        assert choose_recomputation(memory, 1000, int(free * peaks[0])) == chosen
-    assert choose_recomputation(memory, 1000, int(1.05 * peaks[1])) == "full"
-    assert choose_recomputation(memory, 1000, 0) == "full"
-    assert memory.kept(2000, "none") == 2 * memory.kept(1000, "none")
+    assert choose_recomputation(memory, 1000, int(1.07 * peaks[0])) == uniform[0]  # 6 % are left
+    assert choose_recomputation(memory, 1000, 0) == uniform[2]
+    assert memory.kept(2000, uniform[0]) == 2 * memory.kept(1000, uniform[0])
+    # Lightning attention is cheaper to compute again than softmax attention.
+    order = [("none",) * 4]
+    for kind in ("selective", "full"):
+        for layer in (0, 1, 3, 2):
+            order.append((*order[-1][:layer], kind, *order[-1][layer + 1 :]))
+    bytes_free = range(0, int(1.1 * peaks[0]), 1000)
+    found = [choose_recomputation(memory, 1000, free) for free in bytes_free]
+    # All but those that lower the peak by nothing: the last layer's backward pass begins beside all that is kept.
+    assert len(set(found)) >= 6 and set(found) <= set(order)
+    for kinds, free in zip(found, bytes_free, strict=True):
+        assert kinds == uniform[2] or memory.peak(1000, kinds) <= 0.94 * free
+        assert all(memory.peak(1000, faster) > 0.94 * free for faster in order[: order.index(kinds)])
+
+
+def test_the_peak_of_layers_that_differ():
+    """Against a walk through both passes, block by block."""
+    memory = ActivationMemory(model_config(num_layers=5, layer_pattern="LSLLS"), itemsize=2)
+    kinds = ("full", "none", "full", "selective", "none")
+    held = [memory._block(layer, 700, kind) for layer, kind in enumerate(kinds)]
+    assert memory.kept(700, kinds) == sum(held)
+    alive, highest = sum(held), sum(held) + memory._loss(700)
+    for layer in reversed(range(5)):
+        alive += memory._block(layer, 700, "none") - held[layer]  # computed again
+        highest = max(highest, alive + memory._gradients(layer, 700))
+        alive -= memory._block(layer, 700, "none")
+    assert alive == 0 and memory.peak(700, kinds) == highest + memory._head(700)
+
+
+def test_how_a_choice_is_told():
+    assert recomputation_shown(("selective",) * 3) == "selective"
+    assert recomputation_shown(("full", "selective", "none", "full")) == "full in 2 layers, selective in 1, none in 1"
