@@ -47,7 +47,7 @@ SLICE = [
     "model.num_experts=8",
     "model.vocab_size=32000",
 ]
-MODELS = {"tiny": ["model=tiny"], "small": ["model=small"], "medium": ["model=medium"], "slice": SLICE}
+MODELS = {name: [f"model={name}"] for name in ("tiny", "small", "medium", "proxy")} | {"slice": SLICE}
 COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "launches", "host ms", "GiB", "loss")
 
 

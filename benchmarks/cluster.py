@@ -1,0 +1,293 @@
+"""How the whole step scales over the GPUs of a machine, in one command.
+
+    python benchmarks/cluster.py [--ranks 1 2 4 8] [--parts dp cp ...] [--seconds 600] [--json FILE] [--picture FILE]
+
+Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the trainer's own steps on live text.
+
+    weak      data parallelism, 4 sequences of 8,192 tokens on every GPU
+    strong    data parallelism, 32 such sequences on all GPUs together
+    cp        one packed sequence of 131,072 tokens per GPU, shared by all of them
+    linear    the same on all GPUs, by each way for lightning attention to cross ranks
+    tp        4 sequences per GPU, shared by all of them
+    experts   a slice of text-01 at full width, each split of the experts, with 1, 2 and 4 token groups
+    pp        pipeline stages, 8 micro-batches
+    best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches
+    layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
+
+"ratio" is tokens/s per GPU over those of one GPU in the same part, and "planned" what minimax-plan expects. A case that
+cannot run says why. What is not reached within ``--seconds`` is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from drawing import save, subplots
+from training import MODELS, measure
+
+from minimax_train.config import load_config
+from minimax_train.errors import ConfigError
+from minimax_train.parallel.cost import Machine
+from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.grid import divisors
+from minimax_train.planner.machine import MACHINES
+from minimax_train.planner.plan import Cluster, overrides_of, plan_run, propose
+
+HERE = Path(__file__).parent
+PARTS = ("weak", "strong", "cp", "linear", "tp", "experts", "pp", "best", "layers")
+DOCUMENT_TOKENS = 4000  # mean length of documents that minimax-plan assumes
+SEQUENCES, MICRO_BATCHES = 4, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to time.
+
+    Attributes:
+        part: of :data:`PARTS`.
+        model: of ``training.MODELS``.
+        ranks: GPUs.
+        tokens: of a packed sequence.
+        sequences: in a micro-batch.
+        micro_batches: on a data-parallel rank.
+        dp: data-parallel ranks.
+        overrides: of the grid and the engine.
+    """
+
+    part: str
+    model: str
+    ranks: int
+    tokens: int
+    sequences: int
+    micro_batches: int
+    dp: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        how = " ".join(override.removeprefix("parallel.") for override in self.overrides) or f"dp={self.dp}"
+        return f"{self.part:8}{self.model:8}{how}"
+
+    @property
+    def all_overrides(self) -> list[str]:
+        batch = self.sequences * self.micro_batches * self.dp
+        return [
+            *MODELS[self.model],
+            f"data.sequence_length={self.tokens}",
+            f"data.num_streams={batch}",
+            f"recipe.micro_batch_size={self.sequences}",
+            f"recipe.global_batch_size={batch}",
+            f"recipe.steps={10**6}",
+            "recipe.learning_rate=1e-5",
+            "recipe.min_learning_rate=1e-6",
+            "recipe.eval_interval=0",
+            "checkpoint.interval=0",
+            *self.overrides,
+        ]
+
+
+def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iterator[Case]:
+    """Of a part, on so many GPUs of the most there are."""
+    n, model, tokens = ranks, options.model, options.tokens
+    dense = Case(part, model, n, tokens, SEQUENCES, 1, n)
+    shared = replace(dense, dp=1)
+    if part == "weak":
+        yield dense
+    elif part == "strong":
+        yield replace(dense, micro_batches=MICRO_BATCHES // n)
+    elif part == "cp":
+        split = () if n == 1 else (f"parallel.cp={n}",)
+        yield replace(shared, tokens=options.long_tokens * n, sequences=1, overrides=split)
+    elif part == "linear" and n == most > 1:
+        for method in ("lasp_plus", "scan", "ring"):
+            split = (f"parallel.cp={n}", f"parallel.linear_cp={method}")
+            yield replace(shared, tokens=options.long_tokens * n, sequences=1, overrides=split)
+    elif part == "tp":
+        yield replace(shared, sequences=SEQUENCES * n, overrides=() if n == 1 else (f"parallel.tp={n}",))
+    elif part == "experts":
+        sliced = replace(dense, model=options.slice)
+        if n == 1:
+            yield sliced
+        for etp in divisors(n) if n > 1 else ():
+            for groups in (1, 2, 4):
+                axes = (f"parallel.ep={n // etp}", f"parallel.etp={etp}", f"parallel.token_groups={groups}")
+                yield replace(sliced, overrides=axes)
+    elif part == "pp":
+        staged = replace(dense, micro_batches=MICRO_BATCHES, dp=1, overrides=("engine=fsdp",))
+        if n == 1:
+            yield staged
+        elif "pp" in load_config(["model=tiny"]).parallel.sizes:
+            yield replace(staged, overrides=(*staged.overrides, f"parallel.pp={n}"))
+    elif part == "best" and n == most and (machine := machine_name()):
+        for name in dict.fromkeys(("proxy", model)):
+            case = replace(dense, model=name, micro_batches=MICRO_BATCHES)
+            config, cluster = load_config(case.all_overrides), Cluster(n, MACHINES[machine], Machine())
+            best = propose(config, cluster, DOCUMENT_TOKENS, MICRO_BATCHES)[0]
+            split = [o for o in overrides_of(best, config).split() if o.startswith("parallel.")]
+            yield replace(case, dp=n // best.grid.size("cp_tp"), overrides=tuple(split))
+
+
+def machine_name() -> str | None:
+    """Of the table of the planner, of this machine's GPUs."""
+    if not torch.cuda.is_available():
+        return None
+    return next((name for name in MACHINES if name in torch.cuda.get_device_name().lower()), None)
+
+
+def planned(case: Case) -> dict[str, float]:
+    """What the planner expects of a case."""
+    machine = machine_name()
+    if machine is None:
+        return {}
+    plan = plan_run(load_config(case.all_overrides), Cluster(case.ranks, MACHINES[machine], Machine()), DOCUMENT_TOKENS)
+    return {"planned ms": 1e3 * plan.cost.seconds, "planned GiB": plan.memory_bytes / 2**30}
+
+
+def run_worker(options: argparse.Namespace) -> None:
+    """One rank of a torchrun: every case on so many GPUs, a JSON line each as soon as it is done."""
+    environment = ProcessEnvironment.detect()
+    device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=120))
+    for part in options.parts:
+        for case in cases(part, environment.world_size, options.most, options):
+            try:
+                found = measure(options.steps, case.all_overrides, environment, device) | planned(case)
+            except (ConfigError, torch.OutOfMemoryError) as error:  # alike on all ranks
+                found = {"error": str(error).splitlines()[0][:120]}
+            if environment.rank == 0:
+                with options.json.open("a") as file:
+                    file.write(json.dumps({**asdict(case), "shown": case.shown, **found}) + "\n")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+    dist.destroy_process_group()
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    how = ["--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", "torch.distributed.run", *how, *arguments]
+
+
+def finish(command: list[str], seconds: float) -> str | None:
+    """Run a command; why it did not end well."""
+    try:
+        subprocess.run(command, check=True, timeout=max(1.0, seconds), stderr=subprocess.PIPE, text=True)
+    except subprocess.TimeoutExpired:
+        return "no time was left"
+    except subprocess.CalledProcessError as error:
+        return f"status {error.returncode}: " + "".join(error.stderr.splitlines(keepends=True)[-3:])
+    return None
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    alone = {r["part"]: r["tokens/s"] for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
+    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "GiB", "planned GiB")
+    yield f"{'GPUs':5}{'':44}" + "".join(f"{column:>12}" for column in columns) + f"{'ratio':>8}"
+    for r in results:
+        name = f"{r['ranks']:<5}{r['shown']:44.43}"
+        if "error" in r:
+            yield f"{name}  {r['error']}"
+            continue
+        figures = "".join(f"{r.get(column, float('nan')):12,.1f}" for column in columns)
+        ratio = r["tokens/s"] / r["ranks"] / alone[r["part"]] if r["part"] in alone else float("nan")
+        yield f"{name}{figures}{ratio:8.3f}"
+
+
+def draw(results: list[dict[str, Any]], picture: Path) -> None:
+    """Tokens/s per GPU over the number of GPUs, of one GPU's; planned ones dashed."""
+    figure, (axis,) = subplots(1, 1, (6, 4))
+    for index, part in enumerate(("weak", "strong", "cp", "tp", "experts", "pp")):
+        points: dict[int, dict[str, Any]] = {}
+        for r in results:  # the fastest on each number of GPUs
+            if r["part"] == part and r.get("tokens/s", 0) > points.get(r["ranks"], {}).get("tokens/s", 0):
+                points[r["ranks"]] = r
+        if 1 not in points or len(points) == 1:
+            continue
+        alone, ranks = points[1], sorted(points)
+        axis.plot(ranks, [points[n]["tokens/s"] / n / alone["tokens/s"] for n in ranks], f"C{index}o-", label=part)
+        if "planned ms" in alone:
+            steps = [points[n]["ms"] * points[n]["tokens/s"] / points[n]["planned ms"] for n in ranks]
+            axis.plot(ranks, [step / n / steps[0] for step, n in zip(steps, ranks, strict=True)], f"C{index}--")
+    axis.set(xlabel="GPUs", ylabel="tokens/s per GPU, of one GPU's (dashed: planned)", ylim=(0, None))
+    axis.set_xscale("log", base=2)
+    save(figure, axis, picture)
+
+
+def measure_layers(most: int, options: argparse.Namespace, left: Any) -> None:
+    """Single layers, measured and emulated; their scripts print their own tables."""
+    axes = ["ep", "etp", *(["both"] if most > 2 else [])]
+    for script, arguments in {
+        "context_parallel.py": ["--repeats", "3"],
+        "experts.py": ["--repeats", "3", "--routing", "balanced", "--axes", *axes],
+    }.items():
+        for link in ("nccl", "emulated"):
+            print(f"\n{script}, {link}", flush=True)
+            command = [str(HERE / script), "--link", link, *arguments]
+            if link == "nccl":
+                why = finish(torchrun(most, *command), left())
+            else:
+                why = finish([sys.executable, *command, "--ranks", str(most)], left())
+            if why is not None:
+                print(f"left out: {why}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of GPUs (default: 1, 2, 4 and 8 if there are)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", choices=MODELS, default="medium")
+    parser.add_argument("--slice", choices=MODELS, default="slice", help="model of the part experts")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a packed sequence")
+    parser.add_argument(
+        "--long-tokens", type=int, default=131072, help="of a packed sequence on a GPU, in cp and linear"
+    )
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=600, help="after which no case begins")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--most", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        run_worker(options)
+        return 0
+    end = time.monotonic() + options.seconds
+    found = torch.cuda.device_count() or 2
+    ranks = sorted(options.ranks or [n for n in (1, 2, 4, 8) if n <= found])
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{found} x {name}, torch {torch.__version__}", flush=True)
+    results: list[dict[str, Any]] = []
+    whole = [part for part in options.parts if part != "layers"]
+    with tempfile.TemporaryDirectory() as folder:
+        for n in ranks if whole else ():
+            lines = Path(folder) / f"{n}.jsonl"
+            own = ["--worker", "--most", str(ranks[-1]), "--json", str(lines), "--steps", str(options.steps)]
+            own += ["--parts", *whole, "--model", options.model, "--slice", options.slice]
+            own += ["--tokens", str(options.tokens), "--long-tokens", str(options.long_tokens)]
+            why = finish(torchrun(n, str(HERE / "cluster.py"), *own), end - time.monotonic())
+            done = lines.read_text().splitlines() if lines.exists() else []
+            results += map(json.loads, done)
+            print(f"{n} GPUs: {len(done)} cases" + (f"; {why}" if why else ""), flush=True)
+    print(*table(results), sep="\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": f"{found} x {name}", "results": results}))
+    if options.picture:
+        draw(results, options.picture)
+    if "layers" in options.parts and ranks[-1] > 1:
+        measure_layers(ranks[-1], options, lambda: end - time.monotonic())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
