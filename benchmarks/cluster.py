@@ -219,8 +219,10 @@ def draw(results: list[dict[str, Any]], picture: Path) -> None:
         if "planned ms" in alone:
             steps = [points[n]["ms"] * points[n]["tokens/s"] / points[n]["planned ms"] for n in ranks]
             axis.plot(ranks, [step / n / steps[0] for step, n in zip(steps, ranks, strict=True)], f"C{index}--")
-    axis.set(xlabel="GPUs", ylabel="tokens/s per GPU, of one GPU's (dashed: planned)", ylim=(0, None))
     axis.set_xscale("log", base=2)
+    ticks = sorted({r["ranks"] for r in results})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set(xlabel="GPUs (dashed: planned)", ylabel="tokens/s per GPU over one GPU's", ylim=(0, None))
     save(figure, axis, picture)
 
 
