@@ -27,6 +27,7 @@ from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import check_sizes, divisors, nearest_divisors
+from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
 from minimax_train.recipe.config import RENAMED_RECOMPUTATIONS
 
@@ -48,6 +49,11 @@ class ParallelConfig:
         ep: expert-parallel size: how many ranks share the experts of a layer.
         etp: expert-tensor-parallel size: how many ranks share each expert's hidden size. What is left over of the
             number of processes is data-parallel, for the dense part and for the experts each by itself.
+        pp: pipeline-parallel size: in how many stages ranks share the layers (docs/pipeline-parallelism.md).
+        pp_schedule: in which order a rank runs its micro-batches: ``1f1b``, or ``interleaved_1f1b`` with several stages
+            on every rank.
+        pp_layers: how many layers each stage has, in the order of the model; empty for a split by cost, with
+            ``interleaved_1f1b`` into two stages on every rank. Stage s lies on pipeline rank s modulo ``pp``.
         token_groups: in how many groups a rank's tokens go through the experts, so that one group's communication
             runs beside another's computation; 1 where nothing is communicated (``ep * etp`` = 1), and never more
             than the rank has tokens, or there would be groups of none. How many: docs/expert-parallelism.md.
@@ -61,6 +67,9 @@ class ParallelConfig:
     cp: Annotated[int, Range(1, 2**16)] = 1
     ep: Annotated[int, Range(1, 2**16)] = 1
     etp: Annotated[int, Range(1, 2**16)] = 1
+    pp: Annotated[int, Range(1, 2**12)] = 1
+    pp_schedule: str = "1f1b"
+    pp_layers: list[str] = field(default_factory=list)
     token_groups: Annotated[int, Range(1, 2**16)] = 1
     layout: str = "zigzag"
     linear_cp: str = "auto"
@@ -73,6 +82,10 @@ class ParallelConfig:
         accepted = "must be 1 with parallel.ep=1 and parallel.etp=1: no transfer to run beside the GEMMs"
         require(not alone or self.token_groups == 1, "parallel.token_groups", self.token_groups, accepted)
         require_choice("parallel.layout", self.layout, LAYOUTS)
+        require_choice("parallel.pp_schedule", self.pp_schedule, tuple(SCHEDULES))
+        numbers = all(text.isascii() and text.isdecimal() and int(text) > 0 for text in self.pp_layers)
+        accepted = "must be whole numbers of layers, at least 1 of each stage: a stage without layers computes nothing"
+        require(numbers, "parallel.pp_layers", self.pp_layers, accepted)
         for kind in ATTENTIONS.values():
             for key, methods in (kind.cp or {}).items():
                 require_choice(f"parallel.{key}", getattr(self, key), (AUTO, *methods))
@@ -80,7 +93,12 @@ class ParallelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Of the axes of the process grid."""
-        return {"tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
+        return {"pp": self.pp, "tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
+
+    @property
+    def stages_of_rank(self) -> int:
+        """Pipeline stages on every rank."""
+        return len(self.pp_layers) // self.pp if self.pp_layers else SCHEDULES[self.pp_schedule]
 
     @property
     def shown(self) -> str:
@@ -147,6 +165,7 @@ class Config:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._check_splits(stage)
+        self._check_pipeline(stage.parallel)
         of_rank = tokens // (stage.parallel.cp * stage.parallel.tp)  # between attention layers
         accepted = f"must be at most {of_rank}, the tokens of a rank's micro-batch"
         groups = stage.parallel.token_groups
@@ -192,6 +211,30 @@ class Config:
                 nearest = nearest_divisors(size, ranks)
                 raise ConfigError(f"parallel.{axis}={ranks}: must divide {what}; the nearest that do are {nearest}")
 
+    def _check_pipeline(self, parallel: ParallelConfig) -> None:
+        """Refuse stages that the engine cannot run, or the layers do not fill."""
+        pp, given, layers = parallel.pp, parallel.pp_layers, self.model.num_layers
+        accepted = "must be [] with parallel.pp=1: all layers are on every rank"
+        require(pp > 1 or not given, "parallel.pp_layers", given, accepted)
+        if pp == 1:
+            return
+        able = [name for name, engine in ENGINES.items() if engine.runs_stages]
+        accepted = f"must be 1 with engine={self.engine.name}: pipeline stages run with engine={' or '.join(able)}"
+        require(self.engine.name in able, "parallel.pp", pp, accepted)
+        fewest = SCHEDULES[parallel.pp_schedule]
+        on_rank = f"{fewest} on every rank with parallel.pp_schedule={parallel.pp_schedule}"
+        if not given:
+            accepted = (
+                f"must be at most {layers // fewest}: each stage, {on_rank}, needs one of model.num_layers={layers}"
+            )
+            require(pp * fewest <= layers, "parallel.pp", pp, accepted)
+            return
+        fits = len(given) == pp if fewest == 1 else len(given) % pp == 0 and len(given) >= fewest * pp
+        number = f"{pp} stages" if fewest == 1 else f"a multiple of parallel.pp={pp} stages, at least {fewest * pp}"
+        require(fits, "parallel.pp_layers", given, f"must be the layers of {number}: {on_rank}")
+        total = sum(map(int, given))
+        require(total == layers, "parallel.pp_layers", given, f"must add up to model.num_layers={layers}, not {total}")
+
     @property
     def layout(self) -> SequenceLayout:
         """How packed sequences are dealt to context-parallel ranks."""
@@ -210,12 +253,15 @@ class Config:
             check_sizes(world_size, **parallel.sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        dp = world_size // (parallel.cp * parallel.tp)
+        dp = world_size // (parallel.pp * parallel.cp * parallel.tp)
         ranks = f"{dp} data-parallel ranks"
         for stage, batch in Recipe(self).batches():
             if stage.parallel.sizes == parallel.sizes:  # others run on a number of processes of their own
                 with naming(stage):
                     stage.check_batch(batch, dp)
+                    number = batch // (stage.sequence_length * stage.micro_batch_size * dp)
+                    accepted = f"must be at most {number}, the micro-batches of a step on each of {ranks}"
+                    require(parallel.pp <= number, "parallel.pp", parallel.pp, accepted)
         accepted = f"must be a multiple of the {ranks}; with it, {divisors(streams)} of them would do"
         require(streams % dp == 0, "data.num_streams", streams, accepted)
         workers, own = self.data.num_workers, streams // dp

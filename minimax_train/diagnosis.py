@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minimax_train.model import StageOutput
 from minimax_train.model.sharding import local
 
 _SHOWN = 5
@@ -49,6 +50,8 @@ def non_finite_outputs(model: nn.Module) -> Iterator[dict[str, None]]:
     def hook(name: str):
         def check(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
+            if not name and isinstance(output, StageOutput):  # of its last block, which is named
+                return
             if any(isinstance(t, Tensor) and t.is_floating_point() and not _is_finite(t) for t in tensors):
                 names[name or "loss"] = None
 

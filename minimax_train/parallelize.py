@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -13,15 +14,17 @@ from minimax_train.capture import uncaptured
 from minimax_train.config import Config, ParallelConfig
 from minimax_train.engines import ENGINES, Engine
 from minimax_train.kernels.experts import expert_mlp
-from minimax_train.model import HybridModel
+from minimax_train.model import HybridModel, ModelConfig, ModelPart
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.ranks import ModelRanks
-from minimax_train.model.sharding import parameter_layouts, set_parameter
+from minimax_train.model.sharding import ParameterLayout, parameter_layouts, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.parallel.pipeline import split_layers
 from minimax_train.parallel.tensor import TensorParallel
 from minimax_train.phases import Phases
+from minimax_train.planner.cost import stage_costs
 
 
 def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases: Phases) -> Engine:
@@ -39,9 +42,34 @@ def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases
         experts=expert_layer(config, grid),
     )
     with torch.device("meta"):
-        model = HybridModel(config.model, config.kernels, ranks)
+        model = HybridModel(config.model, config.kernels, ranks, parts_of_rank(config, grid.rank("pp")))
     split_parameters(model, grid)
     return ENGINES[config.engine.name](model, config, grid, device, phases)
+
+
+def whole_layouts(model: ModelConfig) -> dict[str, ParameterLayout]:
+    """Of all parameters of a model, by name, whatever is on this rank; no memory is used."""
+    with torch.device("meta"):
+        return parameter_layouts(HybridModel(model))
+
+
+def parts_of_rank(config: Config, rank: int) -> list[ModelPart]:
+    """The pipeline stages of one rank of pp."""
+    parallel = config.parallel
+    stages = parallel.pp * parallel.stages_of_rank
+    if parallel.pp == 1:
+        sizes = [config.model.num_layers]
+    elif parallel.pp_layers:
+        sizes = list(map(int, parallel.pp_layers))
+    else:
+        costs = stage_costs(config)
+        sizes = split_layers(costs.layers, stages, costs.embedding, costs.head)
+    ends = list(accumulate(sizes))
+    every = [
+        ModelPart(range(end - size, end), is_first=end == size, is_last=end == ends[-1])
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    return every[rank :: parallel.pp]
 
 
 def context_methods(config: ParallelConfig) -> dict[str, str]:

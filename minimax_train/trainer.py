@@ -31,8 +31,8 @@ from minimax_train.metrics.flops import peak_flops_per_s, training_flops
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.origins import origin_metrics
 from minimax_train.metrics.router import router_metrics
-from minimax_train.parallel.grid import ProcessGrid
-from minimax_train.parallelize import build_engine
+from minimax_train.parallel.grid import SAME_SEQUENCES, ProcessGrid
+from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
 from minimax_train.recipe import Progress, Recipe, StepPlan
 from minimax_train.run_dir import prepare_run_dir
@@ -73,7 +73,7 @@ class Trainer:
             dp_rank=grid.rank("dp"),
             dp_size=grid.size("dp"),
             seed=config.seed,
-            peers=grid.group("cp_tp"),
+            peers=grid.group(SAME_SEQUENCES),
             timeout_s=config.parallel.timeout_s,
         )
         self.startup.mark("tokenizer")
@@ -407,6 +407,8 @@ class Trainer:
                 raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress
         if weights is not None:
-            load_weights(weights, state["model"], strict=self.config.checkpoint.initial_weights_strict)
+            shapes = {name: layout.shape for name, layout in whole_layouts(self.config.model).items()}
+            strict = self.config.checkpoint.initial_weights_strict
+            load_weights(weights, state["model"], strict=strict, shapes=shapes)
             self.engine.restore({"model": state["model"]})
         return Progress()

@@ -2,10 +2,12 @@
 
 The same ranks are laid out twice, each time with the last axis fastest:
 
-    dense    dp x cp x tp      attention, embedding, norms, head
-    expert   edp x ep x etp    the experts
+    dense    pp x dp x cp x tp       attention, embedding, norms, head
+    expert   epp x edp x ep x etp    the experts
 
-so that the sizes of one side do not bind those of the other. With 8 ranks, tp=2, cp=2, ep=4:
+so that the sizes of one side do not bind those of the other, but for pp and epp, the pipeline stages, which are the
+same: two groups of the same ranks, so that activations and gradients need not wait for each other. All other axes lie
+within a stage. With 8 ranks, tp=2, cp=2, ep=4, and one stage:
 
     rank     0  1  2  3  4  5  6  7
     dp       0  0  0  0  1  1  1  1       packed sequences are split over dp, their tokens over cp, then tp
@@ -26,12 +28,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-DENSE, EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
+DENSE, EXPERT = ("pp", "dp", "cp", "tp"), ("epp", "edp", "ep", "etp")
 # Axes taken together: the ranks that hold the same part of a dense parameter that tp splits, the ranks that share
 # packed sequences, and the ranks that hold the same dense parameter where no axis splits it.
-JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), "dp_cp_tp": DENSE}
-# All ranks of the run: sums of a whole model. As long as no axis splits the layers they are those of dp_cp_tp.
-WORLD = "world"
+JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), "dp_cp_tp": ("dp", "cp", "tp")}
+# Likewise over all stages: the ranks that work on the same packed sequences, and all of the run, for sums of a whole
+# model. With one stage they are those of cp_tp and dp_cp_tp.
+SAME_SEQUENCES, WORLD = "pp_cp_tp", "world"
+OVER_STAGES = {SAME_SEQUENCES: ("pp", "cp", "tp"), WORLD: DENSE}
 # SMs that an expert layer's transfer may hold: it runs beside GEMMs, which get the others. The measurements of
 # docs/results.md, of two GPUs and emulated ones, were made with this bound.
 EXPERT_TRANSFER_CTAS = 16
@@ -39,11 +43,11 @@ EXPERT_TRANSFER_CTAS = 16
 
 @dataclass(frozen=True, eq=False)
 class ProcessGrid:
-    """The ranks of a run on named axes: those of ``DENSE`` and ``EXPERT``, and ``JOINED`` ones.
+    """The ranks of a run on named axes: those of ``DENSE`` and ``EXPERT``, and those that join several of these.
 
-    Every rank holds tokens of its own: packed sequences are split over dp, their tokens over cp and then tp. So the
-    gradient of a parameter that no axis splits is summed over ``dp_cp_tp``, of one that tp splits over ``dp_cp``, and
-    of experts over ``edp``.
+    Every rank of a stage holds tokens of its own: packed sequences are split over dp, their tokens over cp and then
+    tp. So the gradient of a parameter that no axis splits is summed over ``dp_cp_tp``, of one that tp splits over
+    ``dp_cp``, and of experts over ``edp``.
     """
 
     dense: DeviceMesh
@@ -52,7 +56,7 @@ class ProcessGrid:
 
     @classmethod
     def create(
-        cls, device_type: str, timeout: timedelta, *, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+        cls, device_type: str, timeout: timedelta, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
     ) -> ProcessGrid:
         """Lay the default process group out as a grid; all ranks together.
 
@@ -60,25 +64,29 @@ class ProcessGrid:
             timeout: a collective of any group that takes longer ends the process with an error.
 
         Raises:
-            ValueError: when ``cp * tp`` or ``ep * etp`` does not divide the number of processes.
+            ValueError: when ``pp * cp * tp`` or ``pp * ep * etp`` does not divide the number of processes.
         """
         world_size = dist.get_world_size()
-        check_sizes(world_size, cp=cp, tp=tp, ep=ep, etp=etp)
+        check_sizes(world_size, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
         # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
         dense_options: dict[int | str, Any] = {}
         expert_options: dict[int | str, Any] = {}
         if f"{device_type}:nccl" in dist.get_backend_config():
-            dense_options = {"tp": transfer_options()}
+            dense_options = {axis: transfer_options() for axis in ("pp", "tp")}
             expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
-        sizes = (world_size // (cp * tp), cp, tp)
+            expert_options |= {"epp": transfer_options()}
+        sizes = (pp, world_size // (pp * cp * tp), cp, tp)
         dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
-        sizes = (world_size // (ep * etp), ep, etp)
+        sizes = (pp, world_size // (pp * ep * etp), ep, etp)
         expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
         joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
-        joined[WORLD] = joined["dp_cp_tp"]
+        if pp > 1:
+            joined |= {name: dense[axes]._flatten(name) for name, axes in OVER_STAGES.items()}
+        else:
+            joined |= {SAME_SEQUENCES: joined["cp_tp"], WORLD: joined["dp_cp_tp"]}
         grid = cls(dense, expert, joined)
         # Groups made out of the default one do not take its timeout over.
-        for axis in (*DENSE, *EXPERT, *JOINED):
+        for axis in (*DENSE, *EXPERT, *joined):
             _set_pg_timeout(timeout, grid.group(axis))
         return grid
 
@@ -149,17 +157,22 @@ class GridSizes:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self.world_size, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp)
+        check_sizes(self.world_size, pp=self.pp, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp)
 
     def size(self, axis: str) -> int:
         if axis == WORLD:
             return self.world_size
+        if axis == SAME_SEQUENCES:
+            return self.pp * self.cp * self.tp
         if axis == "dp":
-            return self.world_size // (self.cp * self.tp)
+            return self.world_size // (self.pp * self.cp * self.tp)
         if axis == "edp":
-            return self.world_size // (self.ep * self.etp)
+            return self.world_size // (self.pp * self.ep * self.etp)
+        if axis == "epp":
+            return self.pp
         return prod(map(self.size, JOINED[axis])) if axis in JOINED else getattr(self, axis)
 
 
@@ -178,14 +191,14 @@ def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Optio
     return options
 
 
-def check_sizes(world_size: int, *, cp: int, tp: int, ep: int, etp: int) -> None:
+def check_sizes(world_size: int, *, pp: int, cp: int, tp: int, ep: int, etp: int) -> None:
     """Refuse sizes of axes whose product, on either side, does not divide the number of processes.
 
     Raises:
         ValueError: naming the sizes, and the nearest of each that would do beside the others.
     """
-    _check_side(world_size, cp=cp, tp=tp)
-    _check_side(world_size, ep=ep, etp=etp)
+    _check_side(world_size, pp=pp, cp=cp, tp=tp)
+    _check_side(world_size, pp=pp, ep=ep, etp=etp)
 
 
 def _check_side(world_size: int, **sizes: int) -> None:

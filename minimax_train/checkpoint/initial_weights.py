@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -45,16 +45,24 @@ def find_weights(path: str) -> Folder:
     raise _on_all_ranks(DamagedCheckpoint(f"{_KEY}={path!r}: {passed[0]}"))
 
 
-def load_weights(path: Folder, model: dict[str, Tensor], *, strict: bool = True) -> None:
+def load_weights(
+    path: Folder,
+    model: dict[str, Tensor],
+    *,
+    strict: bool = True,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Fill parameters by name from a checkpoint; called by all ranks together.
 
     Args:
         strict: refuse a checkpoint that does not hold just these parameters. Otherwise those that it holds in the same
             shape are filled, the others keep their values, and both these and what is not used are told.
+        shapes: of all parameters of the model, where some are on other ranks alone.
 
     Raises:
         ConfigError: naming the parameters that do not fit; without ``strict``, when none does.
     """
+    shapes = {name: tuple(x.shape) for name, x in model.items()} if shapes is None else shapes
     files = CheckpointFiles(path)
     on_first_rank(lambda: files.read_metadata() and None)
     stored = {
@@ -62,22 +70,22 @@ def load_weights(path: Folder, model: dict[str, Tensor], *, strict: bool = True)
         for name, entry in files.read_metadata().state_dict_metadata.items()
         if name.startswith("model.")
     }
-    missing = [name for name in model if name not in stored]
-    others = [name for name, x in model.items() if name in stored and stored[name] != tuple(x.shape)]
-    unused = [name for name in stored if name not in model]
+    missing = [name for name in shapes if name not in stored]
+    others = [name for name, shape in shapes.items() if name in stored and stored[name] != shape]
+    unused = [name for name in stored if name not in shapes]
     apart = {
         "not in the checkpoint": missing,
-        "of another shape there": [f"{name} {stored[name]} (here {tuple(model[name].shape)})" for name in others],
+        "of another shape there": [f"{name} {stored[name]} (here {shapes[name]})" for name in others],
         "only in the checkpoint": unused,
     }
     told = "; ".join(f"{len(names)} {what}: {_list(names)}" for what, names in apart.items() if names)
-    fitting = {name: x for name, x in model.items() if name not in {*missing, *others}}
+    fitting = [name for name in shapes if name not in {*missing, *others}]
     if told and (strict or not fitting):
         remedy = "checkpoint.initial_weights_strict=false loads those that fit" if fitting else "none fits"
         raise _on_all_ranks(ConfigError(f"{_KEY}={str(path)!r}: not this model's parameters: {told}; {remedy}"))
-    files.load({"model": fitting})
+    files.load({"model": {name: model[name] for name in fitting if name in model}})
     if told and _is_first():
-        note(f"{_KEY}={str(path)!r}: {len(fitting)} of {len(model)} parameters are loaded; {told}")
+        note(f"{_KEY}={str(path)!r}: {len(fitting)} of {len(shapes)} parameters are loaded; {told}")
 
 
 def _list(names: Sequence[str]) -> str:

@@ -18,8 +18,9 @@ from minimax_train.documents import IGNORE_INDEX
 from minimax_train.engines.engine import Engine, StepSums
 from minimax_train.engines.outliers import Outliers
 from minimax_train.engines.recomputation import Recomputation
-from minimax_train.model import HybridModel, ModelLoss
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.engines.stages import Stages
+from minimax_train.model import HybridModel, ModelLoss, StageOutput
+from minimax_train.parallel.grid import SAME_SEQUENCES, WORLD, ProcessGrid
 from minimax_train.phases import Phases
 from minimax_train.recipe import StepPlan
 
@@ -44,12 +45,17 @@ class Accumulators:
         torch._foreach_zero_([self.scalars_4, self.by_origin_2O])
         self.tokens_per_expert_LE.zero_()
 
-    def add(self, batch: MicroBatch, out: ModelLoss, loss: Tensor, aux_loss: Tensor) -> None:
+    def add(
+        self, batch: MicroBatch, out: ModelLoss | StageOutput, loss: Tensor, aux_loss: Tensor, layers: range
+    ) -> None:
+        """Of a micro-batch, in the layers that ran."""
         scalars = (loss, aux_loss, out.entropy, out.dropped)
         self.scalars_4 += torch.stack([x.detach().double() for x in scalars])
+        self.tokens_per_expert_LE[layers.start : layers.stop] += out.tokens_per_expert_LE
+        if isinstance(out, StageOutput):
+            return
         by_token_2T = torch.stack([out.token_losses_T.double(), (batch.labels_T != IGNORE_INDEX).double()])
         self.by_origin_2O.index_add_(1, batch.origins_T, by_token_2T)
-        self.tokens_per_expert_LE += out.tokens_per_expert_LE
 
 
 class AutogradEngine(Engine):
@@ -61,6 +67,7 @@ class AutogradEngine(Engine):
         self.model, self.config, self.grid, self.device, self.phases = model, config, grid, device, phases
         self.parameters: dict[str, nn.Parameter] = {}
         self.notes: list[str] = []
+        self._stages: Stages | None = None  # of a subclass that can run them, where there are several
         self._sums = Accumulators(config, device)
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
         self._loss = torch.zeros((), dtype=torch.float64, device=device)  # this rank's part in the last step
@@ -72,8 +79,10 @@ class AutogradEngine(Engine):
 
     def _choose_recomputation(self, still_needed: int, *, apart: bool = False) -> None:
         """For a subclass to call when its states have their memory; arguments as of :class:`Recomputation`."""
-        options = {"still_needed": still_needed, "apart": apart}
-        self._recomputation = Recomputation(self.config, self.grid, self.device, **options)
+        held = None if self._stages is None else self._stages.held_layers()
+        self._recomputation = Recomputation(
+            self.config, self.grid, self.device, still_needed=still_needed, apart=apart, held=held
+        )
         self.notes += self._recomputation.notes
 
     def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
@@ -85,11 +94,14 @@ class AutogradEngine(Engine):
         sums.targets.clamp_(min=1)
         sums.sequences.fill_(plan.global_batch_size)
         sums.clear()
-        for index, batch in enumerate(micro_batches):
-            self._accumulate(batch, plan, index == 0, index == len(micro_batches) - 1)
+        if self._stages is not None:
+            self._stages.run(micro_batches, plan)
+        else:
+            for index, batch in enumerate(micro_batches):
+                self._accumulate(batch, plan, index == 0, index == len(micro_batches) - 1)
         self._loss = sums.scalars_4[:2].sum()
         loss, aux_loss, entropy, dropped = sums.scalars_4.clone()
-        scores = loss.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size("cp_tp"))
+        scores = loss.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size(SAME_SEQUENCES))
         loss_by_origin_O, targets_by_origin_O = sums.by_origin_2O.clone()
         return StepSums(
             loss=loss,
@@ -110,13 +122,21 @@ class AutogradEngine(Engine):
     def _forward_backward(self, batch: MicroBatch, plan: StepPlan) -> None:
         with self.phases("forward"):
             out = self._forward(batch, plan)
-            loss = out.token_loss / self._sums.targets
-            aux_loss = out.aux_loss / self._sums.sequences
+            loss, aux_loss = self._losses(out)
         with self.phases("backward"):
             (loss + self.config.model.aux_loss_coefficient * aux_loss).backward()
-        self._sums.add(batch, out, loss, aux_loss)
+        self._sums.add(batch, out, loss, aux_loss, self.model.parts[0].layers)
 
-    def _forward(self, batch: MicroBatch, plan: StepPlan) -> ModelLoss:
+    def _losses(self, out: ModelLoss | StageOutput) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, 0 of a stage that is not the last, and auxiliary loss: their parts of the global batch's."""
+        aux_loss = out.aux_loss / self._sums.sequences
+        if isinstance(out, StageOutput):
+            return aux_loss.new_zeros(()), aux_loss
+        return out.token_loss / self._sums.targets, aux_loss
+
+    def _forward(
+        self, batch: MicroBatch, plan: StepPlan, part: int = 0, x_TD: Tensor | None = None
+    ) -> ModelLoss | StageOutput:
         return self.model(
             batch.tokens_T,
             batch.documents,
@@ -124,6 +144,8 @@ class AutogradEngine(Engine):
             num_sequences=batch.num_sequences,
             shard=batch.shard,
             rope_base=plan.rope_base,
+            part=part,
+            x_TD=x_TD,
         )
 
     def _gradient_norm(self, squares: Iterable[Tensor]) -> Tensor:
@@ -170,9 +192,14 @@ class AutogradEngine(Engine):
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> float:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            self.phases.tick()
-            loss += self._forward(batch.to(self.device), plan).token_loss.double()
+        if self._stages is not None:
+            loss = self._stages.evaluate(micro_batches, plan)
+        else:
+            for batch in micro_batches:
+                self.phases.tick()
+                out = self._forward(batch.to(self.device), plan)
+                assert isinstance(out, ModelLoss)
+                loss += out.token_loss.double()
         dist.all_reduce(loss, group=self.grid.group(WORLD))
         return float(loss)
 

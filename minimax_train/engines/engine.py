@@ -108,6 +108,8 @@ class Engine(ABC):
     """
 
     config_type: ClassVar[type[EngineConfig]]
+    runs_stages: ClassVar[bool] = False
+    """Whether it can run a model whose layers lie on several ranks (``parallel.pp``)."""
     notes: list[str]
     """What the person watching should know of how it runs, until someone takes it out."""
 

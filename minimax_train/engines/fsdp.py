@@ -8,24 +8,27 @@ over a gradient's elements is the sum of all ranks' shards.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
+from minimax_train.data import MicroBatch
 from minimax_train.engines.autograd import AutogradEngine
-from minimax_train.engines.engine import EngineConfig, StepReport
+from minimax_train.engines.engine import EngineConfig, StepReport, StepSums
+from minimax_train.engines.stages import Stages
 from minimax_train.errors import require_choice
 from minimax_train.model import HybridModel, initialize
 from minimax_train.model.sharding import local, parameter_layouts
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid
 from minimax_train.recipe import StepPlan
 
 
@@ -35,14 +38,19 @@ class FSDPConfig(EngineConfig):
 
     Attributes:
         reshard_after_forward: free each block's gathered weights after its forward pass and gather them again for its
-            backward pass (ZeRO-3); false keeps them in between (ZeRO-2).
+            backward pass (ZeRO-3); false keeps them in between (ZeRO-2), with pipeline stages from a step's first
+            micro-batch to its last. null is true without pipeline stages and false with them.
     """
 
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("engine.name", self.name, ("fsdp",))
+
+    def reshards(self, grid: AxisSizes) -> bool:
+        """Whether gathered weights are freed between a forward pass and its backward pass."""
+        return grid.size("pp") == 1 if self.reshard_after_forward is None else self.reshard_after_forward
 
 
 def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
@@ -70,16 +78,18 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
         (axis,) = {axis for name, axis in replicas.items() if name.startswith(prefix) and not name.startswith(but)}
         return axis
 
-    reshard = config.reshard_after_forward
-    for layer in range(len(model.layers)):
+    reshard = config.reshards(grid)
+    for layer, _ in model.layers.named_children():
         block, parts = f"layers.{layer}", (f"layers.{layer}.attention.", f"layers.{layer}.experts.mlp.")
         whole = axis_of(f"{block}.", *parts)
         for part in parts:
             if (axis := axis_of(part)) != whole:
                 apply(part.rstrip("."), axis, reshard=reshard)
         apply(block, whole, reshard=reshard)
-    vocabulary = axis_of("embedding.")  # and the head
-    if axis_of("norm.") != vocabulary:
+    # Embedding and head alike; a pipeline stage may have neither.
+    outside = [axis for name, axis in replicas.items() if name in ("embedding.weight", "head.weight")]
+    vocabulary = outside[0] if outside else "dp_cp_tp"
+    if replicas.get("norm.weight", vocabulary) != vocabulary:
         apply("norm", axis_of("norm."), reshard=False)
     apply("", vocabulary, reshard=False)
 
@@ -97,12 +107,13 @@ class FSDPEngine(AutogradEngine):
     """FSDP2 and AdamW (fused)."""
 
     config_type = FSDPConfig
+    runs_stages = True
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
         layouts = parameter_layouts(model)
         self._replicas = {name: grid.size(layout.replicas(grid)) for name, layout in layouts.items()}
-        self._reshards = config.engine.reshard_after_forward
+        self._reshards = config.engine.reshards(grid)
         shard(model, config.engine, grid)
         model.to_empty(device=device)
         initialize(model, config.seed)
@@ -116,6 +127,8 @@ class FSDPEngine(AutogradEngine):
             }
             for name, parameter in self.parameters.items()
         }
+        if grid.size("pp") > 1:
+            self._stages = Stages(self, self._before_last)
         needed = self.memory(config, layouts, grid, device.type)
         self._choose_recomputation(sum(needed[what] for what in ("gradients", "gathered weights", "whole gradients")))
 
@@ -132,15 +145,43 @@ class FSDPEngine(AutogradEngine):
             whole[block] += elements
         root, largest = whole.pop(""), max(whole.values())
         # Of two blocks, or where they are kept of all, and of embedding and head.
-        gathered = root + (2 * largest if options.reshard_after_forward else sum(whole.values()))
+        gathered = root + (2 * largest if options.reshards(grid) else sum(whole.values()))
+        # With pipeline stages gradients are summed over the micro-batches before they are over ranks.
+        summed = root + sum(whole.values()) if grid.size("pp") > 1 else 0
         return {
             "master weights": shards * master.itemsize,
             "gradients": shards * master.itemsize,
             "moments": 2 * shards * master.itemsize,
             "gathered weights": gathered * compute.itemsize,
             # In the dtype of compute, and a copy in that of the reduction.
-            "whole gradients": max(root, largest) * (compute.itemsize + master.itemsize),
+            "whole gradients": max(root, largest) * (compute.itemsize + master.itemsize) + summed * master.itemsize,
         }
+
+    def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:
+        if self._stages is not None:
+            # Several micro-batches are under way at a time: a block sums its gradients over ranks, and frees the
+            # weights that are kept, after its last backward pass of the step.
+            self._keep(self.model, reshards=self._reshards, sums=False)
+            self._root.set_is_last_backward(False)
+        return super().run(micro_batches, plan)
+
+    def _before_last(self, part: int) -> None:
+        """Have the blocks of a pipeline stage sum their gradients over ranks in the next backward pass."""
+        for layer in self.model.parts[part].layers:
+            self._keep(self.model.layers.get_submodule(str(layer)), reshards=True, sums=True)
+        if part == 0:
+            self._keep(self.model, reshards=True, sums=True)
+            self._root.set_is_last_backward(True)
+
+    @property
+    def _root(self) -> FSDPModule:
+        return cast(FSDPModule, self.model)
+
+    def _keep(self, module: nn.Module, *, reshards: bool, sums: bool) -> None:
+        """What FSDP does after each backward pass of a module and all within."""
+        sharded = cast(FSDPModule, module)
+        sharded.set_reshard_after_backward(reshards)
+        sharded.set_requires_gradient_sync(sums)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
@@ -192,9 +233,11 @@ class FSDPEngine(AutogradEngine):
 
     def figures(self, plan: StepPlan) -> dict[str, float]:
         compute = self.config.engine.compute_dtype(self.device.type).itemsize
-        received = 0
+        micro_batches, received = plan.micro_batches(self.grid.size("dp")), 0
+        once = micro_batches if self._stages is None else 1
         for name, parameter in self.parameters.items():
-            gathers = 2 if self._reshards and name.startswith("layers.") else 1
+            again = self._reshards and name.startswith("layers.")
             others = local(parameter).numel() * (self._replicas[name] - 1)
-            received += others * (gathers * compute + parameter.dtype.itemsize)
-        return {"data_parallel_gib": received * plan.micro_batches(self.grid.size("dp")) / 2**30, **self._memory()}
+            gathers = 2 * micro_batches if again else once
+            received += others * (gathers * compute + once * parameter.dtype.itemsize)
+        return {"data_parallel_gib": received / 2**30, **self._memory()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,12 @@ class Recomputation:
     """``recipe.activation_checkpointing`` of a run; made by all ranks together, when their engine holds its states.
 
     ``auto`` looks at the memory that is free then, on the rank that has the least, and at nothing but the number of
-    tokens afterwards, so that the choice is the same on all ranks and for all documents. Without a GPU it is ``none``.
+    tokens afterwards, so that the choice is the same on all ranks of a pipeline stage and for all documents. Without a
+    GPU it is ``none``.
 
     Args:
         still_needed: bytes that the engine has yet to allocate on this rank for anything but activations.
+        held: as of :class:`ActivationMemory`; of this rank, whose stage chooses for itself.
         apart: whether evaluations cannot use the memory of training's activations, as that of CUDA graphs.
 
     Attributes:
@@ -31,7 +34,14 @@ class Recomputation:
     """
 
     def __init__(
-        self, config: Config, grid: ProcessGrid, device: torch.device, *, still_needed: int, apart: bool
+        self,
+        config: Config,
+        grid: ProcessGrid,
+        device: torch.device,
+        *,
+        still_needed: int,
+        apart: bool,
+        held: Sequence[int] | None = None,
     ) -> None:
         self._apart = apart and config.recipe.eval_interval > 0
         self._grid, self._requested, self._free = grid, config.recipe.activation_checkpointing, None
@@ -44,6 +54,7 @@ class Recomputation:
             config.model,
             config.engine.compute_dtype(device.type).itemsize,
             **{axis: grid.size(axis) for axis in ("tp", "ep", "etp")},
+            held=held,
         )
         free = torch.full((), _free_bytes(device) - still_needed, dtype=torch.int64, device=device)
         dist.all_reduce(free, dist.ReduceOp.MIN, group=grid.group(WORLD))
@@ -71,11 +82,12 @@ class Recomputation:
     def _note(self, micro_batch_tokens: int) -> str:
         tokens, kinds, free = self._tokens(micro_batch_tokens), self._kinds(micro_batch_tokens), self._free or 0
         choices = {name: (name,) * self._layers for name in RECOMPUTATIONS}
-        if len(set(kinds)) > 1:
+        own = [kinds[layer] for layer in self._memory.held_layers]
+        if len(set(own)) > 1:
             choices["this"] = kinds
         estimates = (f"{name} {self._memory.peak(tokens, each) / 2**30:.1f}" for name, each in choices.items())
         return (
-            f"recipe.activation_checkpointing=auto: {recomputation_shown(kinds)}, for micro-batches of "
+            f"recipe.activation_checkpointing=auto: {recomputation_shown(own)}, for micro-batches of "
             f"{micro_batch_tokens:,} tokens; estimated GiB of activations: {', '.join(estimates)}; "
             f"free {free / 2**30:.1f}"
         )

@@ -3,14 +3,16 @@
 from minimax_train.model.config import ModelConfig, ParameterCount, count_parameters
 from minimax_train.model.initialization import initialize
 from minimax_train.model.kernels import KernelConfig
-from minimax_train.model.model import HybridModel, ModelLoss
+from minimax_train.model.model import HybridModel, ModelLoss, ModelPart, StageOutput
 
 __all__ = [
     "HybridModel",
     "KernelConfig",
     "ModelConfig",
     "ModelLoss",
+    "ModelPart",
     "ParameterCount",
+    "StageOutput",
     "count_parameters",
     "initialize",
 ]

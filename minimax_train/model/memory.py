@@ -45,6 +45,8 @@ class ActivationMemory:
         model: its sizes.
         itemsize: bytes of a number in the dtype of compute.
         tp, ep, etp: sizes of these axes of the process grid.
+        held: of how many micro-batches the rank holds each layer's activations at a time, 0 of a layer that is on
+            another pipeline stage; None for one of every layer.
     """
 
     model: ModelConfig
@@ -52,6 +54,13 @@ class ActivationMemory:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    held: Sequence[int] | None = None
+
+    @property
+    def held_layers(self) -> dict[int, int]:
+        """``held`` by layer on this rank."""
+        held = [1] * self.model.num_layers if self.held is None else self.held
+        return {layer: number for layer, number in enumerate(held) if number}
 
     def kept(self, tokens: int, recomputation: Sequence[str]) -> int:
         """Held by all blocks between the forward and the backward pass, for that many tokens of the rank.
@@ -59,20 +68,23 @@ class ActivationMemory:
         Args:
             recomputation: of each layer.
         """
-        return sum(self._block(layer, tokens, kind) for layer, kind in enumerate(recomputation))
+        held = self.held_layers.items()
+        return sum(number * self._block(layer, tokens, recomputation[layer]) for layer, number in held)
 
     def peak(self, tokens: int, recomputation: Sequence[str]) -> int:
         """The most at any time: when the loss is computed, or in the backward pass of a block, which has all it keeps
-        or computes again, beside what the blocks before it keep."""
-        before = backward = 0
-        for layer, kind in enumerate(recomputation):
+        or computes again, beside what the blocks before it keep, and all of other micro-batches."""
+        others = before = backward = 0
+        for layer, number in self.held_layers.items():
+            kept = self._block(layer, tokens, recomputation[layer])
             backward = max(backward, before + self._block(layer, tokens, "none") + self._gradients(layer, tokens))
-            before += self._block(layer, tokens, kind)
-        return self._head(tokens) + max(before + self._loss(tokens), backward)
+            before += kept
+            others += (number - 1) * kept
+        return others + self._head(tokens) + max(before + self._loss(tokens), backward)
 
     def forward(self, tokens: int) -> int:
         """The most at any time of a forward pass alone, as an evaluation makes it."""
-        block = max(self._block(i, tokens, "none") for i in range(self.model.num_layers))
+        block = max(self._block(i, tokens, "none") for i in self.held_layers)
         return max(block, self._loss(tokens)) + 2 * tokens * self.model.hidden_size * self.itemsize
 
     def _block(self, layer: int, tokens: int, recomputation: str) -> int:

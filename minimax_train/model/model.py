@@ -40,7 +40,7 @@ class ModelLoss(NamedTuple):
         aux_loss: load-balancing loss summed over layers and packed sequences, before its coefficient, scalar; 0 where
             that is.
         entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
-        tokens_per_expert_LE: assignments to each expert in each layer, int64.
+        tokens_per_expert_LE: assignments to each expert in each layer that ran, int64.
         dropped: assignments over capacity in all layers, int64 scalar.
     """
 
@@ -50,6 +50,31 @@ class ModelLoss(NamedTuple):
     entropy: Tensor
     tokens_per_expert_LE: Tensor
     dropped: Tensor
+
+
+class StageOutput(NamedTuple):
+    """What a part of the model that is not its last hands on, and sums over this rank's tokens as in
+    :class:`ModelLoss`; ``tokens_per_expert_LE`` of the part's own layers, in their order."""
+
+    x_TD: Tensor
+    aux_loss: Tensor
+    entropy: Tensor
+    tokens_per_expert_LE: Tensor
+    dropped: Tensor
+
+
+class ModelPart(NamedTuple):
+    """Consecutive layers, which run as one: a pipeline stage, or all.
+
+    Attributes:
+        layers: their numbers in the whole model.
+        is_first: whether the embedding comes before them.
+        is_last: whether norm, head and loss come after them.
+    """
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
 
 
 class Block(nn.Module):
@@ -96,6 +121,8 @@ class HybridModel(nn.Module):
     Args:
         kernels: which implementation of each op runs.
         ranks: those that compute it together; None for this one alone.
+        parts: those that are on this rank, in the order of the model; None for all of it. Parameters have the names of
+            the whole model.
     """
 
     def __init__(
@@ -103,19 +130,30 @@ class HybridModel(nn.Module):
         config: ModelConfig,
         kernels: KernelConfig | None = None,
         ranks: ModelRanks | None = None,
+        parts: Sequence[ModelPart] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.parts = [ModelPart(range(config.num_layers))] if parts is None else list(parts)
         self.kernels, self.ranks = kernels, ranks = kernels or KernelConfig(), ranks or ModelRanks()
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, kernels, ranks) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
-        self.head = Linear(config.hidden_size, config.vocab_size)
+        if any(part.is_first for part in self.parts):
+            self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        for layer in (layer for part in self.parts for layer in part.layers):
+            self.layers.add_module(str(layer), Block(config, layer, kernels, ranks))
+        if any(part.is_last for part in self.parts):
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
+            self.head = Linear(config.hidden_size, config.vocab_size)
         self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
 
     def set_recomputation(self, kinds: Sequence[str]) -> None:
-        """What the backward pass of each block computes again rather than keep: one of :data:`RECOMPUTATIONS`."""
-        for block, kind in zip(self.layers, kinds, strict=True):
+        """What the backward pass of each block computes again rather than keep: one of :data:`RECOMPUTATIONS`.
+
+        Args:
+            kinds: of all layers of the whole model.
+        """
+        for layer, block in self.layers.named_children():
+            kind = kinds[int(layer)]
             assert isinstance(block, Block) and kind in RECOMPUTATIONS
             block.recomputation = kind
 
@@ -128,8 +166,11 @@ class HybridModel(nn.Module):
         num_sequences: int = 1,
         shard: SequenceShard | None = None,
         rope_base: float | None = None,
-    ) -> Tensor | ModelLoss:
-        """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels.
+        part: int = 0,
+        x_TD: Tensor | None = None,
+    ) -> Tensor | ModelLoss | StageOutput:
+        """Logits ``[T, V]`` (of this rank's vocabulary), or the loss when there are labels; of a part that is not the
+        last, what it hands on.
 
         Args:
             tokens_T: int64 token ids, the packed sequences of the micro-batch one after the other.
@@ -138,30 +179,36 @@ class HybridModel(nn.Module):
             num_sequences: how many packed sequences, all of one length.
             shard: which of their tokens these are, when context-parallel ranks share them.
             rope_base: base of the rotary frequencies; the one the model began with if None.
+            part: which of this rank's parts runs.
+            x_TD: what the part before handed on; None for the first.
         """
+        layers, is_first, is_last = self.parts[part]
         base = self.config.rope_base if rope_base is None else rope_base
         cos_TR, sin_TR = rotary_table(documents.positions_T, self.config.rotary_dim, base)
         context = TokenContext(documents, shard, cos_TR, sin_TR)
         spans = TokenSpans.of(documents, shard, num_sequences, self.ranks)
-        x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))
+        if is_first:
+            x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))
         reports: list[RouterReport] = []
-        for block in self.layers:
-            x_TD, report = block(x_TD, context, spans)
+        for layer in layers:
+            x_TD, report = self.layers.get_submodule(str(layer))(x_TD, context, spans)
             reports.append(report)
+        routing = {
+            "aux_loss": torch.stack([report.aux_loss for report in reports]).sum(),
+            "entropy": torch.stack([report.entropy for report in reports]).sum(),
+            "tokens_per_expert_LE": torch.stack([report.tokens_per_expert_E for report in reports]),
+            "dropped": torch.stack([report.dropped for report in reports]).sum(),
+        }
+        assert x_TD is not None
+        if not is_last:
+            return StageOutput(x_TD, **routing)
         x_TD = self.ranks.tp.gather(self.norm(x_TD))
         if labels_T is None:
             return self.head(x_TD)
         token_loss, token_losses_T = linear_cross_entropy(
             x_TD, local(self.head.weight), labels_T, shard=self.vocabulary, implementation=self.kernels.loss
         )
-        return ModelLoss(
-            token_loss=token_loss,
-            token_losses_T=token_losses_T,
-            aux_loss=torch.stack([report.aux_loss for report in reports]).sum(),
-            entropy=torch.stack([report.entropy for report in reports]).sum(),
-            tokens_per_expert_LE=torch.stack([report.tokens_per_expert_E for report in reports]),
-            dropped=torch.stack([report.dropped for report in reports]).sum(),
-        )
+        return ModelLoss(token_loss, token_losses_T, **routing)
 
     def _embed(self, tokens_T: Tensor) -> Tensor:
         """Embeddings in this rank's part of the vocabulary; zero for a token of another's."""
@@ -173,8 +220,13 @@ class HybridModel(nn.Module):
         return F.embedding(place_T.where(is_here_T, 0), weight_VD).where(is_here_T[:, None], 0)
 
     def shardings(self) -> dict[str, Sharding]:
-        return {name: {"tp": 0} for name in ("embedding.weight", "head.weight")}
+        return {name: {"tp": 0} for name in ("embedding.weight", "head.weight") if self._holds(name)}
 
     def initializers(self) -> dict[str, Initializer]:
         D, V = self.config.hidden_size, self.config.vocab_size
-        return {"embedding.weight": xavier(V, D), "norm.weight": Constant(1.0), "head.weight": xavier(D, V)}
+        rules = {"embedding.weight": xavier(V, D), "norm.weight": Constant(1.0), "head.weight": xavier(D, V)}
+        return {name: rule for name, rule in rules.items() if self._holds(name)}
+
+    def _holds(self, parameter: str) -> bool:
+        """Whether one outside the layers is on this rank."""
+        return hasattr(self, parameter.partition(".")[0])

@@ -13,6 +13,7 @@ from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model.config import count_parameters
 from minimax_train.parallel.cost import Machine
+from minimax_train.planner.cost import DOCUMENT_TOKENS
 from minimax_train.planner.dry_run import dry_run
 from minimax_train.planner.machine import MACHINES
 from minimax_train.planner.plan import Cluster, RunPlan, overrides_of, plan_run, propose
@@ -39,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", choices=MACHINES, default="h100", help="each GPU (default: %(default)s)")
     parser.add_argument("--gpus-per-node", default="8", metavar="N", help="linked by NVLink (default: %(default)s)")
     parser.add_argument(
-        "--document-tokens", default="4000", metavar="N", help="mean length of documents (default: %(default)s)"
+        "--document-tokens",
+        default=str(DOCUMENT_TOKENS),
+        metavar="N",
+        help="mean length of documents (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options = parser.parse_intermixed_args(arguments)
@@ -51,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cluster = Cluster(world_size, MACHINES[options.machine], links)
         document_tokens = _number("--document-tokens", options.document_tokens, 2**31)
         config = load_config(overrides, config_dirs=options.config_dir)
+        accepted = "must be 1: minimax-plan knows no pipeline stages"
+        require(config.parallel.pp == 1, "parallel.pp", config.parallel.pp, accepted)
         chosen = any(text.lstrip("+").startswith(f"parallel.{axis}=") for text in overrides for axis in _AXES)
         proposed: list[RunPlan] = []
         if world_size == 1 or chosen:

@@ -12,20 +12,24 @@ They are fitted to whole steps, as the rates are (``machine.py``), and so contai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from minimax_train.config import Config
+from minimax_train.kernels.dispatch import AUTO
 from minimax_train.model.config import ModelConfig
+from minimax_train.model.memory import RECOMPUTATIONS
 from minimax_train.model.sharding import ParameterLayout
 from minimax_train.parallel.cost import Line, Machine
 from minimax_train.parallel.grid import GridSizes
-from minimax_train.planner.machine import DATA_PARALLEL_SHARE, HALF_RATE_WIDTH, TRANSFER_S, Rates
+from minimax_train.planner.machine import DATA_PARALLEL_SHARE, HALF_RATE_WIDTH, MACHINES, TRANSFER_S, Rates
 from minimax_train.recipe import StepPlan
 
 _ITEM = 2  # bytes of a number in bfloat16
 _BUSY = 0.985  # the share of a step's time in which kernels run
 _ALONE = 1.3  # a block that is computed again takes so much longer than in the forward pass
+DOCUMENT_TOKENS = 4000
+"""Mean length of documents, where nothing is known of it."""
 _BACKWARD = 2.5  # softmax attention's backward pass, in forward passes
 
 
@@ -104,6 +108,45 @@ def step_cost(
         seconds = gathers * line.seconds(2 * received) + reductions * line.seconds(4 * received)
         traffic["dp"] = Traffic((2 * gathers + 4 * reductions) * received, DATA_PARALLEL_SHARE * seconds)
     return StepCost(compute, traffic)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Seconds of what pipeline stages are made of, forward and backward, for one micro-batch.
+
+    Attributes:
+        layers: of each.
+        embedding, head: the latter with norm and loss.
+    """
+
+    layers: list[float]
+    embedding: float
+    head: float
+
+
+def stage_costs(config: Config) -> StageCosts:
+    """By the rates of an H100; of documents of :data:`DOCUMENT_TOKENS`, or as long as a packed sequence."""
+    parallel, model, rates = config.parallel, config.model, MACHINES["h100"]
+    grid = GridSizes(prod(parallel.sizes.values()), **parallel.sizes)
+    tokens = config.recipe.micro_batch_size * config.data.sequence_length // grid.size("cp_tp")
+    recomputation, length = config.recipe.activation_checkpointing, min(DOCUMENT_TOKENS, config.data.sequence_length)
+    recomputation = RECOMPUTATIONS[0] if recomputation == AUTO else recomputation
+    D, experts = model.hidden_size, 3 * model.num_experts * model.expert_hidden_size // (grid.ep * grid.etp)
+    head, by_letter = 0.0, dict[str, float]()
+
+    def summed(parameters: float) -> float:
+        """Gradients added to those of the micro-batches before."""
+        return 10 * parameters / rates.copy_bytes_per_s
+
+    for kind in set(model.attentions):
+        one = replace(model, num_layers=1, layer_pattern=kind.letter)
+        seconds = _passes(one, grid, tokens, [recomputation], rates, length)
+        head = seconds.pop("head and loss") + summed(model.vocab_size // grid.tp * D)
+        by_letter[kind.letter] = sum(seconds.values()) + summed(kind.parameters(model) / grid.tp + D * experts)
+    # The gradient of the whole matrix is written as zeros before rows are added to it.
+    matrix = model.vocab_size // grid.tp * D
+    embedding = _ITEM * (6 * tokens * D + matrix) / rates.copy_bytes_per_s + summed(matrix)
+    return StageCosts([by_letter[kind.letter] for kind in model.attentions], embedding, head)
 
 
 def _passes(

@@ -8,14 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import lcm
 
-import torch
-
 from minimax_train.config import Config, config_on
 from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.flops import training_flops
-from minimax_train.model import HybridModel
 from minimax_train.model.memory import (
     MARGIN,
     RECOMPUTATIONS,
@@ -23,9 +20,10 @@ from minimax_train.model.memory import (
     choose_recomputation,
     recomputation_shown,
 )
-from minimax_train.model.sharding import ParameterLayout, parameter_layouts
+from minimax_train.model.sharding import ParameterLayout
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes, divisors
+from minimax_train.parallelize import whole_layouts
 from minimax_train.planner.cost import StepCost, step_cost
 from minimax_train.planner.machine import OVERHEAD_BYTES, Rates
 from minimax_train.recipe import Progress, Recipe, StepPlan
@@ -87,12 +85,6 @@ class RunPlan:
         return flops / self.cost.seconds / (self.grid.world_size * self.cluster.rates.peak_flops_per_s)
 
 
-def layouts_of(config: Config) -> dict[str, ParameterLayout]:
-    """Of all parameters of a run's model, by name; no memory is used."""
-    with torch.device("meta"):
-        return parameter_layouts(HybridModel(config.model))
-
-
 def plan_run(
     config: Config, cluster: Cluster, document_tokens: float, layouts: Mapping[str, ParameterLayout] | None = None
 ) -> RunPlan:
@@ -105,7 +97,7 @@ def plan_run(
         ConfigError: when the configuration cannot run on so many GPUs.
     """
     config.check_world_size(cluster.world_size)
-    layouts = layouts_of(config) if layouts is None else layouts
+    layouts = whole_layouts(config.model) if layouts is None else layouts
     grid = GridSizes(cluster.world_size, **config.parallel.sizes)
     recipe = Recipe(config)
     step = recipe.within(Progress(), recipe.enter(Progress(), {}))
@@ -166,7 +158,7 @@ def propose(
     Raises:
         ConfigError: when none can run, with the reason of one; or none fits, naming the one that takes least.
     """
-    layouts, engine = layouts_of(config), ENGINES[config.engine.name]
+    layouts, engine = whole_layouts(config.model), ENGINES[config.engine.name]
     capacity = cluster.rates.memory_bytes - OVERHEAD_BYTES
     plans: list[RunPlan] = []
     refused: ConfigError | None = None

@@ -332,7 +332,13 @@ def _grid(config: Config, path: str, stage: StageConfig, before: Stage | None) -
     groups = config.parallel.token_groups if sizes["ep"] * sizes["etp"] > 1 else 1
     try:
         return dataclasses.replace(
-            config.parallel, tp=sizes["tp"], cp=sizes["cp"], ep=sizes["ep"], etp=sizes["etp"], token_groups=groups
+            config.parallel,
+            pp=sizes["pp"],
+            tp=sizes["tp"],
+            cp=sizes["cp"],
+            ep=sizes["ep"],
+            etp=sizes["etp"],
+            token_groups=groups,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

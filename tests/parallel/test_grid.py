@@ -5,17 +5,21 @@ import torch
 import torch.distributed as dist
 
 from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED
+from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED, OVER_STAGES
 from support.distributed import TIMEOUT, run_ranks
+
+AXES = (*DENSE, *EXPERT, *JOINED, *OVER_STAGES)
 
 
 def _ranks(grid):
-    return {axis: dist.get_process_group_ranks(grid.group(axis)) for axis in (*DENSE, *EXPERT, *JOINED)}
+    return {axis: dist.get_process_group_ranks(grid.group(axis)) for axis in AXES}
 
 
 def test_ranks_of_every_axis():
     """As in the table at the top of parallel/grid.py, of rank 5."""
     assert run_ranks(_ranks, 8, tp=2, cp=2, ep=4)[5] == {
+        "pp": [5],
+        "epp": [5],
         "dp": [1, 5],
         "cp": [5, 7],
         "tp": [4, 5],
@@ -25,12 +29,32 @@ def test_ranks_of_every_axis():
         "dp_cp": [1, 3, 5, 7],
         "cp_tp": [4, 5, 6, 7],
         "dp_cp_tp": list(range(8)),
+        "pp_cp_tp": [4, 5, 6, 7],
+        "world": list(range(8)),
+    }
+
+
+def test_ranks_of_pipeline_stages():
+    """Stages are the slowest axis: ranks 0 to 3, and 4 to 7."""
+    assert run_ranks(_ranks, 8, pp=2, tp=2, ep=2)[6] == {
+        "pp": [2, 6],
+        "epp": [2, 6],
+        "dp": [4, 6],
+        "cp": [6],
+        "tp": [6, 7],
+        "edp": [4, 6],
+        "ep": [6, 7],
+        "etp": [6],
+        "dp_cp": [4, 6],
+        "cp_tp": [6, 7],
+        "dp_cp_tp": [4, 5, 6, 7],
+        "pp_cp_tp": [2, 3, 6, 7],
+        "world": list(range(8)),
     }
 
 
 def _timeouts(grid):
-    axes = (*DENSE, *EXPERT, *JOINED)
-    return {axis: grid.group(axis)._get_backend(torch.device("cpu")).options._timeout for axis in axes}
+    return {axis: grid.group(axis)._get_backend(torch.device("cpu")).options._timeout for axis in AXES}
 
 
 def test_every_group_has_the_timeout_of_the_run():
@@ -44,7 +68,7 @@ def test_every_group_has_the_timeout_of_the_run():
 def _options(grid):
     """Of the NCCL group of each axis: priority and bound on SMs; and whether all ranks' sum is right."""
     found = {}
-    for axis in (*DENSE, *EXPERT, *JOINED):
+    for axis in AXES:
         group = grid.group(axis)
         options = group._get_backend(torch.device("cuda")).options
         communicator = GroupCommunicator(group)
@@ -63,5 +87,5 @@ def test_transfers_beside_products_have_priority(world):
     grid = {"tp": min(world, 2), "ep": min(world, 2), "etp": world // min(world, 2)}
     for found in run_ranks(_options, world, start="spawn", device="cuda", **grid):
         for axis, (high_priority, max_ctas) in found.items():
-            assert high_priority == (axis in ("tp", "ep", "etp")), axis
+            assert high_priority == (axis in ("pp", "epp", "tp", "ep", "etp")), axis
             assert (max_ctas == EXPERT_TRANSFER_CTAS) == (axis in ("ep", "etp")), axis

@@ -1,10 +1,10 @@
-"""Ten process grids of up to 8 ranks, with both engines: any goes on from the checkpoint of any other.
+"""Twelve process grids of up to 8 ranks, with both engines: any goes on from the checkpoint of any other.
 
     PYTHONPATH=tests/lib python tests/lib/support/any_grid.py [--pairs 20] [--steps 10] [--seed 1]
 
 Each grid trains some steps from the start and saves. For each pair, the second grid goes on from the first's
 checkpoint, optimizer state and data position included. Losses and gradient norms of its next steps must equal, to 1e-10
-in float64, those of one rank that never stopped. Each grid is as often the first of a pair as the second; there are 90
+in float64, those of one rank that never stopped. Each grid is as often the first of a pair as the second; there are 132
 pairs. The vocabulary's 308 rows do not divide by 8, nor do most other dimensions.
 """
 
@@ -60,6 +60,8 @@ GRIDS = (
     Grid(4, "zero1", {"tp": 2, "cp": 2, "etp": 2}),
     Grid(8, "fsdp", {"cp": 2, "ep": 8}),
     Grid(4, "fsdp", {"tp": 2}),
+    Grid(2, "fsdp", {"pp": 2}),
+    Grid(8, "fsdp", {"pp": 2, "tp": 2, "ep": 2, "etp": 2}),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -86,30 +87,39 @@ def tiny_run(folder: Path, *more: str) -> Config:
     return load_config(overrides(folder, *more))
 
 
-def whole(x: Tensor) -> Tensor:
-    """A tensor put together from what every rank holds of it, on the host."""
-    part, offsets = x, (0,) * x.dim()
-    if isinstance(x, DTensor):
-        part = x.to_local()
-        shape, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-        assert tuple(part.shape) == tuple(shape)
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (part.detach().cpu().clone(), offsets))
-    result = torch.full(x.shape, torch.nan, dtype=part.dtype)
-    for piece, start in parts:
+def all_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors put together from what every rank holds of them, on the host; some may be on other ranks alone."""
+    held = {}
+    for name, x in tensors.items():
+        part, offsets = x, (0,) * x.dim()
+        if isinstance(x, DTensor):
+            part = x.to_local()
+            shape, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+            assert tuple(part.shape) == tuple(shape)
+        held[name] = part.detach().cpu().clone(), offsets, x.shape
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, held)
+    found: dict[str, Tensor] = {}
+    for name, (piece, start, shape) in (item for of_rank in every for item in of_rank.items()):
+        result = found.setdefault(name, torch.full(shape, torch.nan, dtype=piece.dtype))
         if piece.numel():
             result[tuple(slice(a, a + size) for a, size in zip(start, piece.shape, strict=True))] = piece
-    return result
+    return found
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor put together from what every rank holds of it, on the host."""
+    return all_whole({"": x})[""]
 
 
 def weights_of(trainer) -> dict[str, Tensor]:
     """Master weights, whole, by parameter name; called by all ranks."""
-    return {name: whole(x) for name, x in trainer.engine.snapshot()["model"].items()}
+    return all_whole(trainer.engine.snapshot()["model"])
 
 
 def gradients_of(trainer) -> dict[str, Tensor]:
     """Those of the last ``engine.run``, summed over ranks, whole, by parameter name; called by all ranks."""
-    return {name: whole(x) for name, x in trainer.engine.gradients().items()}
+    return all_whole(trainer.engine.gradients())
 
 
 def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:

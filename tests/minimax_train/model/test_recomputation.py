@@ -210,3 +210,13 @@ def test_the_peak_of_layers_that_differ():
 def test_how_a_choice_is_told():
     assert recomputation_shown(("selective",) * 3) == "selective"
     assert recomputation_shown(("full", "selective", "none", "full")) == "full in 2 layers, selective in 1, none in 1"
+
+
+def test_memory_of_a_pipeline_stage():
+    """Blocks of the stage alone, each for as many micro-batches as are on their way."""
+    whole, last = ActivationMemory(model_config()), ActivationMemory(model_config(), held=[0, 0, 1, 1])
+    first = ActivationMemory(model_config(), held=[3, 3, 0, 0])
+    for kind in RECOMPUTATIONS:
+        kinds = (kind,) * 4
+        assert first.kept(1000, kinds) == 3 * (whole.kept(1000, kinds) - last.kept(1000, kinds))
+    assert first.peak(1000, ("none",) * 4) > whole.peak(1000, ("none",) * 4) > last.peak(1000, ("none",) * 4)

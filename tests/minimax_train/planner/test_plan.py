@@ -10,12 +10,12 @@ from minimax_train.engines import ENGINES
 from minimax_train.model.config import count_parameters
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes
-from minimax_train.parallelize import build_engine
+from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
 from minimax_train.planner.cli import main
 from minimax_train.planner.dry_run import dry_run, held_bytes
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, layouts_of, plan_run, propose
+from minimax_train.planner.plan import Cluster, plan_run, propose
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
 
@@ -40,7 +40,7 @@ def _held(grid, config):
 def test_states_take_what_is_planned(tmp_path, world, axes, engine):
     sizes = [f"parallel.{axis}={size}" for axis, size in axes.items()]
     config = tiny_run(tmp_path, *DIVISIBLE, "model.hidden_size=104", *engine, *sizes)
-    planned = ENGINES[config.engine.name].memory(config, layouts_of(config), GridSizes(world, **axes), "cpu")
+    planned = ENGINES[config.engine.name].memory(config, whole_layouts(config.model), GridSizes(world, **axes), "cpu")
     states = sum(size for what, size in planned.items() if what not in FOR_A_TIME)
     if config.engine.name == "fsdp":
         states -= planned["gradients"]  # which are there after a backward pass
@@ -80,7 +80,7 @@ def test_proposals():
 def test_expert_weights_are_cut_beyond_their_number():
     """Each of 2,048 ranks holds a 64th of what the ranks hold together that share an expert: nothing is padded."""
     config = load_config([*TEXT_01, "parallel.tp=8", "parallel.ep=32", "data.num_streams=256"])
-    grid, layouts = GridSizes(2048, tp=8, ep=32), layouts_of(config)
+    grid, layouts = GridSizes(2048, tp=8, ep=32), whole_layouts(config.model)
     for name in ("gate_up_proj", "down_proj"):
         layout = layouts[f"layers.0.experts.mlp.{name}"]
         assert len(layout.cut(grid)) > 1

@@ -10,13 +10,15 @@ from support.distributed import TIMEOUT, run_ranks
 from support.runs import ON_GPU, gradients_of, gradients_of_a_step, tiny_run
 
 SIZES = [*ON_GPU, "data.sequence_length=1056", "recipe.global_batch_size=4", "recipe.micro_batch_size=2"]
-# All four axes at once, and their parts.
+# All four axes within a stage at once, and their parts; two with pipeline stages.
 GRIDS = [
     {"tp": 2, "cp": 2, "ep": 2, "etp": 2},
     {"tp": 4, "etp": 2},
     {"tp": 2, "cp": 2, "ep": 4},
     {"cp": 2, "ep": 2, "etp": 2},
     {"tp": 2, "ep": 2},
+    {"pp": 2, "tp": 2, "ep": 2},
+    {"pp": 2, "cp": 2, "etp": 2},
 ]
 # Overrides, how far a grid's loss and any gradient may be from one rank's (relative), and on how many of the grids.
 #
@@ -55,6 +57,7 @@ def _check(folder, device):
     def run(name, sizes):
         overrides = [*SIZES, *CASES[name][0], *(f"parallel.{axis}={size}" for axis, size in sizes.items())]
         groups = ["parallel.token_groups=2"] if sizes else []
+        groups += ["engine=fsdp", "parallel.pp_schedule=interleaved_1f1b"] if "pp" in sizes else []
         return sizes, tiny_run(folder / "-".join([name, *sizes]), *overrides, *groups)
 
     # One rank first: it compiles the kernels.
