@@ -2,6 +2,7 @@
 # make test       the CPU test suite, likewise
 # make test-gpu   the tests that need a GPU; those over NCCL run where there are two or more
 # make slurm      install Slurm, for the launcher's tests, where there is apt and this is root
+# make browser    install Chromium, for the test of minimax-report, likewise
 # make lint       ruff, lint and format; pyrefly, the type checker
 # make hooks      lint and format before every commit
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # Processes that make test starts, a file of tests at a time; many tests start several ranks.
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu slurm lint hooks install install-cuda a-gpu clean
+.PHONY: demo test test-gpu slurm browser lint hooks install install-cuda a-gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -38,6 +39,12 @@ slurm:
 	  apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2; \
 	else echo "make slurm: needs root and apt; the tests that need Slurm are skipped"; fi
+
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else echo "make browser: needs root and apt; the tests that need a browser are skipped"; fi
 
 a-gpu: install
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device found')"

@@ -39,6 +39,7 @@ setup(
             "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
         ],
         "debug": ["py-spy>=0.4"],
+        "tensorboard": ["tensorboard>=2.18"],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": [
             "pytest>=8",
@@ -48,6 +49,7 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "s3fs",  # each release goes with the fsspec of its number
             "moto[server]>=5",
+            "tensorboard>=2.18",
         ],
         "lint": ["ruff>=0.9", "pyrefly>=1.4", "pre-commit>=4"],
     },
@@ -59,6 +61,7 @@ setup(
             "minimax-checkpoint = minimax_train.checkpoint.cli:main",
             "minimax-plan = minimax_train.planner.cli:main",
             "minimax-launch = minimax_train.launch.cli:main",
+            "minimax-report = minimax_train.report.cli:main",
         ],
     },
 )

@@ -132,16 +132,18 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
         device = environment.init_process_group(device_type, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    phases = Phases()
+    phases = Phases(device)
     try:
         store = CheckpointStore(Path(config.run_dir), folder=config.checkpoint.folder)
-        with Watchdog(environment, phases, store, config.parallel.timeout_s):
+        with Watchdog(environment, phases, store, config.parallel.timeout_s) as watchdog:
             _set_pg_timeout(timeout + BACKSTOP)
             if config.has_other_grids:
                 config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
             grid = ProcessGrid.create(device_type, timeout + BACKSTOP, **config.parallel.sizes)
             startup.mark("process groups")
             trainer = Trainer(config, grid, device, startup, leave, phases)
+            if grid.is_first:
+                watchdog.tell = trainer.log.stall
             try:
                 trainer.train()
             except KeyboardInterrupt:

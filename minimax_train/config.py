@@ -253,6 +253,9 @@ class Config:
             check_sizes(world_size, **parallel.sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        for rank in self.logging.profile_ranks:
+            accepted = f"must be a rank of the run, from 0 to {world_size - 1}"
+            require(int(rank) < world_size, "logging.profile_ranks", rank, accepted)
         dp = world_size // (parallel.pp * parallel.cp * parallel.tp)
         ranks = f"{dp} data-parallel ranks"
         for stage, batch in Recipe(self).batches():

@@ -8,7 +8,8 @@ from pathlib import Path
 # In a run's folder and in each of its checkpoints.
 CONFIG, TOKENIZER = "config.yaml", "tokenizer"
 # In a run's folder alone.
-LOCK, CHECKPOINTS, METRICS, PICTURE, WANDB_ID = "run.lock", "checkpoints", "metrics.jsonl", "loss.png", "wandb_id"
+LOCK, CHECKPOINTS, METRICS, EVENTS = "run.lock", "checkpoints", "metrics.jsonl", "events.jsonl"
+PICTURE, WANDB_ID, TENSORBOARD, TRACES = "loss.png", "wandb_id", "tensorboard", "traces"
 # Ends the name of what is being written, or removed, and must not be taken for the finished thing.
 UNFINISHED = ".writing"
 

@@ -66,3 +66,8 @@ def on_every_rank(work: Callable[[], Result]) -> list[Result]:
     error = kind(message)
     error.on_all_ranks = True
     raise error
+
+
+def is_of_communication(error: BaseException) -> bool:
+    """Whether a collective or the store failed, mostly because another rank has ended: the watchdog says which."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))

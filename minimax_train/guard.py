@@ -1,4 +1,7 @@
-"""Steps whose results are on their way to the host, and noticing that one of them was not applied."""
+"""Steps whose results are on their way to the host, and noticing that one of them was not applied.
+
+Shape legend: G groups of parameters.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ class TakenStep(NamedTuple):
         at: the host's clock when the device had been given all of it, less what evaluations and checkpoints took.
         plan: what it trained on, and how.
         totals, report: sums of all ranks, and what became of the step: on the host, once ``copied``.
+        norms_2G: as of :meth:`Engine.norms`, likewise; None of a step whose norms are not written.
     """
 
     number: int
@@ -33,6 +37,7 @@ class TakenStep(NamedTuple):
     plan: StepPlan
     totals: StepSums
     report: StepReport
+    norms_2G: Tensor | None
     copied: torch.Event | None
 
     @property

@@ -18,7 +18,19 @@ from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, folder_of
 from minimax_train.config import Config, config_on, flatten, read_config, save_config
 from minimax_train.data import Tokenizer, load_tokenizer, prepare_tokenizer
 from minimax_train.errors import ConfigError, require
-from minimax_train.files import CHECKPOINTS, CONFIG, LOCK, METRICS, PICTURE, TOKENIZER, UNFINISHED, WANDB_ID
+from minimax_train.files import (
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    LOCK,
+    METRICS,
+    PICTURE,
+    TENSORBOARD,
+    TOKENIZER,
+    TRACES,
+    UNFINISHED,
+    WANDB_ID,
+)
 from minimax_train.first_rank import on_first_rank
 from minimax_train.metrics.console import note
 from minimax_train.metrics.log import read_records
@@ -29,7 +41,7 @@ from minimax_train.run_lock import is_marked, take_lock
 # saved position would not survive. The RoPE base belongs to the step plan.
 _FIXED, _PLANNED = ("model.", "data.tokenizer", "seed"), ("model.rope_base",)
 # What a run writes, and how it is called while it is written.
-_FILES = (LOCK, CONFIG, TOKENIZER, CHECKPOINTS, METRICS, PICTURE, WANDB_ID)
+_FILES = (LOCK, CONFIG, TOKENIZER, CHECKPOINTS, METRICS, EVENTS, PICTURE, WANDB_ID, TENSORBOARD, TRACES)
 _DRAFTS = tuple(name + UNFINISHED for name in (CONFIG, TOKENIZER, METRICS, WANDB_ID))
 
 
@@ -205,7 +217,7 @@ def _set_aside(folder: Path, tokenizer: Path) -> None:
     if trained or not _is_config(folder / CONFIG):
         left.append(CONFIG)
     if trained:
-        left += [METRICS, PICTURE, WANDB_ID]
+        left += [METRICS, EVENTS, PICTURE, WANDB_ID, TENSORBOARD, TRACES]
     if not _same_files(folder / TOKENIZER, tokenizer):
         left.append(TOKENIZER)
     left = [name for name in left if os.path.lexists(folder / name) and not _is_empty(folder / name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import linecache
+import pickle
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def last_collective() -> str:
     for name, newest in (("_dump_nccl_trace_json", False), ("_dump_fr_trace_json", True)):
         dump: Callable[[bool, bool], str] | None = getattr(c10d, name, None)
         entries = (
-            _within(_FLIGHT_RECORDER_S, lambda dump=dump: json.loads(dump(True, True))["entries"]) if dump else None
+            within(_FLIGHT_RECORDER_S, lambda dump=dump: json.loads(dump(True, True))["entries"]) if dump else None
         )
         entries = [entry for entry in entries or [] if entry.get("state") != "completed"]
         if entries:
@@ -86,7 +87,7 @@ def last_collective() -> str:
     return ""
 
 
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
+def within(seconds: float, work: Callable[[], Any]) -> Any:
     """The result of what may fail or hang; None if it does."""
     found: list[Any] = []
 
@@ -109,6 +110,20 @@ def write_own_stacks(path: Path, head: str) -> None:
         file.write(f"{head}\n\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
+
+
+def write_flight_record(path: Path) -> None:
+    """The last collectives of this process, pickled by PyTorch's flight recorder: NCCL's, else gloo's. No file
+    where it has none."""
+    dumps: list[Callable[[], bytes]] = [
+        getattr(c10d, name) for name in ("_dump_nccl_trace", "_dump_fr_trace") if hasattr(c10d, name)
+    ]
+    for dump in dumps:
+        record = within(2 * _FLIGHT_RECORDER_S, dump)
+        if record and pickle.loads(record).get("entries"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(record)
+            return
 
 
 def write_stacks_of(pid: int, path: Path, head: str) -> str:

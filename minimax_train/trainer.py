@@ -28,9 +28,13 @@ from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.kernels.compile_cache import import_compilers
 from minimax_train.leave import Leave
 from minimax_train.metrics.flops import peak_flops_per_s, training_flops
+from minimax_train.metrics.left import TimeLeft
 from minimax_train.metrics.log import MetricLog
+from minimax_train.metrics.norms import norm_metrics
 from minimax_train.metrics.origins import origin_metrics
+from minimax_train.metrics.ranks import host_memory_gib, slowest_ranks
 from minimax_train.metrics.router import router_metrics
+from minimax_train.metrics.traces import Tracer
 from minimax_train.parallel.grid import SAME_SEQUENCES, ProcessGrid
 from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
@@ -64,7 +68,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.store = CheckpointStore(self.run_dir, config.checkpoint.retention, config.checkpoint.folder)
         self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
-        self.recipe, self.phases = Recipe(config), Phases() if phases is None else phases
+        self.recipe, self.phases = Recipe(config), Phases(device) if phases is None else phases
         self.peak_flops_per_s = peak_flops_per_s(device)
         # Before the model: worker processes open the data while it is built.
         self.loader = build_train_loader(
@@ -95,6 +99,8 @@ class Trainer:
         # Seconds that evaluations and checkpoints have taken; of the step reported last, its time and what it was.
         self.paused_s = 0.0
         self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
+        self.tracer = Tracer(config.logging, self.run_dir, device)
+        self.left = TimeLeft(self.progress.tokens)
         self.log = MetricLog(
             config.logging,
             self.run_dir,
@@ -103,7 +109,12 @@ class Trainer:
             first_step=self.first_step,
             enabled=grid.is_first,
         )
-        self.saver = Saver(self.store, device, config.parallel.timeout_s, self.log.say)
+        self.saver = Saver(
+            self.store,
+            device,
+            config.parallel.timeout_s,
+            lambda text: self.log.event("checkpoint", self.progress.step, text),
+        )
 
     def train(self) -> None:
         """Train to the end of the recipe.
@@ -123,6 +134,9 @@ class Trainer:
         self._say_notes()
         late: TakenStep | None = None
         with closing(self.loader), closing(self.saver), self.log:
+            ranks = f"{world} ranks" if (world := dist.get_world_size()) > 1 else "1 rank"
+            where = f"{ranks}, {self.config.parallel.shown}; after step {self.first_step}"
+            self.log.event("start", self.first_step, where, says=False)
             self._evaluate_if_left_out()
             self.startup.mark("checkpoint")
             if not self.is_over:
@@ -130,7 +144,8 @@ class Trainer:
                 self._stop_for_another_grid()
             self.leave.begin(checkpoint.leave_within_s, self.store.to_go_on)
             while not self.is_over:
-                taken = self.train_step()
+                with self.tracer.step(self.progress.step + 1):
+                    taken = self.train_step()
                 if taken.number == self.first_step + 1:
                     self._tell_startup(taken)
                     self._prepare_saves()
@@ -153,15 +168,15 @@ class Trainer:
                     self.log.report(step, self.evaluate(taken.plan))
                 if leaves:
                     self.log.finish()
-                    raise Saved(f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}")
+                    text = f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}"
+                    self.log.event("saved", step, text, says=False)
+                    raise Saved(text)
                 if ends:
                     self._stop_for_another_grid()
             self.saver.wait()
             self.log.finish()
-            self.log.say(
-                f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.path(self.progress.step)}; "
-                f"{self.run_dir}/loss.png"
-            )
+            text = f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.path(self.progress.step)}; "
+            self.log.event("done", self.progress.step, f"{text}{self.run_dir}/loss.png")
 
     @property
     def is_over(self) -> bool:
@@ -172,6 +187,11 @@ class Trainer:
     def ends_stage(self) -> bool:
         """Whether the last step taken was the last of a stage: it is saved, and evaluated."""
         return self.recipe.ends_stage(self.progress, self.progress.policy)
+
+    def writes_norms(self, step: int) -> bool:
+        """Whether the norms of groups of parameters are among the metrics of a step."""
+        logging = self.config.logging
+        return logging.norms > 0 and step % (logging.interval * logging.norms) == 0
 
     def evaluates(self) -> bool:
         """Whether an evaluation follows the last step taken."""
@@ -205,14 +225,16 @@ class Trainer:
             except ConfigError as error:
                 raise self._stopped(error) from error
         totals = self.engine.totals(self.engine.run(batches, plan))
+        norms_2G = self.engine.norms() if self.writes_norms(self.progress.step + 1) else None
         self.saver.before_update()
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
         results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report))
+        norms_2G = None if norms_2G is None else to_host(norms_2G)
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         now = time.perf_counter() - self.paused_s
-        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, *results, copied)
+        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, *results, norms_2G, copied)
         self.guard.watch(taken, batches)
         return taken
 
@@ -228,7 +250,7 @@ class Trainer:
             outliers = self.guard.take_outliers(taken.number)
             metrics["outliers"] = len(outliers)
             for line in outliers:
-                self.log.say(line)
+                self.log.event("outlier", taken.number, line)
         self.log.report(taken.number, metrics | self.loader.figures(self.grid.group("dp")))
         if taken.number % self.config.logging.interval == 0:  # not where a run ends that may be extended
             self.progress.policy = self.recipe.learn(self.progress, self.progress.policy, taken.plan, metrics["loss"])
@@ -252,9 +274,10 @@ class Trainer:
             totals = taken.totals
         router = router_metrics(
             totals.tokens_per_expert_LE,
-            entropy=float(totals.entropy),
-            dropped=float(totals.dropped),
+            entropy_L=totals.entropy_L,
+            dropped_L=totals.dropped_L,
             experts_per_token=model.experts_per_token,
+            per_layer=self.config.logging.per_layer,
             per_expert=self.config.logging.expert_load,
         )
         balance = {"aux_loss": float(totals.aux_loss)} if model.aux_loss_coefficient > 0 else {}
@@ -262,7 +285,15 @@ class Trainer:
         elapsed = taken.at - self.reported_at
         self.reported_at, self.reported = taken.at, (taken.number, taken.tokens)
         # With those of an evaluation or a checkpoint that came after the report before.
-        seconds = {f"seconds/{name}": value / steps for name, value in self.phases.take().items()}
+        on_host, on_device = self.phases.take(), self.phases.take_device(taken.number)
+        seconds = {f"seconds/{name}": value / steps for name, value in on_host.items()}
+        seconds |= {f"device_seconds/{name}": value / steps for name, value in on_device.items()}
+        memory = {"host_memory_gib": host_memory_gib(), **self.engine.figures(taken.plan)}
+        if dist.get_world_size() > 1:
+            used = memory.get("peak_memory_gib", memory["host_memory_gib"])
+            seconds |= slowest_ranks({**on_host, **on_device}, used, steps)
+        self.left.add(taken.tokens)
+        end = self.recipe.end(self.progress, self.progress.policy)[1]
         flops = training_flops(model, taken.plan.tokens, float(totals.scores)) * steps / elapsed / dist.get_world_size()
         mfu = {} if self.peak_flops_per_s is None else {"mfu": flops / self.peak_flops_per_s}
         return {
@@ -271,6 +302,7 @@ class Trainer:
             **balance,
             **router,
             "grad_norm": float(taken.report.gradient_norm),
+            **({} if taken.norms_2G is None else norm_metrics(taken.norms_2G)),
             "learning_rate": taken.plan.learning_rate,
             "tokens": taken.tokens,
             "batch_tokens": taken.plan.tokens,
@@ -280,7 +312,8 @@ class Trainer:
             "tflops_per_rank": flops / 1e12,
             **mfu,
             "seconds": elapsed / steps,
-            **self.engine.figures(taken.plan),
+            "seconds_left": self.left.seconds(end - taken.tokens),
+            **memory,
             **seconds,
         }
 
@@ -320,10 +353,11 @@ class Trainer:
         """Say which stage begins, in a run of several, and what has changed the number of steps."""
         several = len(self.recipe.stages) > 1
         if several and plan.stage != self.stage:
-            self.log.say(
+            text = (
                 f"step {self.progress.step + 1}: stage {plan.stage}: {plan.global_batch_size} packed sequences of "
                 f"{plan.sequence_length} tokens a step, RoPE base {plan.rope_base:g}"
             )
+            self.log.event("stage", self.progress.step, text)
         if plan.stage != self.stage or self.config.recipe.critical_batch:
             self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
         self.stage = plan.stage

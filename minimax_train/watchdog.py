@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import exit_status
+from minimax_train.first_rank import is_of_communication
 from minimax_train.metrics.console import Output, note, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, allow_to_be_read, store_is_the_launchers
 from minimax_train.phases import Phases
@@ -43,6 +45,8 @@ from minimax_train.stacks import (
     last_collective,
     main_frame,
     standing,
+    within,
+    write_flight_record,
     write_own_stacks,
     write_stacks_of,
 )
@@ -57,6 +61,7 @@ _RANKS_PER_BEAT_S = 1000
 """So many ranks' heartbeats a second, at most, reach the store."""
 _ANSWER_S = 3.0
 _VERDICT_S = 3.5
+_TELL_S = 2.0
 # A rank that fails by itself says why, and ends; those that it takes along get so long before it is called dead.
 _GONE_S = 2.5
 _STORE_GONE_S = 5.0
@@ -92,6 +97,7 @@ class Watchdog:
         self._first: dict[str, Any] = {}  # the heartbeat of rank 0, whose process may hold the store
         self._heard = time.monotonic()  # when the store answered last
         self._store_error = ""
+        self.tell: Callable[[str], None] | None = None  # of the first rank: the verdict, before it ends
         self._lock = threading.Lock()  # of the connection to the store
         self._threads: list[threading.Thread] = []
 
@@ -277,6 +283,9 @@ class Watchdog:
         answer = {**self._where(), "collective": last_collective(), "stacks": stacks}
         self._store.set(f"answer/{self._rank}", json.dumps(answer))
         self._store.add("answers", 1)
+        with suppress(OSError):
+            # Named as the reader of these files has it: torchfrtrace FOLDER -p rank_
+            write_flight_record(self._folder(alarm["step"]) / "collectives" / f"rank_{self._rank}")
         if alarm["judge"] == self._rank:
             self._judge(alarm)
         while (silent := self._read("silent")) is None and time.monotonic() < deadline:
@@ -286,6 +295,8 @@ class Watchdog:
                 self._store.set(f"seen/{beat['rank']}", json.dumps(self._look_from_outside(beat, alarm["step"])))
         while not self._store.check(["verdict"]) and time.monotonic() < deadline:
             time.sleep(0.1)
+        if (line := self._read("verdict")) is not None:
+            self._tell(line)
         os._exit(1)
 
     def _judge(self, alarm: dict[str, Any]) -> NoReturn:
@@ -317,10 +328,17 @@ class Watchdog:
                     time.sleep(0.1)
         own = next(answer for answer in answers if answer["rank"] == self._rank)
         notes = list(dict.fromkeys(beat["note"] for beat in silent if beat.get("note")))
-        self._say("; ".join([verdict(alarm, answers, silent, self._timeout_s), own["stacks"], *notes]))
-        self._store.set("verdict", "told")
+        line = "; ".join([verdict(alarm, answers, silent, self._timeout_s), own["stacks"], *notes])
+        self._say(line)
+        self._store.set("verdict", json.dumps(line))
+        self._tell(line)
         time.sleep(0.3)  # rank 0 may hold the store: the others read that it is told
         os._exit(1)
+
+    def _tell(self, line: str) -> None:
+        if self.tell is not None:
+            tell = self.tell
+            within(_TELL_S, lambda: tell(line))
 
     def _cannot_answer(self, ranks: Sequence[int]) -> bool:
         """Whether they are or were processes of this machine, and have all ended or are stopped."""
@@ -382,11 +400,6 @@ class Watchdog:
     def _say(self, line: str) -> None:
         Output(sys.stdout).flush()
         to_stderr(f"{f'rank {self._rank}: ' if self._rank else ''}error: {line}; {self._checkpoints.to_go_on()}")
-
-
-def is_of_communication(error: BaseException) -> bool:
-    """Whether a collective or the store failed, mostly because another rank has ended."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def verdict(

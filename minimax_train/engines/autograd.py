@@ -1,11 +1,11 @@
 """What engines share that differentiate a :class:`HybridModel` with PyTorch's autograd, whoever shards its parameters.
 
-Shape legend: T tokens, L layers, E experts, O origins of a document.
+Shape legend: T tokens, L layers, E experts, O origins of a document, G groups of parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from minimax_train.engines.engine import Engine, StepSums
 from minimax_train.engines.outliers import Outliers
 from minimax_train.engines.recomputation import Recomputation
 from minimax_train.engines.stages import Stages
+from minimax_train.metrics.norms import squares_by_group
 from minimax_train.model import HybridModel, ModelLoss, StageOutput
 from minimax_train.parallel.grid import SAME_SEQUENCES, WORLD, ProcessGrid
 from minimax_train.phases import Phases
@@ -37,21 +38,23 @@ class Accumulators:
 
         # Of all ranks, what losses are divided by.
         self.targets, self.sequences = zeros(dtype=torch.int64), zeros(dtype=torch.int64)
-        self.scalars_4 = zeros(4)  # loss, auxiliary loss, entropy, dropped
+        self.losses_2 = zeros(2)  # loss, auxiliary loss
+        self.routing_2L = zeros(2, config.model.num_layers)  # entropy, dropped
         self.by_origin_2O = zeros(2, len(config.data.origins))  # loss, targets
         self.tokens_per_expert_LE = zeros(config.model.num_layers, config.model.num_experts, dtype=torch.int64)
 
     def clear(self) -> None:
-        torch._foreach_zero_([self.scalars_4, self.by_origin_2O])
+        torch._foreach_zero_([self.losses_2, self.routing_2L, self.by_origin_2O])
         self.tokens_per_expert_LE.zero_()
 
     def add(
         self, batch: MicroBatch, out: ModelLoss | StageOutput, loss: Tensor, aux_loss: Tensor, layers: range
     ) -> None:
         """Of a micro-batch, in the layers that ran."""
-        scalars = (loss, aux_loss, out.entropy, out.dropped)
-        self.scalars_4 += torch.stack([x.detach().double() for x in scalars])
-        self.tokens_per_expert_LE[layers.start : layers.stop] += out.tokens_per_expert_LE
+        own = slice(layers.start, layers.stop)
+        self.losses_2 += torch.stack([x.detach().double() for x in (loss, aux_loss)])
+        self.routing_2L[:, own] += torch.stack([out.entropy_L.double(), out.dropped_L.double()])
+        self.tokens_per_expert_LE[own] += out.tokens_per_expert_LE
         if isinstance(out, StageOutput):
             return
         by_token_2T = torch.stack([out.token_losses_T.double(), (batch.labels_T != IGNORE_INDEX).double()])
@@ -99,15 +102,16 @@ class AutogradEngine(Engine):
         else:
             for index, batch in enumerate(micro_batches):
                 self._accumulate(batch, plan, index == 0, index == len(micro_batches) - 1)
-        self._loss = sums.scalars_4[:2].sum()
-        loss, aux_loss, entropy, dropped = sums.scalars_4.clone()
+        self._loss = sums.losses_2.sum()
+        loss, aux_loss = sums.losses_2.clone()
+        entropy_L, dropped_L = sums.routing_2L.clone()
         scores = loss.new_full((), sum(batch.num_scores for batch in micro_batches) / self.grid.size(SAME_SEQUENCES))
         loss_by_origin_O, targets_by_origin_O = sums.by_origin_2O.clone()
         return StepSums(
             loss=loss,
             aux_loss=aux_loss,
-            entropy=entropy,
-            dropped=dropped,
+            entropy_L=entropy_L,
+            dropped_L=dropped_L,
             scores=scores,
             loss_by_origin_O=loss_by_origin_O,
             targets_by_origin_O=targets_by_origin_O / self.grid.size("tp"),
@@ -160,7 +164,7 @@ class AutogradEngine(Engine):
         if self._outliers is None:
             dist.all_reduce(total, group=self.grid.group(WORLD))
             return total.sqrt()
-        summed_2 = torch.stack([total, self._sums.scalars_4[0]])
+        summed_2 = torch.stack([total, self._sums.losses_2[0]])
         dist.all_reduce(summed_2, group=self.grid.group(WORLD))
         norm = summed_2[0].sqrt()
         self._outlier = self._outliers.is_next(summed_2[1], norm)
@@ -178,6 +182,17 @@ class AutogradEngine(Engine):
 
     def _freeze_unless(self, finite: Tensor) -> None:
         self._frozen.masked_fill_(~finite, 1.0)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        with self.phases("norms"):
+            squares_2G = torch.stack([squares_by_group(x, self.config.model) for x in self._gradients_and_weights()])
+            dist.all_reduce(squares_2G, group=self.grid.group(WORLD))
+            return squares_2G.sqrt()
+
+    def _gradients_and_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """By parameter name, shards of this rank: every element is on one rank."""
+        return self.gradients(), self.parameters
 
     def totals(self, sums: StepSums) -> StepSums:
         *real, tokens_per_expert_LE = sums
@@ -213,4 +228,10 @@ class AutogradEngine(Engine):
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def _memory(self) -> dict[str, float]:
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}
+        if self.device.type != "cuda":
+            return {}
+        return {
+            "memory_gib": torch.cuda.memory_allocated() / 2**30,
+            "reserved_memory_gib": torch.cuda.memory_reserved() / 2**30,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }

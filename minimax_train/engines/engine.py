@@ -4,7 +4,8 @@ The trainer asks for steps and knows nothing of how they are made: a pipeline sc
 DeepSpeed or Megatron-Core, fits behind :meth:`Engine.run`. Every method is called by all ranks together. Only
 :meth:`Engine.evaluate` and :meth:`Engine.diagnose` make the host wait for the device; a step does not.
 
-Shape legend: L layers, E experts, O origins of a document (:attr:`DataConfig.origins`).
+Shape legend: L layers, E experts, O origins of a document (:attr:`DataConfig.origins`), G groups of
+parameters (``metrics/norms.py``).
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class StepSums(NamedTuple):
     Attributes:
         loss: mean cross-entropy in nats per target of the global batch; this rank's part of it.
         aux_loss: load-balancing loss before its coefficient, mean over packed sequences; this rank's part of it.
-        entropy: of the routers' probabilities in nats, over tokens and layers.
-        dropped: assignments over an expert's capacity, in all layers.
+        entropy_L: of each layer's router's probabilities in nats, float64.
+        dropped_L: assignments over an expert's capacity in each layer, float64.
         scores: pairs of tokens that a causal attention looks at; this rank's part of them.
         loss_by_origin_O: cross-entropy in nats, summed over the targets in documents of each origin, float64.
         targets_by_origin_O: how many these are, float64; this rank's part of them.
@@ -71,8 +72,8 @@ class StepSums(NamedTuple):
 
     loss: Tensor
     aux_loss: Tensor
-    entropy: Tensor
-    dropped: Tensor
+    entropy_L: Tensor
+    dropped_L: Tensor
     scores: Tensor
     loss_by_origin_O: Tensor
     targets_by_origin_O: Tensor
@@ -144,6 +145,11 @@ class Engine(ABC):
         """Clip, update the weights, forget the gradients."""
 
     @abstractmethod
+    def norms(self) -> Tensor:
+        """L2 norms of the last :meth:`run`'s gradient, before clipping, and of the weights, by group of parameters of
+        the whole model: float64 ``[2, G]`` on the device, the same on all ranks."""
+
+    @abstractmethod
     def totals(self, sums: StepSums) -> StepSums:
         """The sums of all ranks, on the device."""
 
@@ -166,5 +172,6 @@ class Engine(ABC):
 
     @abstractmethod
     def figures(self, plan: StepPlan) -> dict[str, float]:
-        """``peak_memory_gib``: most GPU memory ever allocated on this rank (on a GPU); ``data_parallel_gib``: what this
-        rank receives per step for data parallelism, weights and gradients together."""
+        """On a GPU ``memory_gib`` allocated on this rank, ``reserved_memory_gib`` that PyTorch holds for it, and
+        ``peak_memory_gib``, the most ever allocated; ``data_parallel_gib``: what this rank receives per step for
+        data parallelism, weights and gradients together."""

@@ -349,6 +349,12 @@ class Zero1Engine(AutogradEngine):
     def gradients(self) -> dict[str, Tensor]:
         return self._sharded("gradient_shards")
 
+    def _gradients_and_weights(self):
+        # Views, not the DTensors of :meth:`gradients`: these take a millisecond each to make.
+        groups = self._groups.values()
+        gradients = {name: x for group in groups for name, x in group.shards(group.gradient_shards).items()}
+        return gradients, {name: x for group in groups for name, x in group.shards(group.master).items()}
+
     def snapshot(self) -> dict[str, Any]:
         moments = {kind: self._sharded(kind) for kind in ("exp_avg", "exp_avg_sq")}
         states = {name: {"step": self._step, **{k: m[name] for k, m in moments.items()}} for name in self._master}

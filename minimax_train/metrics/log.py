@@ -1,22 +1,26 @@
-"""One place to report to; it passes each record on to the console, ``metrics.jsonl`` and Weights & Biases."""
+"""One place to report to; it passes each record on to the console, ``metrics.jsonl``, Weights & Biases and
+TensorBoard, and each event to the console and ``events.jsonl``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minimax_train.errors import ConfigError, exit_status
-from minimax_train.files import METRICS, PICTURE, WANDB_ID, replace_text
-from minimax_train.first_rank import on_first_rank
+from minimax_train.errors import ConfigError, Saved, exit_status
+from minimax_train.files import EVENTS, METRICS, PICTURE, TENSORBOARD, WANDB_ID, replace_text
+from minimax_train.first_rank import is_of_communication, on_first_rank
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.metrics.console import ConsoleReporter, note
 from minimax_train.metrics.plot import plot_loss
 
+# What somebody should look at.
+_ALERTS = ("outlier", "stall", "stopped")
 _STEP = re.compile(rb'\{"step": (\d+),')
 
 
@@ -26,7 +30,7 @@ class MetricLog:
 
     Args:
         config: the ``logging`` group.
-        run_dir: ``metrics.jsonl`` and ``loss.png`` go there.
+        run_dir: ``metrics.jsonl``, ``events.jsonl`` and ``loss.png`` go there.
         run_config: the whole configuration by dotted key, for Weights & Biases.
         first_step: steps already taken; records of later steps, left by a run that went on past its last
             checkpoint, are dropped, so that the file holds each step once.
@@ -46,14 +50,15 @@ class MetricLog:
         first_step: int,
         enabled: bool,
     ) -> None:
-        self.enabled = enabled
-        self.run_dir = run_dir
+        self.enabled, self.run_dir, self.step = enabled, run_dir, first_step
 
         def start() -> None:
             try:
-                self.lines = _Lines(run_dir / METRICS, first_step)
+                _drop_later(run_dir / METRICS, first_step)
+                self.lines, self.events = _Lines(run_dir / METRICS), _Lines(run_dir / EVENTS)
                 self.console = ConsoleReporter(total_steps, first_step)
                 self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
+                self.tensorboard = _start_tensorboard(run_dir, first_step) if config.tensorboard else None
             except OSError as error:
                 raise ConfigError(f"run_dir={str(run_dir)!r}: metrics cannot be written: {error}") from error
 
@@ -61,12 +66,36 @@ class MetricLog:
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of a step; steps count from 1."""
+        self.step = step
         if not self.enabled:
             return
         self.lines.add({"step": step, **metrics})
         self.console.report(step, metrics)
         if self.wandb is not None:
             self.wandb.log({"step": step, **metrics})
+        if self.tensorboard is not None:
+            try:
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
+            except OSError as error:
+                note(f"{self.run_dir / TENSORBOARD}: cannot be written: {error.strerror}; the run goes on without")
+                self.tensorboard = None
+
+    def event(self, kind: str, step: int, text: str, *, says: bool = True) -> None:
+        """Record what has happened: with its time in ``events.jsonl``, and as an alert of Weights & Biases if somebody
+        should look at it.
+
+        Args:
+            kind: ``start``, ``stage``, ``checkpoint``, ``outlier``, ``stall``, ``saved``, ``stopped`` or ``done``.
+            says: whether the person watching is told, who may know it otherwise.
+        """
+        if not self.enabled:
+            return
+        self.events.add({"step": step, "time": round(time.time(), 3), "event": kind, "text": text})
+        if says:
+            self.console.say(text)
+        if self.wandb is not None and kind in _ALERTS:
+            self.wandb.alert(title=f"{kind}: {self.run_dir.resolve().name}"[:63], text=text, level="WARN")
 
     def plan(self, total_steps: int, stage: str) -> None:
         """How many steps the run has as far as is known now, and what the console calls this part of it."""
@@ -83,6 +112,12 @@ class MetricLog:
         """Tell the person watching."""
         if self.enabled:
             self.console.say(text)
+
+    def stall(self, text: str) -> None:
+        """Of the watchdog, from a thread of its own, before it ends this process."""
+        self.event("stall", self.step, text, says=False)
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=1)
 
     def finish(self) -> None:
         """Draw the loss curve."""
@@ -101,6 +136,9 @@ class MetricLog:
         if self.enabled:
             self.console.close()
             self.lines.close()
+            self.events.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
             if self.wandb is not None:
                 self.wandb.finish(exit_code=status)
 
@@ -108,21 +146,27 @@ class MetricLog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and is_of_communication(error):
+            return  # to be told by the watchdog, which ends the process
+        if error is not None and not isinstance(error, Saved):
+            self.event("stopped", self.step, str(error) or type(error).__name__, says=False)
         self.close(0 if error is None else exit_status(error))
 
 
-class _Lines:
-    """``metrics.jsonl``, open for more lines. What a full disk does not take is kept, and written with a later line."""
+def _drop_later(path: Path, last_step: int) -> None:
+    """Of a ``metrics.jsonl``, so that it holds each step once."""
+    records = read_records(path)
+    kept = [record for record in records if record["step"] <= last_step]
+    if len(kept) < len(records):
+        note(f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again")
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def __init__(self, path: Path, last_step: int) -> None:
+
+class _Lines:
+    """A file of JSON lines, open for more. What a full disk does not take is kept, and written with a later line."""
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        records = read_records(path)
-        kept = [record for record in records if record["step"] <= last_step]
-        if len(kept) < len(records):
-            note(
-                f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again"
-            )
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("ab", buffering=0)
         self._waiting, self._failed = b"", False
 
@@ -144,7 +188,7 @@ class _Lines:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+    """The records of a ``metrics.jsonl``, or of an ``events.jsonl``; a last line cut short by a kill is left out.
 
     Raises:
         ConfigError: naming the first line that is none.
@@ -157,7 +201,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 record = json.loads(line)
                 records.append({"step": int(record["step"]), **record})
             except (ValueError, TypeError, KeyError) as error:
-                raise ConfigError(f"{path}:{number}: not a record of a run's metrics; move the file away") from error
+                raise ConfigError(f"{path}:{number}: not a record of a run; move the file away") from error
     return records
 
 
@@ -207,3 +251,12 @@ def _start_wandb(config: LoggingConfig, run_dir: Path, run_config: Mapping[str, 
     run.define_metric("*", step_metric="step")  # a resumed run logs the steps after its checkpoint again
     replace_text(id_file, run.id)
     return run
+
+
+def _start_tensorboard(run_dir: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        told = "logging.tensorboard=True: tensorboard is not installed (pip install minimax_train[tensorboard])"
+        raise ConfigError(told) from error
+    return SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step + 1)  # later steps are taken again

@@ -39,28 +39,28 @@ class ModelLoss(NamedTuple):
         token_losses_T: its summands, without gradient; with tensor parallelism, this rank's part of each.
         aux_loss: load-balancing loss summed over layers and packed sequences, before its coefficient, scalar; 0 where
             that is.
-        entropy: of the router's probabilities in nats, summed over tokens and layers, scalar.
-        tokens_per_expert_LE: assignments to each expert in each layer that ran, int64.
-        dropped: assignments over capacity in all layers, int64 scalar.
+        entropy_L: of each router's probabilities in nats, summed over tokens; of the layers that ran, as the following.
+        tokens_per_expert_LE: assignments to each expert in each layer, int64.
+        dropped_L: assignments over capacity in each layer, int64.
     """
 
     token_loss: Tensor
     token_losses_T: Tensor
     aux_loss: Tensor
-    entropy: Tensor
+    entropy_L: Tensor
     tokens_per_expert_LE: Tensor
-    dropped: Tensor
+    dropped_L: Tensor
 
 
 class StageOutput(NamedTuple):
     """What a part of the model that is not its last hands on, and sums over this rank's tokens as in
-    :class:`ModelLoss`; ``tokens_per_expert_LE`` of the part's own layers, in their order."""
+    :class:`ModelLoss`, of the part's own layers, in their order."""
 
     x_TD: Tensor
     aux_loss: Tensor
-    entropy: Tensor
+    entropy_L: Tensor
     tokens_per_expert_LE: Tensor
-    dropped: Tensor
+    dropped_L: Tensor
 
 
 class ModelPart(NamedTuple):
@@ -195,9 +195,9 @@ class HybridModel(nn.Module):
             reports.append(report)
         routing = {
             "aux_loss": torch.stack([report.aux_loss for report in reports]).sum(),
-            "entropy": torch.stack([report.entropy for report in reports]).sum(),
+            "entropy_L": torch.stack([report.entropy for report in reports]),
             "tokens_per_expert_LE": torch.stack([report.tokens_per_expert_E for report in reports]),
-            "dropped": torch.stack([report.dropped for report in reports]).sum(),
+            "dropped_L": torch.stack([report.dropped for report in reports]),
         }
         assert x_TD is not None
         if not is_last:

@@ -56,8 +56,8 @@ class StageConfig:
         late_weight: share of ``recipe.late_source`` that is added to the mixture in the last part of the stage, where
             the other sources share what is left.
         late_part: which part of the stage that is, counted from its end.
-        parallel: sizes of the process grid, as in ``parallel``: pp, tp, cp, ep, etp. Where they differ from those of the
-            stage before, the run saves and ends, and the next start goes on with these.
+        parallel: sizes of the process grid, as in ``parallel``: pp, tp, cp, ep, etp. Where they differ from those of
+            the stage before, the run saves and ends, and the next start goes on with these.
     """
 
     steps: Annotated[int | None, Range(1, _MOST_STEPS, null="tokens or epochs")] = None

@@ -161,7 +161,14 @@ class Recipe:
 
     def total_steps(self, progress: Progress, state: Mapping[str, Any]) -> int:
         """Of the whole run, those taken included; the batch as often doubled as now."""
-        return max((piece.end[0] for piece in self.pieces(progress, state)), default=progress.step)
+        return self.end(progress, state)[0]
+
+    def end(self, progress: Progress, state: Mapping[str, Any]) -> tuple[int, int]:
+        """Steps taken and tokens trained on when the run is over; the batch as often doubled as now."""
+        end = progress.step, progress.tokens
+        for piece in self.pieces(progress, state):
+            end = piece.end
+        return end
 
     def samples(self, per_piece: int = 40, state: Mapping[str, Any] | None = None) -> Iterator[tuple[int, StepPlan]]:
         """The run in some steps, for a picture: the tokens before each, and its plan.

@@ -340,6 +340,7 @@ def test_weights_and_biases_is_told_how_the_run_ended(tmp_path, more, status):
             id="1",
             define_metric=lambda *a, **k: None,
             log=lambda values: None,
+            alert=lambda **k: (tmp_path / "alert").write_text(k["title"]),
             finish=lambda exit_code: (tmp_path / "told").write_text(str(exit_code)),
         )
         sys.modules["wandb"] = types.SimpleNamespace(init=lambda **k: ended, Error=OSError)
@@ -353,3 +354,4 @@ def test_weights_and_biases_is_told_how_the_run_ended(tmp_path, more, status):
     result = minimax_train(tmp_path, *given, prepare=prepare)
     assert result.status == status, result
     assert (tmp_path / "told").read_text() == str(status)
+    assert (tmp_path / "alert").exists() == (status != 0)

@@ -178,6 +178,11 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "checkpoint.initial_weights_strict": ["true", "false"],
     "checkpoint.resume": ["auto", "never"],
     "logging.interval": ["1", "2", "5"],
+    "logging.norms": ["0", "1", "3"],
+    "logging.per_layer": ["true", "false"],
+    "logging.profile_steps": ["[]", "[1]", "[2,3]"],
+    "logging.profile_ranks": ["[0]", "[0,1]"],
+    "logging.tensorboard": ["true", "false"],
     "logging.expert_load": ["true", "false"],
     "seed": ["0", "1", "12345"],
 }

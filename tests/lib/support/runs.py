@@ -131,6 +131,9 @@ def gradients_of_a_step(trainer) -> tuple[dict[str, float], float]:
     totals = trainer.engine.totals(trainer.engine.run(trainer.next_batches(plan), plan))
     gradients = gradients_of(trainer).values()
     sums = {name: float(value) for name, value in totals._asdict().items() if value.dim() == 0}
+    sums["dropped"] = float(totals.dropped_L.sum())
+    for name in ("entropy_L", "dropped_L"):
+        sums |= {f"{name}/{i}": float(value) for i, value in enumerate(getattr(totals, name))}
     sums |= {f"loss_by_origin/{i}": float(loss) for i, loss in enumerate(totals.loss_by_origin_O)}
     sums |= {f"tokens_per_expert/{i}": float(n) for i, n in enumerate(totals.tokens_per_expert_LE.flatten())}
     return sums, float(sum(gradient.double().square().sum() for gradient in gradients)) ** 0.5

@@ -66,9 +66,11 @@ def _steps_without_waiting(grid, config):
     batches = trainer.next_batches(trainer.plan())
     for _ in range(3):  # kernels compile, buffers are made, graphs are captured
         trainer.engine.run(batches, trainer.plan())
+        trainer.engine.norms()
         trainer.engine.step(1e-3)
     torch.cuda.set_sync_debug_mode("error")
     trainer.engine.run(batches, trainer.plan())
+    trainer.engine.norms()
     trainer.engine.step(1e-3)
     torch.cuda.set_sync_debug_mode("default")
     trainer.loader.close()

@@ -26,7 +26,7 @@ def test_gpu_graph_of_the_model(recomputation):
         loss = model(tokens_T, documents, labels_T, num_sequences=2)
         total = loss.token_loss + 0.01 * loss.aux_loss
         gradients = torch.autograd.grad(total, list(model.parameters()))
-        counts = (loss.tokens_per_expert_LE.float(), loss.dropped.float())
+        counts = (loss.tokens_per_expert_LE.float(), loss.dropped_L.float())
         return [loss.token_loss.detach(), loss.aux_loss.detach(), *counts, *gradients]
 
     halves = [[1000, 1000], [1, 999, 300, 63, 64, 573], [500] * 4]

@@ -1,6 +1,8 @@
 """A rank that dies or stands still ends the run within the configured time, and is named, with the stacks of all."""
 
+import json
 import os
+import pickle
 import time
 from functools import partial
 
@@ -59,7 +61,7 @@ def test_what_the_run_can_go_on_from_is_told(drills):
 @pytest.mark.parametrize("name", ["killed", "stopped", "first_stopped", "slowed"])
 def test_stacks_are_written(drills, name):
     folder, told = drills[name]
-    found = {path.name: path.read_text() for path in folder.glob("run/stacks/*/*")}
+    found = {path.name: path.read_text() for path in folder.glob("run/stacks/*/*.txt")}
     line = next(line for line in told.lines if "error: " in line)
     assert str(next(folder.glob("run/stacks/*"))) in line
     dead, stopped = {"killed": ("rank-1.txt", ""), "slowed": ("", "")}.get(name, ("", "stopped"))
@@ -72,6 +74,15 @@ def test_stacks_are_written(drills, name):
             assert "train_step" in found.get(file, "train_step")
         else:
             assert "train_step" in found[file]
+
+
+def test_the_last_collectives_and_an_event_are_kept(drills):
+    folder, told = drills["killed"]  # rank 1
+    (record,) = folder.glob("run/stacks/*/collectives/*")
+    entries = pickle.loads(record.read_bytes())["entries"]
+    assert record.name == "rank_0" and any("all_reduce" in entry["profiling_name"] for entry in entries)
+    event = json.loads((folder / "run/events.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "stall" and event["text"] in next(line for line in told.lines if "error: " in line)
 
 
 def test_without_py_spy(tmp_path, monkeypatch):
