@@ -7,6 +7,9 @@ or ``parallel``, and every module's import path is a file path.
 
 from setuptools import find_packages, setup
 
+# engine=deepspeed uses classes below deepspeed.initialize.
+_DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
+
 setup(
     name="minimax-train",
     version="0.1.0",
@@ -40,6 +43,7 @@ setup(
         ],
         "debug": ["py-spy>=0.4"],
         "tensorboard": ["tensorboard>=2.18"],
+        "deepspeed": [_DEEPSPEED],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": [
             "pytest>=8",
@@ -50,6 +54,7 @@ setup(
             "s3fs",  # each release goes with the fsspec of its number
             "moto[server]>=5",
             "tensorboard>=2.18",
+            _DEEPSPEED,
         ],
         "lint": ["ruff>=0.9", "pyrefly>=1.4", "pre-commit>=4"],
     },

@@ -26,7 +26,7 @@ from minimax_train.model import KernelConfig, ModelConfig
 from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
-from minimax_train.parallel.grid import check_sizes, divisors, nearest_divisors
+from minimax_train.parallel.grid import GridSizes, check_sizes, divisors, nearest_divisors
 from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
 from minimax_train.recipe.config import RENAMED_RECOMPUTATIONS
@@ -256,6 +256,7 @@ class Config:
         for rank in self.logging.profile_ranks:
             accepted = f"must be a rank of the run, from 0 to {world_size - 1}"
             require(int(rank) < world_size, "logging.profile_ranks", rank, accepted)
+        self.engine.check_run(self, GridSizes(world_size, **parallel.sizes))
         dp = world_size // (parallel.pp * parallel.cp * parallel.tp)
         ranks = f"{dp} data-parallel ranks"
         for stage, batch in Recipe(self).batches():

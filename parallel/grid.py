@@ -53,6 +53,7 @@ class ProcessGrid:
     dense: DeviceMesh
     expert: DeviceMesh
     joined: dict[str, DeviceMesh]
+    timeout: timedelta
 
     @classmethod
     def create(
@@ -84,7 +85,7 @@ class ProcessGrid:
             joined |= {name: dense[axes]._flatten(name) for name, axes in OVER_STAGES.items()}
         else:
             joined |= {SAME_SEQUENCES: joined["cp_tp"], WORLD: joined["dp_cp_tp"]}
-        grid = cls(dense, expert, joined)
+        grid = cls(dense, expert, joined, timeout)
         # Groups made out of the default one do not take its timeout over.
         for axis in (*DENSE, *EXPERT, *joined):
             _set_pg_timeout(timeout, grid.group(axis))
@@ -99,6 +100,15 @@ class ProcessGrid:
         if axes[0] in self.joined:
             return self.joined[axes[0]]
         return (self.dense if axes[0] in DENSE else self.expert)[axes]
+
+    def blocks(self, axis: str, size: int) -> DeviceMesh:
+        """The ranks of an axis in two dimensions: blocks of so many neighbours, and the place within a block. It makes
+        process groups: all ranks together."""
+        mesh = self.mesh(axis)
+        mesh = mesh._unflatten(0, (mesh.size() // size, size), (f"{axis}_blocks", f"{axis}_in_block"))
+        for dim in range(2):
+            _set_pg_timeout(self.timeout, mesh.get_group(dim))
+        return mesh
 
     def layout(self, *axes: str, factors: tuple[int, ...] = ()) -> DeviceMesh:
         """The ranks that differ from this one on the given axes, those of one side or joined ones, in that order: where

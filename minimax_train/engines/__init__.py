@@ -1,9 +1,10 @@
 """Engines: who owns data parallelism and the optimizer. ``engine=`` chooses one from this table."""
 
+from minimax_train.engines.deepspeed import DeepSpeedEngine
 from minimax_train.engines.engine import Engine, EngineConfig, StepReport, StepSums
 from minimax_train.engines.fsdp import FSDPEngine
 from minimax_train.engines.zero1 import Zero1Engine
 
 __all__ = ["ENGINES", "Engine", "EngineConfig", "StepReport", "StepSums"]
 
-ENGINES: dict[str, type[Engine]] = {"fsdp": FSDPEngine, "zero1": Zero1Engine}
+ENGINES: dict[str, type[Engine]] = {"deepspeed": DeepSpeedEngine, "fsdp": FSDPEngine, "zero1": Zero1Engine}

@@ -21,6 +21,7 @@ from minimax_train.engines.recomputation import Recomputation
 from minimax_train.engines.stages import Stages
 from minimax_train.metrics.norms import squares_by_group
 from minimax_train.model import HybridModel, ModelLoss, StageOutput
+from minimax_train.model.sharding import parameter_layouts
 from minimax_train.parallel.grid import SAME_SEQUENCES, WORLD, ProcessGrid
 from minimax_train.phases import Phases
 from minimax_train.recipe import StepPlan
@@ -68,6 +69,7 @@ class AutogradEngine(Engine):
         self, model: HybridModel, config: Config, grid: ProcessGrid, device: torch.device, phases: Phases
     ) -> None:
         self.model, self.config, self.grid, self.device, self.phases = model, config, grid, device, phases
+        self.layouts = parameter_layouts(model)
         self.parameters: dict[str, nn.Parameter] = {}
         self.notes: list[str] = []
         self._stages: Stages | None = None  # of a subclass that can run them, where there are several
@@ -227,10 +229,14 @@ class AutogradEngine(Engine):
         """Those of the last :meth:`run`, summed over ranks, by parameter name, as weights are in :meth:`snapshot`."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
-    def _memory(self) -> dict[str, float]:
+    def figures(self, plan: StepPlan) -> dict[str, float]:
+        micro_batches = plan.micro_batches(self.grid.size("dp"))
+        step = self.data_parallelism(self.config, self.layouts, self.grid, self.device.type, micro_batches)
+        found = {"data_parallel_gib": sum(each.times * each.num_bytes for each in step.transfers) / 2**30}
         if self.device.type != "cuda":
-            return {}
+            return found
         return {
+            **found,
             "memory_gib": torch.cuda.memory_allocated() / 2**30,
             "reserved_memory_gib": torch.cuda.memory_reserved() / 2**30,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,

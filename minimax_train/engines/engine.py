@@ -50,6 +50,13 @@ class EngineConfig:
         check_fields("engine", self)
         require_choice("engine.precision", self.precision, ("auto", *PRECISIONS))
 
+    def check_run(self, config: Config, grid: AxisSizes) -> None:
+        """Refuse a run that the engine cannot make, before anything starts.
+
+        Raises:
+            ConfigError: naming the key to change.
+        """
+
     def compute_dtype(self, device_type: str) -> torch.dtype:
         if self.precision == "auto":
             return torch.bfloat16 if device_type == "cuda" else torch.float32
@@ -96,6 +103,46 @@ class StepReport(NamedTuple):
     outlier: Tensor
 
 
+class Transfer(NamedTuple):
+    """What a rank receives for data parallelism, and from whom.
+
+    Attributes:
+        span: among how many consecutive ranks those are that take part.
+        times: how often in a step.
+        num_bytes: each time.
+    """
+
+    span: int
+    times: int
+    num_bytes: float
+
+
+class TransferSums:
+    """Transfers that belong together, summed over parameters."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple[int, int, str], float] = {}
+
+    def add(self, what: str, span: int, times: int, num_bytes: float) -> None:
+        key = span, times, what
+        self._bytes[key] = self._bytes.get(key, 0.0) + num_bytes
+
+    def all(self) -> list[Transfer]:
+        return [Transfer(span, times, size) for (span, times, _), size in self._bytes.items() if size]
+
+
+class DataParallelism(NamedTuple):
+    """What data parallelism and the optimizer's update take in a step, on a rank.
+
+    Attributes:
+        updated: elements that the rank's optimizer updates.
+        transfers: of weights and gradients.
+    """
+
+    updated: int
+    transfers: list[Transfer]
+
+
 class Engine(ABC):
     """A model in training.
 
@@ -111,6 +158,8 @@ class Engine(ABC):
     config_type: ClassVar[type[EngineConfig]]
     runs_stages: ClassVar[bool] = False
     """Whether it can run a model whose layers lie on several ranks (``parallel.pp``)."""
+    on_meta: ClassVar[bool] = True
+    """Whether it can be built on the meta device, to see what a rank would hold."""
     notes: list[str]
     """What the person watching should know of how it runs, until someone takes it out."""
 
@@ -130,6 +179,19 @@ class Engine(ABC):
         Args:
             layouts: of all parameters, by name.
         """
+
+    @classmethod
+    @abstractmethod
+    def data_parallelism(
+        cls,
+        config: Config,
+        layouts: Mapping[str, ParameterLayout],
+        grid: AxisSizes,
+        device_type: str,
+        micro_batches: int,
+    ) -> DataParallelism:
+        """What a step of so many micro-batches takes on a rank, for it and for the planner. Arguments as of
+        :meth:`memory`."""
 
     @abstractmethod
     def run(self, micro_batches: Sequence[MicroBatch], plan: StepPlan) -> StepSums:

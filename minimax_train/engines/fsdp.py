@@ -1,8 +1,15 @@
 """PyTorch FSDP2 shards parameters, gradients and AdamW's state.
 
-Each parameter is sharded over all ranks that hold the same part of it (:meth:`ParameterLayout.replicas`): what no axis
-splits over dp x cp x tp, what tp splits over dp x cp, experts over edp. So no rank holds anything twice, and every sum
-over a gradient's elements is the sum of all ranks' shards.
+Each parameter is sharded over the ranks that hold the same part of it (:meth:`ParameterLayout.replicas`): what no axis
+splits over dp x cp x tp, what tp splits over dp x cp, experts over edp. Hybrid sharding (``engine.shard_within=N``)
+shards it over those of them that are in one block of N consecutive ranks, such as a node, and replicates it between
+blocks. With 16 ranks, ep=4, N=8, rank 5 is one of these:
+
+    dense     shards over ranks 0 .. 7, copies of this rank's shard on 5 and 13
+    experts   shards over ranks 1 and 5, copies on 5 and 13
+
+Gradients are reduced and scattered within a block after every micro-batch, and summed over blocks after a step's last.
+A sum over a gradient's elements is that of all ranks' shards, each divided by its copies.
 """
 
 from __future__ import annotations
@@ -12,24 +19,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from minimax_train.data import MicroBatch
 from minimax_train.engines.autograd import AutogradEngine
-from minimax_train.engines.engine import EngineConfig, StepReport, StepSums
+from minimax_train.engines.engine import DataParallelism, EngineConfig, StepReport, StepSums, TransferSums
 from minimax_train.engines.stages import Stages
-from minimax_train.errors import require_choice
+from minimax_train.errors import require, require_choice
+from minimax_train.fields import Range
 from minimax_train.model import HybridModel, initialize
 from minimax_train.model.sharding import local, parameter_layouts
-from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid
+from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid, nearest_divisors
 from minimax_train.recipe import StepPlan
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
 
 
 @dataclass
@@ -40,9 +52,12 @@ class FSDPConfig(EngineConfig):
         reshard_after_forward: free each block's gathered weights after its forward pass and gather them again for its
             backward pass (ZeRO-3); false keeps them in between (ZeRO-2), with pipeline stages from a step's first
             micro-batch to its last. null is true without pipeline stages and false with them.
+        shard_within: shard parameters over so many consecutive ranks, such as a node's, and replicate them between
+            these blocks (hybrid sharding, HSDP); null shards over all ranks.
     """
 
     reshard_after_forward: bool | None = None
+    shard_within: Annotated[int | None, Range(1, 10**6)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +66,24 @@ class FSDPConfig(EngineConfig):
     def reshards(self, grid: AxisSizes) -> bool:
         """Whether gathered weights are freed between a forward pass and its backward pass."""
         return grid.size("pp") == 1 if self.reshard_after_forward is None else self.reshard_after_forward
+
+    def check_run(self, config: Config, grid: AxisSizes) -> None:
+        block, ranks = self.shard_within, grid.size("dp_cp_tp")
+        if block is None:
+            return
+        nearest = nearest_divisors(ranks, block)
+        accepted = f"must divide the {ranks} ranks that share parameters; the nearest that do are {nearest}"
+        require(ranks % block == 0, "engine.shard_within", block, accepted)
+        for axes in (("tp",), ("ep", "etp")):
+            apart = prod(map(grid.size, axes))
+            names = " x ".join(f"parallel.{axis}={grid.size(axis)}" for axis in axes)
+            accepted = f"must be a multiple of {names}, or divide it"
+            require(block % apart == 0 or apart % block == 0, "engine.shard_within", block, accepted)
+
+    def shards(self, axis: str, grid: AxisSizes) -> int:
+        """Over how many of the ranks of an axis parameters are sharded: those in one block. The others hold copies."""
+        apart = {"dp_cp": grid.size("tp"), "edp": grid.size("ep") * grid.size("etp")}.get(axis, 1)
+        return grid.size(axis) if self.shard_within is None else max(1, self.shard_within // apart)
 
 
 def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
@@ -64,10 +97,15 @@ def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     replicas = {name: layout.replicas(grid) for name, layout in parameter_layouts(model).items()}
 
+    meshes: dict[str, DeviceMesh] = {}
+    for axis in dict.fromkeys(replicas.values()):
+        shards = config.shards(axis, grid)
+        meshes[axis] = grid.mesh(axis) if shards == grid.size(axis) else grid.blocks(axis, shards)
+
     def apply(prefix: str, axis: str, *, reshard: bool) -> None:
-        part, place = model.get_submodule(prefix), partial(_placement, ranks=grid.size(axis))
+        part, place = model.get_submodule(prefix), partial(_placement, ranks=config.shards(axis, grid))
         module = fully_shard(
-            part, mesh=grid.mesh(axis), reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
+            part, mesh=meshes[axis], reshard_after_forward=reshard, mp_policy=policy, shard_placement_fn=place
         )
         # Losses are divided by the whole batch: gradients are sums.
         module.set_gradient_divide_factor(1.0)
@@ -111,9 +149,10 @@ class FSDPEngine(AutogradEngine):
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
-        layouts = parameter_layouts(model)
-        self._replicas = {name: grid.size(layout.replicas(grid)) for name, layout in layouts.items()}
-        self._reshards = config.engine.reshards(grid)
+        options: FSDPConfig = config.engine
+        self._reshards = options.reshards(grid)
+        axes = {name: layout.replicas(grid) for name, layout in self.layouts.items()}
+        self._copies = {name: grid.size(axis) // options.shards(axis, grid) for name, axis in axes.items()}
         shard(model, config.engine, grid)
         model.to_empty(device=device)
         initialize(model, config.seed)
@@ -129,7 +168,7 @@ class FSDPEngine(AutogradEngine):
         }
         if grid.size("pp") > 1:
             self._stages = Stages(self, self._before_last)
-        needed = self.memory(config, layouts, grid, device.type)
+        needed = self.memory(config, self.layouts, grid, device.type)
         self._choose_recomputation(sum(needed[what] for what in ("gradients", "gathered weights", "whole gradients")))
 
     @classmethod
@@ -140,7 +179,7 @@ class FSDPEngine(AutogradEngine):
         shards, whole = 0, dict.fromkeys(("", *(f"layers.{i}." for i in range(config.model.num_layers))), 0)
         for name, layout in layouts.items():
             elements = prod(layout.part(grid))
-            shards += -(-elements // grid.size(layout.replicas(grid)))
+            shards += -(-elements // options.shards(layout.replicas(grid), grid))
             block = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else ""
             whole[block] += elements
         root, largest = whole.pop(""), max(whole.values())
@@ -183,11 +222,17 @@ class FSDPEngine(AutogradEngine):
         sharded.set_reshard_after_backward(reshards)
         sharded.set_requires_gradient_sync(sums)
 
+    def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
+        if cast(FSDPConfig, self.config.engine).shard_within is not None:
+            self._root.set_requires_all_reduce(is_last)  # between blocks
+        super()._accumulate(batch, plan, is_first, is_last)
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepReport:
         with self.phases("optimizer"):
             gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-            norm = self._gradient_norm(x.double().square() for x in torch._foreach_norm(list(gradients.values())))
+            norms = zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True)
+            norm = self._gradient_norm(x.double().square() / self._copies[name] for name, x in norms)
             self._freeze_unless(norm.isfinite())
             if self.config.recipe.gradient_clip is not None:
                 scale = self._clip_factor(norm).to(next(iter(gradients.values())).dtype)
@@ -231,13 +276,22 @@ class FSDPEngine(AutogradEngine):
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing is left to do: a snapshot holds the tensors that training uses."""
 
-    def figures(self, plan: StepPlan) -> dict[str, float]:
-        compute = self.config.engine.compute_dtype(self.device.type).itemsize
-        micro_batches, received = plan.micro_batches(self.grid.size("dp")), 0
-        once = micro_batches if self._stages is None else 1
-        for name, parameter in self.parameters.items():
-            again = self._reshards and name.startswith("layers.")
-            others = local(parameter).numel() * (self._replicas[name] - 1)
-            gathers = 2 * micro_batches if again else once
-            received += others * (gathers * compute + once * parameter.dtype.itemsize)
-        return {"data_parallel_gib": received / 2**30, **self._memory()}
+    @classmethod
+    def data_parallelism(cls, config, layouts, grid, device_type, micro_batches) -> DataParallelism:
+        options: FSDPConfig = config.engine
+        compute = options.compute_dtype(device_type)
+        master = torch.promote_types(compute, torch.float32).itemsize
+        updated, world, transfers = 0, grid.size("dp_cp_tp"), TransferSums()
+        once = micro_batches if grid.size("pp") == 1 else 1  # with pipeline stages once for all micro-batches
+        for name, layout in layouts.items():
+            axis, elements = layout.replicas(grid), prod(layout.part(grid))
+            shards, size = options.shards(axis, grid), grid.size(axis)
+            part, span = -(-elements // shards), options.shard_within or world
+            gathers = 2 * micro_batches if options.reshards(grid) and name.startswith("layers.") else once
+            updated += part
+            transfers.add("weights", span, gathers, (shards - 1) * part * compute.itemsize)
+            transfers.add("gradients", span, once, (shards - 1) * part * master)
+            # An all-reduce between blocks: a reduce-scatter and an all-gather.
+            blocks = size // shards
+            transfers.add("gradients", world, 2, (blocks - 1) * part * master / blocks)
+        return DataParallelism(updated, transfers.all())

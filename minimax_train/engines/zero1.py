@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from minimax_train.capture import Recording
 from minimax_train.data import MicroBatch
 from minimax_train.engines.autograd import AutogradEngine
-from minimax_train.engines.engine import PRECISIONS, EngineConfig, StepReport
+from minimax_train.engines.engine import PRECISIONS, DataParallelism, EngineConfig, StepReport, TransferSums
 from minimax_train.engines.graphs import MicroBatchGraphs
 from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
-from minimax_train.model.sharding import Cut, ParameterLayout, local, parameter_layouts, set_parameter
+from minimax_train.model.sharding import Cut, ParameterLayout, local, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
 from minimax_train.parallel.grid import WORLD, ProcessGrid
 from minimax_train.recipe import StepPlan
@@ -180,7 +180,6 @@ class Zero1Engine(AutogradEngine):
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
         options: Zero1Config = config.engine
-        self.layouts = parameter_layouts(model)
         self._groups = _make_groups(model, self.layouts, options, grid, device)
         self._group_of = {name: group for group in self._groups.values() for name in group.shapes}
         self._is_sharded = any(group.ranks.size > 1 for group in self._groups.values())
@@ -241,6 +240,20 @@ class Zero1Engine(AutogradEngine):
                 bytes_of["master weights"] += part * master.itemsize
             largest = max(largest, prod(shape) * compute.itemsize)
         return bytes_of | {"one parameter's gradient": largest}
+
+    @classmethod
+    def data_parallelism(cls, config, layouts, grid, device_type, micro_batches) -> DataParallelism:
+        options: Zero1Config = config.engine
+        compute = options.compute_dtype(device_type)
+        master = torch.promote_types(compute, torch.float32)
+        updated, world, transfers = 0, grid.size("dp_cp_tp"), TransferSums()
+        for layout in layouts.values():
+            part = _aligned(prod(_shard_shape(layout.part(grid), layout.cut(grid))))
+            others = grid.size(layout.replicas(grid)) - 1
+            updated += part
+            transfers.add("gradients", world, 1, others * part * master.itemsize)
+            transfers.add("weights", world, 1, others * part * compute.itemsize)
+        return DataParallelism(updated, transfers.all())
 
     def _wait_before(self, module: nn.Module, prefix: str) -> None:
         """Wait for the weights whose names begin so when a module is called."""
@@ -364,13 +377,6 @@ class Zero1Engine(AutogradEngine):
         for group in self._groups.values():
             group.round_master()
         self._is_stale = True
-
-    def figures(self, plan: StepPlan) -> dict[str, float]:
-        received = 0
-        for group in self._groups.values():
-            others = (group.ranks.size - 1) * group.master.numel()
-            received += others * (group.gradients.element_size() + group.weights.element_size())
-        return {"data_parallel_gib": received / 2**30, **self._memory()}
 
 
 def _make_groups(

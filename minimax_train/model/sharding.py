@@ -92,6 +92,11 @@ class ParameterLayout:
             break
         return (ranks,)
 
+    def piece_shape(self, grid: AxisSizes) -> list[int]:
+        """Of one stretch of :meth:`cut`; its first rows where they are not the same number everywhere."""
+        part, cut = self.part(grid), self.cut(grid)
+        return [-(-size // ranks) for size, ranks in zip(part, (*cut, *[1] * len(part)), strict=False)]
+
     def shard(self, grid: ProcessGrid, part: Tensor) -> Tensor:
         """What is split further over :meth:`replicas`, as :meth:`cut` says.
 

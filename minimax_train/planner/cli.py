@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from minimax_train.config import Config, load_config
+from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError, require
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.metrics.flops import training_flops
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_is_given = any(text.lstrip("+").startswith(_BATCH) for text in overrides)
             proposed = propose(config, cluster, document_tokens, None if batch_is_given else _MICRO_BATCHES)
             plan = proposed[0]
-        built_s, built_bytes = dry_run(plan.config, world_size)
+        built = dry_run(plan.config, world_size) if ENGINES[config.engine.name].on_meta else None
     except ConfigError as error:
         to_stderr(f"error: {' '.join(str(error).split())}")
         return 2
@@ -74,10 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.write(json.dumps(_as_json(plan, proposed), indent=1) + "\n")
     else:
         lines = [*_proposals(proposed, config), *_report(plan, options.machine)]
-        lines.append(
-            f"{'built':14}rank 0 of {world_size:,} on the meta device in {built_s:.1f} s: "
-            f"{built_bytes / 2**30:.2f} GiB of weights, gradients and states"
-        )
+        if built is not None:
+            lines.append(
+                f"{'built':14}rank 0 of {world_size:,} on the meta device in {built[0]:.1f} s: "
+                f"{built[1] / 2**30:.2f} GiB of weights, gradients and states"
+            )
         output.write("\n".join(lines) + "\n")
     return 0 if plan.fits else 1
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from minimax_train.config import Config
+from minimax_train.engines import ENGINES
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.memory import RECOMPUTATIONS
@@ -94,19 +95,15 @@ def step_cost(
     passes = _passes(config.model, grid, tokens, recomputation, rates, document_tokens)
     compute = {what: seconds * micro_batches for what, seconds in passes.items()}
     held = sum(prod(layout.part(grid)) for layout in layouts.values())
-    shard = sum(prod(layout.part(grid)) / grid.size(layout.replicas(grid)) for layout in layouts.values())
+    of_engine = ENGINES[config.engine.name].data_parallelism(config, layouts, grid, "cuda", micro_batches)
     # The first micro-batch's gradients are copied to float32, the others' added.
     compute["sums of gradients"] = (6 + 10 * (micro_batches - 1)) * held / rates.copy_bytes_per_s
-    compute["optimizer"] = 34 * shard / rates.copy_bytes_per_s
+    compute["optimizer"] = 34 * of_engine.updated / rates.copy_bytes_per_s
     layers = _layer_traffic(config.model, grid, tokens, plan.micro_batch_size, recomputation, cluster)
     traffic = {axis: part * micro_batches for axis, part in layers.items()}
-    if received := held - shard:
-        line = cluster.link(grid.world_size).all_gather
-        # Weights in bfloat16, gradients in float32: once a step, or with FSDP in every pass of every micro-batch.
-        sharded = config.engine.name == "fsdp"
-        gathers, reductions = (2 * micro_batches, micro_batches) if sharded else (1, 1)
-        seconds = gathers * line.seconds(2 * received) + reductions * line.seconds(4 * received)
-        traffic["dp"] = Traffic((2 * gathers + 4 * reductions) * received, DATA_PARALLEL_SHARE * seconds)
+    for span, times, num_bytes in of_engine.transfers:
+        seconds = times * cluster.link(span).all_gather.seconds(num_bytes)
+        traffic["dp"] = traffic.get("dp", Traffic()) + Traffic(times * num_bytes, DATA_PARALLEL_SHARE * seconds)
     return StepCost(compute, traffic)
 
 

@@ -60,7 +60,7 @@ def _norms(grid, config):
 
 @pytest.mark.parametrize(
     ("engine", "world", "axes"),
-    [("zero1", 4, {"tp": 2, "ep": 2}), ("fsdp", 4, {"tp": 2, "ep": 2}), ("zero1", 1, {})],
+    [("zero1", 2, {"tp": 2, "ep": 2}), ("fsdp", 2, {"ep": 2})],
     ids=str,
 )
 def test_norms_by_group_are_those_of_the_whole_tensors(tmp_path, engine, world, axes):
@@ -155,8 +155,13 @@ def test_traces_are_of_the_chosen_steps_and_ranks(run_of_three):
     paths = sorted((run_of_three / "traces").iterdir())
     assert [path.name for path in paths] == [f"step-00000002-rank-{rank}.json.gz" for rank in (0, 2)]
     for path in paths:
+<<<<<<< ours
         trace = gzip.decompress(path.read_bytes()).decode().strip()
         assert trace.startswith("{") and trace.endswith("}")  # reading all of it takes seconds
+=======
+        trace = gzip.decompress(path.read_bytes()).decode()
+        assert trace.strip()[0] == "{" and trace.strip()[-1] == "}"  # to parse all of it takes seconds
+>>>>>>> theirs
         for name in ("data", "forward", "backward", "norms", "optimizer", "aten::mm"):
             assert f'"name": "{name}"' in trace, name
 

@@ -1,4 +1,4 @@
-"""Twelve process grids of up to 8 ranks, with both engines: any goes on from the checkpoint of any other.
+"""Process grids of up to 8 ranks, with several engines: any goes on from the checkpoint of any other.
 
     PYTHONPATH=tests/lib python tests/lib/support/any_grid.py [--pairs 20] [--steps 10] [--seed 1]
 
@@ -38,7 +38,7 @@ Numbers = list[tuple[float, float]]  # loss and gradient norm by step
 
 
 class Grid(NamedTuple):
-    """How many ranks, which engine, and sizes of the axes."""
+    """How many ranks, which engine and its options, and sizes of the axes."""
 
     ranks: int
     engine: str
@@ -54,7 +54,7 @@ GRIDS = (
     Grid(8, "fsdp", {"tp": 4, "ep": 2, "etp": 2}),
     Grid(2, "fsdp", {}),
     Grid(8, "zero1", {"tp": 2, "cp": 2, "ep": 4}),
-    Grid(4, "fsdp", {"cp": 2, "ep": 2, "etp": 2}),
+    Grid(4, "fsdp engine.shard_within=2", {"cp": 2, "ep": 2, "etp": 2}),
     Grid(4, "zero1", {"ep": 4}),
     Grid(8, "zero1", {"cp": 4, "etp": 4}),
     Grid(4, "zero1", {"tp": 2, "cp": 2, "etp": 2}),
@@ -95,7 +95,12 @@ def _continue(work: Work) -> Numbers:
 
 def _config(folder: Path, run: Path, grid: Grid, steps: int) -> Config:
     more = [*DIVISIBLE, "model.num_layers=2", "model.layer_pattern=LS", "model.aux_loss_coefficient=0.1"]
-    more += ["engine.precision=float64", "checkpoint.interval=1000", "checkpoint.resume=auto", f"engine={grid.engine}"]
+    more += [
+        "engine.precision=float64",
+        "checkpoint.interval=1000",
+        "checkpoint.resume=auto",
+        *f"engine={grid.engine}".split(),
+    ]
     more += ["recipe.eval_interval=0", f"recipe.steps={BEFORE + steps + 2}"]
     sizes = [f"parallel.{axis}={size}" for axis, size in grid.sizes.items()]
     config = tiny_run(folder, *more, *sizes, f"run_dir={run}")

@@ -136,6 +136,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "parallel.pp_schedule": ["1f1b", "interleaved_1f1b"],
     "parallel.pp_layers": ["[]", "[]", "[1,1]", "[1,2]"],
     "engine.reshard_after_forward": ["true", "false", "null"],
+    "engine.shard_within": ["null", "1", "2"],
     "engine.precision": ["auto", "float32", "bfloat16", "float64"],
     "recipe.steps": ["1", "2", "3", "null"],
     "recipe.global_batch_size": ["1", "2", "3", "4", "null"],

@@ -35,12 +35,20 @@ def expected(tmp_path_factory):
 # Grids of zero1 against one rank: test_grids.py.
 @pytest.mark.parametrize(
     ("engine", "world", "axes"),
-    [("zero1", 1, {}), ("zero1", 3, {}), ("fsdp", 3, {}), ("fsdp", 4, {"tp": 2, "ep": 2})],
+    [
+        (["engine=zero1"], 1, {}),
+        (["engine=zero1"], 3, {}),
+        (["engine=fsdp"], 3, {}),
+        (["engine=fsdp"], 4, {"tp": 2, "ep": 2}),
+        # Experts are whole in blocks of 2 ranks, and in two shards in blocks of 4.
+        (["engine=fsdp", "engine.shard_within=2"], 4, {"ep": 2}),
+        (["engine=fsdp", "engine.shard_within=4"], 8, {"tp": 2, "cp": 2, "ep": 2}),
+    ],
     ids=str,
 )
 def test_updates_equal_those_of_fsdp_on_one_rank(expected, tmp_path, engine, world, axes):
     sizes = (f"parallel.{axis}={size}" for axis, size in axes.items())
-    config = tiny_run(tmp_path, *SIZES, *STEP, f"engine={engine}", *sizes)
+    config = tiny_run(tmp_path, *SIZES, *STEP, *engine, *sizes)
     config.check_world_size(world)
     for found, held_out, weights, moments in run_ranks(_two_steps, world, config, **axes):
         assert found == [pytest.approx(step, rel=1e-10) for step in expected[0]]

@@ -1,10 +1,18 @@
 """What the FSDP engine says of itself, and that a step of it never makes the host wait for a GPU."""
 
+from math import prod
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from minimax_train.engines import ENGINES
+from minimax_train.errors import ConfigError
+from minimax_train.parallel.cost import Machine
+from minimax_train.parallel.grid import GridSizes
+from minimax_train.planner.machine import MACHINES
+from minimax_train.planner.plan import Cluster, layouts_of, plan_run
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
@@ -59,6 +67,46 @@ def test_bytes_of_data_parallelism(tmp_path, reshard, gathers):
         inside = 3 * lightning + softmax + 4 * rest  # LLSL
         received = (outside * (4 + 4) + inside * (4 * gathers + 4)) / 2 * 2  # two micro-batches of one sequence
         assert figures["data_parallel_gib"] == pytest.approx(received / 2**30)
+
+
+def test_hybrid_sharding_sends_little_between_blocks(tmp_path):
+    """16 ranks, ep=4, blocks of 8: dense parameters in 8 shards, a rank's experts in 2, two copies of each."""
+    options = ["engine.shard_within=8", "engine.reshard_after_forward=false", "parallel.ep=4", "data.num_streams=16"]
+    options.append("recipe.global_batch_size=48")
+    config = tiny_run(tmp_path, *SIZES, *options)
+    config.check_world_size(16)
+    layouts, grid, engine = layouts_of(config), GridSizes(16, ep=4), ENGINES["fsdp"]
+    experts = sum(prod(layout.shape) for name, layout in layouts.items() if "experts.mlp" in name)
+    dense = sum(prod(layout.shape) for layout in layouts.values()) - experts
+    step = engine.data_parallelism(config, layouts, grid, "cpu", 3)
+    received = {8: 0.0, 16: 0.0}
+    for each in step.transfers:
+        received[each.span] += each.times * each.num_bytes
+    assert received[8] == pytest.approx(3 * 2 * 4 * (dense * 7 / 8 + experts / 4 / 2), rel=0.01)
+    assert received[16] == pytest.approx(4 * (dense / 8 + experts / 8), rel=0.01)
+    assert step.updated == pytest.approx(dense / 8 + experts / 8, rel=0.01)
+    assert engine.memory(config, layouts, grid, "cpu")["moments"] == 2 * 4 * step.updated
+    network, large = (
+        Cluster(16, MACHINES["h100"], Machine(gpus_per_node=8)),
+        [*SIZES, *options, "model.hidden_size=2000"],
+    )
+    hybrid, whole = (
+        plan_run(tiny_run(tmp_path, *large, f"engine.shard_within={block}"), network, 50).cost.traffic["dp"]
+        for block in (8, "null")
+    )
+    assert hybrid.seconds < 0.5 * whole.seconds
+
+
+def test_blocks_that_cannot_be(tmp_path):
+    for options, said in [
+        (["engine.shard_within=3"], "engine.shard_within=3: must divide the 8 ranks .* are 2 or 4"),
+        (["engine.shard_within=16"], "engine.shard_within=16: must divide the 8 ranks"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            tiny_run(tmp_path, *SIZES, *options, "data.num_streams=8").check_world_size(8)
+    config = tiny_run(tmp_path, *SIZES, "engine.shard_within=4", "parallel.etp=6", "data.num_streams=12")
+    with pytest.raises(ConfigError, match=r"must be a multiple of parallel\.ep=1 x parallel\.etp=6, or divide it"):
+        config.check_world_size(12)
 
 
 def _steps_without_waiting(grid, config):

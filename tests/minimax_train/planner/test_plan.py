@@ -34,6 +34,7 @@ def _held(grid, config):
         (4, {"tp": 2, "ep": 4}, ["engine=zero1", "engine.precision=bfloat16", "engine.moments=bfloat16"]),
         (4, {"cp": 2, "etp": 2}, ["engine=zero1", "engine.precision=bfloat16"]),
         (3, {}, ["engine=fsdp"]),
+        (4, {"ep": 2}, ["engine=fsdp", "engine.shard_within=2"]),
     ],
     ids=str,
 )
@@ -100,6 +101,8 @@ def test_the_command(capsys):
     assert main([*tiny, "world_size=4", "parallel.tp=2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parallel"]["tp"] == 2 and told["proposals"] == [] and told["traffic"]["tp"]["num_bytes"] > 0
+    assert main([*tiny, "world_size=2", "parallel.ep=2", "engine=deepspeed"]) == 0
+    assert "engine=deepspeed" in (out := capsys.readouterr().out) and "built" not in out
     assert main(["model=proxy", "recipe.micro_batch_size=1", "recipe.global_batch_size=1"]) == 1
     assert "does not fit" in capsys.readouterr().out
 

@@ -71,8 +71,10 @@ def test_continuing_on_another_number_of_ranks(tmp_path):
     """With a vocabulary that no number of ranks divides."""
     more = ("checkpoint.interval=100", "checkpoint.resume=auto", "engine.precision=float64", "model.vocab_size=307")
     right = run_ranks(_train, 1, tiny_run(tmp_path / "whole", *more))[0]
-    for ranks, engine, stop_after in (4, "zero1", 2), (2, "fsdp", 4), (4, "fsdp", 5), (2, "zero1", None):
-        weights = run_ranks(_train, ranks, tiny_run(tmp_path / "parts", *more, f"engine={engine}"), stop_after)[0]
+    hybrid = "fsdp", "engine.shard_within=2"
+    for ranks, engine, stop_after in (4, ["zero1"], 2), (2, ["fsdp"], 4), (4, hybrid, 5), (2, ["zero1"], None):
+        config = tiny_run(tmp_path / "parts", *more, f"engine={engine[0]}", *engine[1:])
+        weights = run_ranks(_train, ranks, config, stop_after)[0]
     for name, weight in weights.items():
         torch.testing.assert_close(weight, right[name], rtol=1e-9, atol=1e-11)
 

@@ -1,0 +1,107 @@
+"""``engine=deepspeed`` against ``engine=zero1`` on one rank: grids, bfloat16, and states in host memory."""
+
+import pytest
+import torch
+
+from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.trainer import Trainer
+from support.compare import relative_error
+from support.distributed import TIMEOUT, run_ranks
+from support.runs import DIVISIBLE, ON_GPU, tiny_run, weights_of
+
+SIZES = [*DIVISIBLE, "model.num_layers=2", "model.layer_pattern=LS", "model.aux_loss_coefficient=0.5"]
+SIZES += ["recipe.global_batch_size=8", "recipe.micro_batch_size=1", "data.num_streams=4", "recipe.gradient_clip=0.5"]
+OFFLOAD = "engine.offload_optimizer=true"
+
+
+class NaiveCPUAdam(torch.optim.Optimizer):
+    """AdamW in place of DeepSpeed's, which takes minutes to compile."""
+
+    def __init__(self, groups, lr, betas, eps):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, (beta1, beta2) = self.state[p], group["betas"]
+                state["step"] += 1
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+                m, v = (
+                    state["exp_avg"] / (1 - beta1 ** state["step"]),
+                    state["exp_avg_sq"] / (1 - beta2 ** state["step"]),
+                )
+                p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+
+
+def _two_steps(_, configs, device="cpu"):
+    """Of each: losses and gradient norms; weights; figures."""
+    found = []
+    for config in configs:
+        grid = ProcessGrid.create(device, TIMEOUT, **config.parallel.sizes)
+        trainer = Trainer(config, grid, torch.device(device, torch.cuda.current_device() if device == "cuda" else None))
+        taken = [trainer.metrics(trainer.train_step()) for _ in range(2)]
+        numbers = [step[key] for step in taken for key in ("loss", "grad_norm")]
+        found.append((numbers, weights_of(trainer), taken[-1]))
+        trainer.loader.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """By precision."""
+    names = ("float32", "bfloat16")
+    folder = tmp_path_factory.mktemp("one")
+    configs = [tiny_run(folder / n, *SIZES, "engine=zero1", f"engine.precision={n}") for n in names]
+    return dict(zip(names, run_ranks(_two_steps, 1, configs)[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, [["bfloat16", "engine.stage=1"], ["bfloat16", "engine.stage=2"], ["bfloat16", "engine.stage=2", OFFLOAD]]),
+        (2, [["float32", "engine.stage=1", OFFLOAD, "parallel.ep=2"]]),
+        (
+            4,
+            [
+                ["float32", "engine.stage=1", "parallel.tp=2", "parallel.ep=2"],
+                ["float32", "engine.stage=2", "parallel.tp=2", "parallel.ep=2"],
+                ["float32", "engine.stage=0", "parallel.cp=2", "parallel.etp=2"],
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_one_rank(right, tmp_path, monkeypatch, world, cases):
+    configs = []
+    for i, (precision, *options) in enumerate(cases):
+        options += ["engine=deepspeed", f"engine.precision={precision}"]
+        configs.append(tiny_run(tmp_path / str(i), *SIZES, *options))
+        configs[-1].check_world_size(world)
+    # Only now, when the check of the configuration has told DeepSpeed that this is a CPU.
+    monkeypatch.setattr("minimax_train.engines.deepspeed_zero.DeepSpeedCPUAdam", NaiveCPUAdam)
+    for results in run_ranks(_two_steps, world, configs):
+        for (precision, *_), (numbers, weights, _) in zip(cases, results, strict=True):
+            expected_numbers, expected, _ = right[precision]
+            assert numbers == pytest.approx(expected_numbers, rel=1e-5)
+            for name, weight in weights.items():
+                assert relative_error(weight, expected[name]) < 1e-4, name
+
+
+@pytest.mark.gpu
+def test_states_in_host_memory(tmp_path):
+    """With DeepSpeedCPUAdam itself: the steps are those without, and the GPU holds less."""
+    shared = [*SIZES, *ON_GPU, "engine=deepspeed", "engine.precision=bfloat16"]
+    found = []
+    for name, more in (("host", [OFFLOAD]), ("gpu", [])):
+        config = tiny_run(tmp_path / name, *shared, *more)
+        config.check_world_size(1)
+        ranks = run_ranks(_two_steps, 1, [config], "cuda", device="cuda", start="spawn", timeout_s=600)
+        found.append(ranks[0][0])
+    (numbers, weights, metrics), on_gpu = found
+    assert numbers == pytest.approx(on_gpu[0], rel=1e-3)
+    for name, weight in weights.items():
+        assert relative_error(weight, on_gpu[1][name]) < 1e-3, name
+    assert metrics["peak_memory_gib"] < on_gpu[2]["peak_memory_gib"]
