@@ -1,4 +1,5 @@
-"""``minimax-launch local|slurm [options] -- [overrides]``: start a run here, or as a job of Slurm."""
+"""``minimax-launch local|slurm|preflight [options] -- [overrides]``: start a run here or as a job of Slurm, or look
+whether the machines are fit for it."""
 
 from __future__ import annotations
 
@@ -10,29 +11,33 @@ from pathlib import Path
 from typing import NoReturn
 
 from minimax_train.errors import ConfigError
-from minimax_train.launch import slurm
+from minimax_train.launch import preflight, slurm
+from minimax_train.launch.options import read_overrides
 
 LOCAL = """usage: minimax-launch local [options of torchrun --] [overrides]
 
 Start a run on this machine with torchrun, one process per visible GPU (one where there is none), which continues from
 the newest checkpoint in run_dir if there is one. What comes before `--` goes to torchrun: --max-restarts=3 starts all
-processes again when one has failed."""
+processes again when one has failed. --preflight has the machine look at itself first: unfit, it starts nothing."""
+PREFLIGHT = "--preflight"
 SCRIPT = Path(__file__).with_name("torchrun.sh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Console script. Exit status: of ``local`` torchrun's; of ``slurm`` 0, 1 where Slurm refuses the job, 2 for
-    options or a configuration that cannot run."""
+    """Console script. Exit status: of ``local`` torchrun's; of ``slurm`` 0, 1 where Slurm refuses the job; of
+    ``preflight`` 0, 1 where a node is unfit; 2 for options or a configuration that cannot run."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser("minimax-launch", description="Start a run.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("local", help="on this machine, with torchrun", add_help=False)
     slurm.add_options(commands.add_parser("slurm", help="as a job of Slurm", allow_abbrev=False))
-    if given[:1] == ["local"]:
-        return _local(given[1:])
-    own, overrides = _split(given)
+    preflight.add_options(commands.add_parser("preflight", help="look at the machines", allow_abbrev=False))
     try:
-        return slurm.launch(parser.parse_args(own), overrides)
+        if given[:1] == ["local"]:
+            return _local(given[1:])
+        own, overrides = _split(given)
+        options = parser.parse_args(own)
+        return {"slurm": slurm, "preflight": preflight}[options.command].launch(options, overrides)
     except ConfigError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -54,6 +59,14 @@ def _local(arguments: list[str]) -> int:
         print(LOCAL)
         return 0
     options, overrides = _split(arguments) if "--" in arguments else ([], arguments)
+    if PREFLIGHT in options:
+        options.remove(PREFLIGHT)
+        if status := preflight.look_here(read_overrides(overrides)):
+            return status
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = ["bash", str(SCRIPT), *options, "--", "checkpoint.resume=auto", *overrides]
     os.execvpe("bash", command, {**os.environ, "PATH": path})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

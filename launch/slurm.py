@@ -10,11 +10,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from minimax_train.config import Config, load_config
+from minimax_train.config import Config
 from minimax_train.errors import ConfigError, require
+from minimax_train.launch.options import integer, read_overrides, text
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 # Seconds from Slurm's warning to the end of the job, and from it to that of a process that has not left.
@@ -31,27 +32,37 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Submit a run to Slurm. Overrides are those of minimax-train; run_dir must be shared by all nodes."
     )
     add = parser.add_argument
-    add("--nodes", type=_integer(1, 10**5), default=1, metavar="N", help="default 1")
+    add("--nodes", type=integer(1, 10**5), default=1, metavar="N", help="default 1")
     processes = "GPUs of each node, and processes on it; 0: one process on its CPUs. Default 8"
-    add("--gpus-per-node", type=_integer(0, 1000), default=8, metavar="N", help=processes)
+    add("--gpus-per-node", type=integer(0, 1000), default=8, metavar="N", help=processes)
     cores = "CPU cores of each process; default 8"
-    add("--cpus-per-task", type=_integer(1, 10**4), default=8, metavar="N", help=cores)
+    add("--cpus-per-task", type=integer(1, 10**4), default=8, metavar="N", help=cores)
     limit = "limit of one start, such as 90 (minutes), 12:00:00, 2-00 (days-hours); by default the partition's"
-    add("--time", type=_text(_TIME, "must be minutes, HH:MM:SS or days-hours"), help=limit)
+    add("--time", type=text(_TIME, "must be minutes, HH:MM:SS or days-hours"), help=limit)
     name = "must be a name without spaces"
-    add("--partition", type=_text(r"[\w.+,-]+", name), help="by default the cluster's")
-    add("--account", type=_text(_NAME, name), help="by default the user's")
-    add("--job-name", type=_text(_NAME, name), default="minimax-train", help="default minimax-train")
-    image = "an image for srun --container-image, an option that NVIDIA's pyxis adds; run_dir is mounted"
+    add("--partition", type=text(r"[\w.+,-]+", name), help="by default the cluster's")
+    add("--account", type=text(_NAME, name), help="by default the user's")
+    add("--job-name", type=text(_NAME, name), default="minimax-train", help="default minimax-train")
+    nodes = text(r"[][\w.,-]+", "must be names of nodes as Slurm lists them, such as gpu[007-012],gpu020")
+    add("--exclude", type=nodes, metavar="NODES", help="that the job must not have, as nodes that preflight names")
+    look = "have the nodes look at themselves before each start, and leave out those that are not fit"
+    add("--preflight", action="store_true", help=look)
+    spares = "nodes of the job beside --nodes, for those that --preflight leaves out; default 0"
+    add("--spares", type=integer(0, 10**5), default=0, metavar="N", help=spares)
+    image = (
+        "an image with minimax-train and bash in it: a .sif file or a URL (docker://) for apptainer exec, any other "
+        "for srun --container-image, an option that NVIDIA's pyxis adds; run_dir is mounted"
+    )
     add("--container", metavar="IMAGE", help=image)
-    add("--container-mounts", metavar="FROM:TO,...", help="mounted beside run_dir, as srun of pyxis takes them")
-    variable = _text(r"(?s)[A-Za-z_]\w*=.*", "must be NAME=VALUE")
+    mounts = "mounted beside run_dir, as apptainer's --bind and pyxis' --container-mounts take them"
+    add("--container-mounts", metavar="FROM:TO,...", help=mounts)
+    variable = text(r"(?s)[A-Za-z_]\w*=.*", "must be NAME=VALUE")
     add("--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="of the run; repeatable")
-    option = _text(r"--?[a-zA-Z][^\n]*", "must be an option of sbatch, such as --sbatch=--qos=high")
+    option = text(r"--?[a-zA-Z][^\n]*", "must be an option of sbatch, such as --sbatch=--qos=high")
     more = "another option of sbatch; repeatable: --sbatch=--qos=high"
     add("--sbatch", type=option, action="append", default=[], metavar="=OPTION", help=more)
     restarts = "starts after failures; those after pre-emption and time limits are not counted. Default 3"
-    add("--max-restarts", type=_integer(0, 10**6), default=3, metavar="N", help=restarts)
+    add("--max-restarts", type=integer(0, 10**6), default=3, metavar="N", help=restarts)
     sweep = "a job for each combination of values that overrides give separated by commas, each in a folder of run_dir"
     add("--multirun", action="store_true", help=sweep)
     add("--dry-run", action="store_true", help="print the batch script and submit nothing")
@@ -68,6 +79,8 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """
     if options.container_mounts and not options.container:
         raise ConfigError(f"--container-mounts={options.container_mounts!r}: needs --container")
+    if options.spares and not options.preflight:
+        raise ConfigError(f"--spares={options.spares}: needs --preflight, which says whose place they take")
     fixed, points = _points(arguments) if options.multirun else (list(arguments), [[]])
     configs = [_checked([*fixed, *point], options) for point in points]
     run_dir = Path(configs[0].run_dir).absolute()
@@ -106,16 +119,8 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _checked(arguments: Sequence[str], options: argparse.Namespace) -> Config:
     """The configuration of a run, which the job's processes can run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-dir", action="append", default=[])
-    known, unknown = parser.parse_known_intermixed_args(arguments)
-    if unknown:
-        raise ConfigError(
-            f"{unknown[0]}: must be an override (key=value) or --config-dir; other options come before --"
-        )
-    config = load_config(known.overrides, config_dirs=known.config_dir)
-    resume = any(override.startswith("checkpoint.resume=") for override in known.overrides)
+    config = read_overrides(arguments)
+    resume = any(argument.startswith("checkpoint.resume=") for argument in arguments)
     accepted = "must be auto, so that a job that is started again continues"
     require(not resume or config.checkpoint.resume == "auto", "checkpoint.resume", config.checkpoint.resume, accepted)
     if not config.has_other_grids:
@@ -167,13 +172,14 @@ def _script(options: argparse.Namespace, fixed: list[str], points: list[list[str
     """The batch script."""
     given = {
         "job-name": options.job_name,
-        "nodes": options.nodes,
+        "nodes": options.nodes + options.spares,
         "ntasks-per-node": max(1, options.gpus_per_node),
         "gpus-per-node": options.gpus_per_node or None,
         "cpus-per-task": options.cpus_per_task,
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
+        "exclude": options.exclude,
         "array": f"0-{len(points) - 1}" if options.multirun else None,
         "signal": f"USR1@{WARNING_S}",
         "output": _pattern(output),
@@ -183,7 +189,11 @@ def _script(options: argparse.Namespace, fixed: list[str], points: list[list[str
     environment, container = [], ""
     if options.container:
         mounts = ",".join(filter(None, [f"{run_dir}:{run_dir}", options.container_mounts]))
-        container = f"{_flag('container-image', options.container)} {_flag('container-mounts', mounts)} "
+        if re.search(r"\.sif$|^\w+://", options.container):
+            gpus = "--nv " if options.gpus_per_node else ""
+            container = f"apptainer exec {gpus}{_flag('bind', mounts)} {shlex.quote(options.container)} "
+        else:
+            container = f"{_flag('container-image', options.container)} {_flag('container-mounts', mounts)} "
     else:  # an image has its own
         environment.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
     for name, _, value in (variable.partition("=") for variable in options.env):
@@ -198,6 +208,8 @@ def _script(options: argparse.Namespace, fixed: list[str], points: list[list[str
     values = {
         "OPTIONS": "\n".join(lines),
         "ENVIRONMENT": "\n".join(environment),
+        "NODES": str(options.nodes),
+        "PREFLIGHT": "preflight" if options.preflight else ":",
         "MAX_RESTARTS": str(options.max_restarts),
         "LEAVE_WITHIN_S": str(LEAVE_WITHIN_S),
         "RUN": "\n".join(run),
@@ -208,27 +220,9 @@ def _script(options: argparse.Namespace, fixed: list[str], points: list[list[str
 
 def _pattern(output: Path) -> str:
     """The path of the output as sbatch reads it: only the job's number in its name is to be filled in."""
-    text = f"{str(output.parent).replace('%', '%%')}/{output.name}"
-    return f'"{text}"' if re.search(r"\s|#", text) else text
+    path = f"{str(output.parent).replace('%', '%%')}/{output.name}"
+    return f'"{path}"' if re.search(r"\s|#", path) else path
 
 
 def _flag(name: str, value: str) -> str:
     return f"--{name}={shlex.quote(value)}"
-
-
-def _integer(least: int, greatest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= greatest:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be an integer between {least} and {greatest}")
-        return int(text)
-
-    return parse
-
-
-def _text(pattern: str, accepted: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text!r}: {accepted}")
-        return text
-
-    return parse

@@ -29,6 +29,8 @@ fi
 defaults=("--nproc-per-node=$((gpus > 0 ? gpus : 1))")
 [[ " ${options[*]} " =~ \ --?(nnodes|rdzv|master|standalone) ]] || defaults+=(--standalone)
 
+# Else processes that are started again meet in the store of those before them, and read what these left there.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # By default SIGUSR1 would end torchrun, and the run with it, at once.
 options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${defaults[@]}" "${options[@]}")
 minimax-train --cfg "$@" >/dev/null # refuses a bad configuration once, before any process is started

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from minimax_train.config import Config, load_config, to_yaml
+from minimax_train.deterministic import use_deterministic_algorithms
 from minimax_train.errors import ConfigError, Interrupted, Saved, TrainingError, exit_status, require
 from minimax_train.first_rank import on_first_rank
 from minimax_train.leave import Leave
@@ -127,6 +128,8 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
     config.kernels.check_device(device_type)
+    if config.deterministic and device_type == "cuda":
+        use_deterministic_algorithms()
     timeout = timedelta(seconds=config.parallel.timeout_s)
     try:
         device = environment.init_process_group(device_type, timeout)

@@ -16,7 +16,7 @@ from minimax_train.checkpoint.config import CheckpointConfig
 from minimax_train.checkpoint.remote import MEMORY
 from minimax_train.compose import Tree, compose_tree, read_yaml
 from minimax_train.data.config import DataConfig
-from minimax_train.engines import ENGINES, EngineConfig
+from minimax_train.engines import ENGINES, Engine, EngineConfig
 from minimax_train.errors import ConfigError, require, require_choice
 from minimax_train.fields import PATH, Range, check_fields, fields_of, from_text, show
 from minimax_train.files import replace_text
@@ -60,6 +60,7 @@ class ParallelConfig:
         layout: which tokens each of them holds, ``zigzag`` or ``contiguous`` (docs/context-parallelism.md).
         linear_cp: how lightning attention crosses ranks: ``lasp_plus``, ``scan``, ``ring``, or ``auto`` by cost.
         softmax_cp: how softmax attention does: ``ring``, ``allgather``, or ``auto`` by cost.
+        check_replicas: every so many steps, compare bit by bit the weights that several ranks hold; 0 for never.
         timeout_s: how many seconds ranks wait for each other, or for a data worker, before the run ends with an error.
     """
 
@@ -74,6 +75,7 @@ class ParallelConfig:
     layout: str = "zigzag"
     linear_cp: str = "auto"
     softmax_cp: str = "auto"
+    check_replicas: Annotated[int, Range(0, 10**9)] = 0
     timeout_s: Annotated[float, Range(1, 10**7)] = 600.0
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class Config:
             here and in every other path, is the home folder.
         seed: of initial weights and data order.
         device: ``cuda``, ``cpu``, or ``auto`` for the GPU where there is one.
+        deterministic: whether runs of the same configuration on the same grid of GPUs give the same bits, which costs
+            time (docs/cluster.md). On CPUs they do.
         kernels: which implementation of each op runs.
         cache_dir: where compiled kernels and trained tokenizers are kept for later runs, shared by all runs and ranks;
             ``auto`` for ``minimax_train`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, null for none.
@@ -133,15 +137,23 @@ class Config:
     run_dir: Annotated[str, PATH] = "runs/default"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
+    deterministic: bool = False
     cache_dir: Annotated[str | None, PATH] = AUTO
 
     def __post_init__(self) -> None:
         check_fields("", self)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        accepted = "its backward pass adds up in no fixed order: with deterministic=true it must be flash, or auto"
+        ordered = not self.deterministic or self.kernels.softmax != "flash4"
+        require(ordered, "kernels.softmax", self.kernels.softmax, accepted)
         evaluates = self.data.has_validation and self.recipe.eval_interval > 0
         accepted = "must be 0 in a run without evaluation (recipe.eval_interval, held-out documents)"
         best = self.checkpoint.keep_best
         require(evaluates or best == 0, "checkpoint.keep_best", best, accepted)
+        holds_replicas = ENGINES[self.engine.name].replicas is not Engine.replicas
+        accepted = f"must be 0 with engine={self.engine.name}, which holds no weight twice"
+        every = self.parallel.check_replicas
+        require(holds_replicas or every == 0, "parallel.check_replicas", every, accepted)
         stages = Recipe(self).stages
         for before, stage in zip([stages[0], *stages], stages, strict=False):
             with naming(stage):

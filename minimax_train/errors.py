@@ -22,6 +22,10 @@ class TrainingError(RuntimeError):
     on_all_ranks = True
 
 
+class SuspiciousStep(TrainingError):
+    """A step whose loss, gradient or weights are not finite, or an outlier."""
+
+
 class Interrupted(TrainingError):
     """A run that the user stopped (Ctrl-C, SIGINT): the message says where."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from minimax_train.data import MicroBatch
 from minimax_train.engines import Engine, StepReport, StepSums
-from minimax_train.errors import TrainingError
+from minimax_train.errors import SuspiciousStep, TrainingError
 from minimax_train.recipe import StepPlan
 from minimax_train.recipe.config import RecipeConfig
+from minimax_train.replay import replay
 
 
 class TakenStep(NamedTuple):
@@ -28,6 +29,7 @@ class TakenStep(NamedTuple):
         at: the host's clock when the device had been given all of it, less what evaluations and checkpoints took.
         plan: what it trained on, and how.
         totals, report: sums of all ranks, and what became of the step: on the host, once ``copied``.
+        own_loss: this rank's part of the loss, likewise.
         norms_2G: as of :meth:`Engine.norms`, likewise; None of a step whose norms are not written.
     """
 
@@ -37,6 +39,7 @@ class TakenStep(NamedTuple):
     plan: StepPlan
     totals: StepSums
     report: StepReport
+    own_loss: Tensor
     norms_2G: Tensor | None
     copied: torch.Event | None
 
@@ -83,17 +86,24 @@ class StepGuard:
         """Wait for the device to be done with step ``last``, or with all; called by all ranks together.
 
         Raises:
-            TrainingError: when a step was not applied, naming the first, its loss, and what was not finite in it; or
-                when more updates were skipped as outliers than the recipe allows.
+            SuspiciousStep: when a step was not applied, naming the first, its loss, what was not finite in it, and
+                whether that is so when it is run again; with ``recipe.outliers=rollback`` also when one was an outlier.
+            TrainingError: when more updates were skipped as outliers than the recipe allows.
         """
         while self._watched and (last is None or self._watched[0][0].number <= last):
             taken, micro_batches = self._watched[0]
             taken.wait()
             if not taken.report.applied:
                 found = f"loss {float(taken.totals.loss)}, gradient norm {float(taken.report.gradient_norm)}"
-                raise TrainingError(f"step {taken.number}: {found}; {self._engine.diagnose(micro_batches, taken.plan)}")
+                found += f"; {self._engine.diagnose(micro_batches, taken.plan)}"
+                if not taken.report.gradient_norm.isfinite():  # else the update spoilt the weights that it had
+                    found += f"; {replay(self._engine, micro_batches, taken.plan, float(taken.own_loss))}"
+                raise SuspiciousStep(f"step {taken.number}: {found}")
             self._forget()
-        self._check_skipped(last)
+        outliers = [taken for taken in self._outliers if last is None or taken.number <= last]
+        if self._recipe.outliers == "rollback" and outliers:
+            raise SuspiciousStep(self._describe(outliers[0]))
+        self._check_skipped([taken.number for taken in outliers])
 
     def take_outliers(self, last: int) -> list[str]:
         """Of the steps since the last call up to step ``last``, which :meth:`check` has seen; a line each."""
@@ -101,12 +111,19 @@ class StepGuard:
         self._told, oldest = last, last - self._recipe.outlier_window
         self._outliers = [taken for taken in self._outliers if taken.number > oldest]
         what = "; its update was skipped" if self._recipe.outliers == "skip" else ""
-        return [
+        return [f"{self._describe(taken)}{what}" for taken in found]
+
+    def forget(self) -> None:
+        """All steps: the run goes back before them."""
+        self._watched.clear()
+        self._outliers.clear()
+
+    def _describe(self, taken: TakenStep) -> str:
+        return (
             f"step {taken.number}: loss {float(taken.totals.loss):.4f}, gradient norm "
             f"{float(taken.report.gradient_norm):.3g}: more than {self._recipe.outlier_sigmas:g} standard deviations "
-            f"above the last {self._recipe.outlier_window} steps (recipe.outlier_sigmas){what}"
-            for taken in found
-        ]
+            f"above the last {self._recipe.outlier_window} steps (recipe.outlier_sigmas)"
+        )
 
     def _forget(self) -> None:
         """The oldest step, which was applied."""
@@ -114,12 +131,11 @@ class StepGuard:
         if taken.report.outlier:
             self._outliers.append(taken)
 
-    def _check_skipped(self, last: int | None) -> None:
-        """Decides alike on all ranks: a rank may know already what became of steps after ``last``."""
+    def _check_skipped(self, numbers: list[int]) -> None:
+        """Of outliers up to the step that all ranks look at: a rank may know already what became of later ones."""
         recipe = self._recipe
         if recipe.outliers != "skip":
             return
-        numbers = [taken.number for taken in self._outliers if last is None or taken.number <= last]
         recent = [number for number in numbers if number > numbers[-1] - recipe.outlier_window]
         if len(recent) > recipe.outlier_limit:
             raise TrainingError(

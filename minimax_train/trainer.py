@@ -21,7 +21,7 @@ from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
 from minimax_train.data.count import count_tokens
 from minimax_train.engines import StepReport, StepSums
-from minimax_train.errors import ConfigError, GridChange, Saved, TrainingError
+from minimax_train.errors import ConfigError, GridChange, Saved, SuspiciousStep, TrainingError
 from minimax_train.evaluation import VALIDATION_LOSS, Evaluation
 from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
@@ -39,6 +39,7 @@ from minimax_train.parallel.grid import SAME_SEQUENCES, ProcessGrid
 from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
 from minimax_train.recipe import Progress, Recipe, StepPlan
+from minimax_train.replicas import check_replicas
 from minimax_train.run_dir import prepare_run_dir
 from minimax_train.startup import Startup
 
@@ -91,6 +92,8 @@ class Trainer:
         self.startup.mark("waiting for data")
         self.progress = self._restore(resumed, weights)
         self.first_step = self.progress.step  # taken before this process
+        self.gone_back_to: list[int] = []  # steps of checkpoints, by rollbacks
+        self.has_started = False
         self.notes = self._count_epoch()
         self.evaluation: Evaluation | None = None
         if config.data.has_validation and config.recipe.eval_interval:
@@ -123,7 +126,7 @@ class Trainer:
             GridChange: on all ranks, when the next stage needs another process grid; the run is saved.
             Saved: on all ranks, when a signal had the run save and leave.
         """
-        recipe, checkpoint = self.config.recipe, self.config.checkpoint
+        recipe = self.config.recipe
         if recipe.eval_interval and self.evaluation is None:
             self.log.say("no held-out documents are configured: no evaluation")
         if self.is_over:
@@ -142,41 +145,92 @@ class Trainer:
             if not self.is_over:
                 # The grid was chosen for the newest checkpoint, which may have been damaged.
                 self._stop_for_another_grid()
-            self.leave.begin(checkpoint.leave_within_s, self.store.to_go_on)
+            self.leave.begin(self.config.checkpoint.leave_within_s, self.store.to_go_on)
             while not self.is_over:
-                with self.tracer.step(self.progress.step + 1):
-                    taken = self.train_step()
-                if taken.number == self.first_step + 1:
-                    self._tell_startup(taken)
-                    self._prepare_saves()
-                if late is not None:  # its results, now that the device has the next step to work on
-                    self.report(late)
-                step, ends = taken.number, self.ends_stage
-                leaves = not ends and self.leave.agreed()  # after the end of a stage a step later
-                evaluates = self.evaluates() and not leaves  # else when the run goes on
-                saves = ends or leaves or (checkpoint.interval and step % checkpoint.interval == 0)
-                late = taken if step % self.config.logging.interval == 0 or self.is_over else None
-                # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
-                # The loss of a step may decide on the batch of the next.
-                at_once = self.device.type == "cpu" or evaluates or saves or recipe.critical_batch
-                if late is not None and at_once:
-                    self.report(late)
+                try:
+                    late = self._go_on(late)
+                except SuspiciousStep as found:
+                    if recipe.outliers != "rollback":
+                        raise
+                    self._roll_back(found)
                     late = None
-                if saves:  # first: whatever happens in an evaluation, no step is lost
-                    self.save(taken.plan, must_succeed=bool(ends or leaves))
-                if evaluates:
-                    self.log.report(step, self.evaluate(taken.plan))
-                if leaves:
-                    self.log.finish()
-                    text = f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}"
-                    self.log.event("saved", step, text, says=False)
-                    raise Saved(text)
-                if ends:
-                    self._stop_for_another_grid()
             self.saver.wait()
             self.log.finish()
             text = f"done: {self.progress.tokens:,} tokens; checkpoint {self.store.path(self.progress.step)}; "
             self.log.event("done", self.progress.step, f"{text}{self.run_dir}/loss.png")
+
+    def _go_on(self, late: TakenStep | None) -> TakenStep | None:
+        """Take a step, and report, save and evaluate as is due.
+
+        Args:
+            late: the step before, if it is still to be reported.
+
+        Returns:
+            This step, if it is.
+        """
+        with self.tracer.step(self.progress.step + 1):
+            taken = self.train_step()
+        if not self.has_started:
+            self._tell_startup(taken)
+            self._prepare_saves()
+            self.has_started = True
+        if (every := self.config.parallel.check_replicas) and taken.number % every == 0:
+            check_replicas(self.engine.replicas(), self.grid, taken.number)
+        if late is not None:  # its results, now that the device has the next step to work on
+            self.report(late)
+        step, ends, interval = taken.number, self.ends_stage, self.config.checkpoint.interval
+        leaves = not ends and self.leave.agreed()  # after the end of a stage a step later
+        evaluates = self.evaluates() and not leaves  # else when the run goes on
+        saves = ends or leaves or (interval and step % interval == 0)
+        late = taken if step % self.config.logging.interval == 0 or self.is_over else None
+        # Decided alike on all ranks: a step that was not applied makes them all look why, in the same place.
+        # The loss of a step may decide on the batch of the next.
+        at_once = self.device.type == "cpu" or evaluates or saves or self.config.recipe.critical_batch
+        if late is not None and at_once:
+            self.report(late)
+            late = None
+        if saves:  # first: whatever happens in an evaluation, no step is lost
+            self.save(taken.plan, must_succeed=bool(ends or leaves))
+        if evaluates:
+            self.log.report(step, self.evaluate(taken.plan))
+        if leaves:
+            self.log.finish()
+            text = f"{signal.Signals(leaves).name} after step {step}: {self.store.to_go_on()}"
+            self.log.event("saved", step, text, says=False)
+            raise Saved(text)
+        if ends:
+            self._stop_for_another_grid()
+        return late
+
+    def _roll_back(self, found: SuspiciousStep) -> None:
+        """Go back to the newest checkpoint, which is of a step before the suspicious one; the loader stays where it is.
+
+        Raises:
+            TrainingError: when there is none, or it was gone back to as often as the recipe allows.
+        """
+        policy, limit, last = "recipe.outliers=rollback", self.config.recipe.outlier_limit, self.progress.step
+        with self.between_steps("checkpoint"):
+            self.saver.wait()
+            checkpoint = self.store.newest_whole()
+            if checkpoint is None:
+                raise TrainingError(f"{found}; {policy}: there is no checkpoint to go back to")
+            state = self.engine.snapshot()
+            progress = self.store.load(checkpoint, state)
+            if (times := self.gone_back_to.count(progress.step)) >= limit:
+                again = f"gone back to {checkpoint} {times} times (recipe.outlier_limit={limit})"
+                raise TrainingError(f"{found}; {policy}: {again}")
+            self.engine.go_back(state, last - progress.step)
+        self.gone_back_to.append(progress.step)
+        self.progress = Progress(progress.step, progress.tokens, policy=progress.policy)
+        self.reported_at, self.reported = time.perf_counter() - self.paused_s, (progress.step, progress.tokens)
+        self.left = TimeLeft(progress.tokens)
+        self.guard.forget()
+        self.log.go_back(progress.step)
+        text = (
+            f"{found}; {policy}: back to {checkpoint}; the data of {last - progress.step} steps since are passed over"
+        )
+        self.log.event("rollback", progress.step, text)
+        self._stop_for_another_grid()
 
     @property
     def is_over(self) -> bool:
@@ -224,13 +278,14 @@ class Trainer:
                 batches = self.next_batches(plan)
             except ConfigError as error:
                 raise self._stopped(error) from error
-        totals = self.engine.totals(self.engine.run(batches, plan))
+        sums = self.engine.run(batches, plan)
+        totals = self.engine.totals(sums)
         norms_2G = self.engine.norms() if self.writes_norms(self.progress.step + 1) else None
         self.saver.before_update()
         report = self.engine.step(plan.learning_rate)
         self.progress.step += 1
         self.progress.tokens += plan.tokens
-        results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report))
+        results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report)), to_host(sums.loss)
         norms_2G = None if norms_2G is None else to_host(norms_2G)
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         now = time.perf_counter() - self.paused_s
@@ -246,7 +301,9 @@ class Trainer:
     def report(self, taken: TakenStep) -> None:
         """Log the metrics of a step, and what there is to say about its data; what the recipe learns from them."""
         metrics = self.metrics(taken)
-        if self.config.recipe.outliers != "ignore":
+        if self.config.recipe.outliers == "rollback":
+            metrics["rollbacks"] = len(self.gone_back_to)
+        elif self.config.recipe.outliers != "ignore":
             outliers = self.guard.take_outliers(taken.number)
             metrics["outliers"] = len(outliers)
             for line in outliers:

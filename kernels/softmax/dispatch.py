@@ -31,7 +31,9 @@ def choose_implementation(q_QHK: Tensor, v_SGV: Tensor, requested: str = AUTO) -
     half = q_QHK.dtype in (torch.float16, torch.bfloat16)
     same_dims = q_QHK.shape[-1] == v_SGV.shape[-1] <= 256 and q_QHK.shape[-1] % 8 == 0
     if q_QHK.is_cuda and half and same_dims:
-        best = "flash4" if flash4.is_installed() and _is_hopper(q_QHK.device) else "flash"
+        # FlashAttention-4 adds up its gradients of q in no fixed order; PyTorch's has a mode in which it does not.
+        any_order = not torch.are_deterministic_algorithms_enabled()
+        best = "flash4" if any_order and flash4.is_installed() and _is_hopper(q_QHK.device) else "flash"
     return choose("softmax", IMPLEMENTATIONS, requested, best)
 
 

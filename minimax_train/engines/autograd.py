@@ -6,7 +6,7 @@ Shape legend: T tokens, L layers, E experts, O origins of a document, G groups o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -225,8 +225,15 @@ class AutogradEngine(Engine):
             self.run(micro_batches, plan)
         return describe_non_finite(self.parameters, self.gradients(), outputs)
 
+    def go_back(self, state: dict[str, Any], steps: int) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None  # of a diagnosis
+        self._frozen.zero_()
+        if self._outliers is not None:
+            self._outliers.forget(steps)
+        self.restore(state)
+
     def gradients(self) -> dict[str, Tensor]:
-        """Those of the last :meth:`run`, summed over ranks, by parameter name, as weights are in :meth:`snapshot`."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def figures(self, plan: StepPlan) -> dict[str, float]:

@@ -224,6 +224,10 @@ class Engine(ABC):
         """Run a step's micro-batches again and name the parameters, gradients and outputs that are not finite."""
 
     @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the last :meth:`run`, summed over ranks, by parameter name, as weights are in :meth:`snapshot`."""
+
+    @abstractmethod
     def snapshot(self) -> dict[str, Any]:
         """``{"model": ..., "optimizer": ...}`` by parameter name, in model space: what a checkpoint holds, loadable
         on any grid. A checkpoint is loaded into the same tensors, and then handed to :meth:`restore`."""
@@ -231,6 +235,15 @@ class Engine(ABC):
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Take over a state that :meth:`snapshot` gave and a checkpoint filled, or its ``"model"`` alone."""
+
+    @abstractmethod
+    def go_back(self, state: dict[str, Any], steps: int) -> None:
+        """:meth:`restore` of the state of so many steps before: these did not happen, whatever they froze."""
+
+    def replicas(self) -> Mapping[str, tuple[Tensor, str]]:
+        """What other ranks hold as well, as the last step computed with it: by name, this rank's, and the axis of these
+        ranks. An engine that holds nothing twice leaves it out."""
+        return {}
 
     @abstractmethod
     def figures(self, plan: StepPlan) -> dict[str, float]:

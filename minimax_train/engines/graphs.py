@@ -100,7 +100,7 @@ class MicroBatchGraphs:
             recording.forget()
         self._recordings.clear()
         self._documents.clear()
-        self._tensors = ()
+        self._tensors, self._shape = (), None
 
     def _on_stream(self, run: Callable[[], None]) -> None:
         """On the stream of captures, for which libraries keep workspaces of their own."""

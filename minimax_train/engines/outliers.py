@@ -24,8 +24,8 @@ class Outliers:
     """
 
     def __init__(self, window: int, sigmas: float, device: torch.device) -> None:
-        self._values_2W = torch.zeros(2, window, dtype=torch.float64, device=device)
-        self._sigmas, self._seen = sigmas, 0
+        self._values_2W = torch.zeros(2, window, dtype=torch.float64, device=device)  # the newest at the end
+        self._sigmas, self._known = sigmas, 0
 
     def is_next(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """Whether the step that these are of is one, a bool scalar on the device; the host does not wait.
@@ -34,11 +34,17 @@ class Outliers:
             loss, gradient_norm: scalars, the same on all ranks. One that is not finite is no outlier.
         """
         values_2, window = torch.stack([loss.double(), gradient_norm.double()]), self._values_2W.shape[1]
-        known_2W = self._values_2W[:, : min(self._seen, window)]
+        known_2W = self._values_2W[:, window - self._known :]
         found = torch.zeros((), dtype=torch.bool, device=values_2.device)
-        if 2 * self._seen >= window:
+        if 2 * self._known >= window:
             deviation_2, mean_2 = torch.std_mean(known_2W, dim=1)
             found = (values_2 - mean_2 > self._sigmas * deviation_2).any() & values_2.isfinite().all()
-        self._values_2W[:, self._seen % window] = values_2
-        self._seen += 1
+        self._values_2W = torch.cat([self._values_2W[:, 1:], values_2[:, None]], dim=1)
+        self._known = min(self._known + 1, window)
         return found
+
+    def forget(self, steps: int) -> None:
+        """Of the last so many: they did not happen."""
+        steps = min(steps, self._known)
+        self._values_2W = self._values_2W.roll(steps, dims=1)
+        self._known -= steps

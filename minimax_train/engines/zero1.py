@@ -354,10 +354,13 @@ class Zero1Engine(AutogradEngine):
         return loss
 
     def diagnose(self, micro_batches, plan) -> str:
-        if self._graphs is not None:
-            self._graphs.forget()
-            self._graphs = None
-        return super().diagnose(micro_batches, plan)
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.forget()
+        try:
+            return super().diagnose(micro_batches, plan)
+        finally:
+            self._graphs = graphs
 
     def gradients(self) -> dict[str, Tensor]:
         return self._sharded("gradient_shards")
@@ -377,6 +380,14 @@ class Zero1Engine(AutogradEngine):
         for group in self._groups.values():
             group.round_master()
         self._is_stale = True
+
+    def go_back(self, state, steps) -> None:
+        self._not_finite.zero_()
+        super().go_back(state, steps)
+
+    def replicas(self) -> dict[str, tuple[Tensor, str]]:
+        shared = [(axis, group) for (axis, _), group in self._groups.items() if group.ranks.size > 1]
+        return {name: (x, axis) for axis, group in shared for name, x in group.whole(group.weights).items()}
 
 
 def _make_groups(

@@ -20,7 +20,7 @@ from minimax_train.metrics.console import ConsoleReporter, note
 from minimax_train.metrics.plot import plot_loss
 
 # What somebody should look at.
-_ALERTS = ("outlier", "stall", "stopped")
+_ALERTS = ("outlier", "rollback", "stall", "stopped")
 _STEP = re.compile(rb'\{"step": (\d+),')
 
 
@@ -86,7 +86,8 @@ class MetricLog:
         should look at it.
 
         Args:
-            kind: ``start``, ``stage``, ``checkpoint``, ``outlier``, ``stall``, ``saved``, ``stopped`` or ``done``.
+            kind: ``start``, ``stage``, ``checkpoint``, ``outlier``, ``rollback``, ``stall``, ``saved``, ``stopped`` or
+                ``done``.
             says: whether the person watching is told, who may know it otherwise.
         """
         if not self.enabled:
@@ -101,6 +102,13 @@ class MetricLog:
         """How many steps the run has as far as is known now, and what the console calls this part of it."""
         if self.enabled:
             self.console.total_steps, self.console.stage = total_steps, stage
+
+    def go_back(self, step: int) -> None:
+        """Drop the records of steps after this one, which are taken again."""
+        if self.enabled:
+            self.lines.close()
+            _drop_later(self.lines.path, step)
+            self.lines = _Lines(self.lines.path)
 
     def holds(self, step: int, name: str) -> bool:
         """Whether a metric of a step has been recorded; the same on all ranks."""

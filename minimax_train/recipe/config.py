@@ -12,7 +12,7 @@ from minimax_train.kernels.dispatch import AUTO
 from minimax_train.model.memory import RECOMPUTATIONS
 
 DECAY_SHAPES = ("exponential", "linear", "cosine")
-OUTLIER_POLICIES = ("ignore", "log", "skip")
+OUTLIER_POLICIES = ("ignore", "log", "skip", "rollback")
 RENAMED_RECOMPUTATIONS = {"true": "full", "false": "none"}
 LENGTH_UNITS = ("steps", "tokens", "epochs")
 # The stage of a recipe that names none.
@@ -137,9 +137,11 @@ class RecipeConfig:
         gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
         outliers: what becomes of a step whose loss or gradient norm is more than ``outlier_sigmas`` standard deviations
             above the mean of the last ``outlier_window`` steps: ``ignore``; ``log``: it is told; ``skip``: its update
-            is left out too, and its data are passed over. Before half a window of steps is known, as after a
-            resumption, no step is an outlier.
-        outlier_limit: with ``skip``: more than so many within a window end the run.
+            is left out too, and its data are passed over; ``rollback``: the run goes back to its newest checkpoint, of
+            a step before, and passes over the data of all steps since, also where a step is not finite. Before half a
+            window of steps is known, as after a resumption, no step is an outlier.
+        outlier_limit: with ``skip``: more than so many within a window end the run; with ``rollback``: more than so
+            many returns to the same checkpoint.
         activation_checkpointing: what a block's backward pass computes again rather than keep from the forward pass:
             ``none``; ``selective``: what is cheap (norms, SiLU of q, k and v, the attention's gate); ``full``: all but
             the block's input; ``auto``: of these for each layer the least whose estimated memory fits in the GPU
@@ -202,9 +204,11 @@ class RecipeConfig:
             self._refuse_set(read, "is read only with recipe.critical_batch=true")
         require_choice("recipe.outliers", self.outliers, OUTLIER_POLICIES)
         if self.outliers == "ignore":
-            self._refuse_set(("outlier_sigmas", "outlier_window"), "is read only with recipe.outliers=log or skip")
-        if self.outliers != "skip":
-            self._refuse_set(("outlier_limit",), "is read only with recipe.outliers=skip")
+            self._refuse_set(
+                ("outlier_sigmas", "outlier_window"), "is read only with recipe.outliers=log, skip or rollback"
+            )
+        if self.outliers not in ("skip", "rollback"):
+            self._refuse_set(("outlier_limit",), "is read only with recipe.outliers=skip or rollback")
         for path, stage in self.paths:
             stage.check(path)
         _one_of("recipe", self, ("global_batch_size", "batch_tokens"), "in packed sequences or in tokens")

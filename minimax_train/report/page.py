@@ -37,7 +37,7 @@ td { overflow-wrap: anywhere; } .dim { color: var(--dim); }
 """
 _LAST = 50  # records that the summary goes by
 _EVENTS_SHOWN = 200  # of a run, the latest
-_MARKED = ("start", "outlier", "checkpoint", "stage", "stall", "stopped")
+_MARKED = ("start", "outlier", "rollback", "checkpoint", "stage", "stall", "stopped")
 
 
 def page(runs: Sequence[Run]) -> str:

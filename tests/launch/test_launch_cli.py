@@ -33,6 +33,8 @@ def _directives(script):
         (["--env=1A=b"], "--env: '1A=b': must be NAME=VALUE"),
         (["--sbatch=qos=high"], "--sbatch: 'qos=high': must be an option of sbatch, such as --sbatch=--qos=high"),
         (["--sbatch=--qos=high\nrm -r /"], "--sbatch: '--qos=high\\nrm -r /': must be an option"),
+        (["--spares=1"], "--spares=1: needs --preflight"),
+        (["--exclude=a b"], "--exclude: 'a b': must be names of nodes as Slurm lists them"),
         (["--container-mounts=/a:/b"], "--container-mounts='/a:/b': needs --container"),
         (["--node=2"], "unrecognized arguments: --node=2; --help"),
         (["model=tiny"], "unrecognized arguments: model=tiny"),
@@ -91,15 +93,38 @@ def test_a_script_says_what_was_asked(capsys, tmp_path):
     (folder / "srun").write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" "$WHAT" >{folder}/words; exit 2\n')
     (folder / "srun").chmod(0o700)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}
+    environment["SLURM_NTASKS_PER_NODE"] = "4"
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2, done.stderr
     words = (folder / "words").read_text().split("\0")[:-1]
     container = ["--container-image=nvcr.io#nvidia/pytorch", f"--container-mounts={name}:{name},/data:/data"]
-    assert words[:3] == ["--kill-on-bad-exit=1", *container]
+    assert words[:5] == ["--nodes=2", "--ntasks=8", "--kill-on-bad-exit=1", *container]
     resume = ["checkpoint.resume=auto", f"checkpoint.leave_within_s={LEAVE_WITHIN_S}"]
-    assert words[6:-1] == ["minimax-train", *resume, "model=tiny", "recipe.global_batch_size=32", f"run_dir={name}"]
+    assert words[8:-1] == ["minimax-train", *resume, "model=tiny", "recipe.global_batch_size=32", f"run_dir={name}"]
     assert words[-1] == "it's $HOME"
     assert LEAVE_WITHIN_S + 3 < WARNING_S, "the 3 s that a process waits which has saved"
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "words"),
+    [
+        ("/images/a b.sif", [], ["apptainer", "exec", "--nv", "--bind=RUN:RUN", "/images/a b.sif", "bash"]),
+        (
+            "docker://lab/x:1",
+            ["--gpus-per-node=0"],
+            ["apptainer", "exec", "--bind=RUN:RUN", "docker://lab/x:1", "bash"],
+        ),
+        ("/images/x.sqsh", [], ["--container-image=/images/x.sqsh", "--container-mounts=RUN:RUN", "bash"]),
+    ],
+)
+def test_images_run_by_what_reads_them(capsys, tmp_path, image, options, words):
+    run = ["recipe.global_batch_size=32", f"run_dir={tmp_path}"]
+    script = _script(capsys, f"--container={image}", *options, "--", *run)
+    lines = script.replace("\\\n", " ").splitlines()
+    (start,) = (shlex.split(line) for line in lines if 'bash -c "$task"' in line)
+    at = start.index("--kill-on-bad-exit=1") + 1
+    assert start[at : at + len(words)] == [word.replace("RUN", str(tmp_path)) for word in words]
+    assert "/.venv/bin" not in script, "the image has its own"
 
 
 def test_sweeps_split_at_commas_outside_brackets_and_quotes(capsys, tmp_path):

@@ -64,6 +64,24 @@ def test_a_bad_override_is_refused_before_torchrun_starts(tmp_path):
     assert "Did you mean recipe.steps?" in result.stderr
 
 
+def test_processes_that_are_started_again_have_a_store_of_their_own(tmp_path):
+    """In the old one is what the processes before left: why they ended, and where they met."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "minimax-train").write_text(
+        f"""#!/usr/bin/env bash
+[[ $1 == --cfg ]] && exit
+echo "$TORCHELASTIC_USE_AGENT_STORE $MASTER_PORT" >{tmp_path}/start-$TORCHELASTIC_RESTART_COUNT-$RANK
+exit $((TORCHELASTIC_RESTART_COUNT == 0 && RANK == 1))
+"""
+    )
+    (tools / "minimax-train").chmod(stat.S_IRWXU)
+    result = _start("torchrun.sh", ["--nproc-per-node=2", "--max-restarts=1", "--", "seed=1"], tmp_path, tools)
+    assert result.returncode == 0, result.stderr
+    stores = [(tmp_path / f"start-{start}-1").read_text().split() for start in (0, 1)]
+    assert [of_agent for of_agent, _ in stores] == ["False", "False"] and stores[0] != stores[1]
+
+
 def test_overrides_arrive_unchanged(tmp_path):
     arguments = ["run_dir=with space/$HOME '*'", "data=files", "data.train_files=[a b.txt,c*]"]
     tools = tmp_path / "tools"

@@ -39,6 +39,7 @@ def stand_in(tmp_path):
 [[ $1 == --cfg ]] && exit
 for argument in "$@"; do [[ $argument == run_dir=* ]] && cd "${argument#run_dir=}"; done
 start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_STEP_ID
+echo "$SLURMD_NODENAME" >"nodes-$start-$SLURM_PROCID"
 if [[ $SLURM_PROCID == 0 ]]; then
   printf '%s\\n' "$@" >"arguments-$start"
   sed -n 1p plan >"now-$start.draft" && sed -i 1d plan && mv "now-$start.draft" "now-$start"
@@ -126,6 +127,41 @@ def test_failures_have_a_limit_and_sweeps_are_arrays(cluster, stand_in, tmp_path
         assert f"recipe.learning_rate={rate}" in given.read_text().splitlines()
     assert "after --max-restarts=1" in (tmp_path / "a b" / "launch" / f"minimax-train-{job}_1.out").read_text()
     assert (runs[1] / "plan").read_text() == "7 1\n", "started twice"
+
+
+def test_an_unfit_node_is_named_and_a_spare_takes_its_place(cluster, stand_in, tmp_path):
+    """What a process may write on node2 is limited to 1 MB."""
+    run = tmp_path / "run"
+    (tmp_path / "given").mkdir()
+    (stand_in / "minimax-launch").write_text(
+        f"""#!/usr/bin/env bash
+for argument in "$@"; do # of the second job, whose nodes have been looked at
+  [[ $argument == --look=* && -v FOUND ]] && exec mkdir -p "${{argument#*=}}"
+  [[ $argument == --compare=* && -v FOUND ]] && printf node2 >"${{argument#*=}}/unfit" && exit 1
+done
+[[ $SLURMD_NODENAME == node2 && "$*" == *--look=* ]] && ulimit -f 1024
+exec {BIN}/minimax-launch "$1" ${{PART:-}} "${{@:2}}"
+"""
+    )
+    (stand_in / "minimax-launch").chmod(stat.S_IRWXU)
+    run.mkdir()
+    (run / "plan").write_text("10 0\n")
+    path = [f"--env=PATH={stand_in}:/usr/bin:/bin", "--env=PART=--slow=0.01"]  # three nodes on few cores
+    given = [argument for argument in overrides(tmp_path / "given") if not argument.startswith("run_dir=")]
+    options = ["--nodes=2", *ON_CPU, *path, "--preflight"]
+    job = _submit(cluster, *options, "--spares=1", "--", *given, f"run_dir={run}")
+    assert _ended(cluster, job) == "COMPLETED", _output(run) + cluster.logs()
+    (found,) = (run / "launch" / f"preflight-{job}").iterdir()
+    assert sorted(path.name for path in found.iterdir()) == ["node1.json", "node2.json", "node3.json", "unfit"]
+    assert (found / "unfit").read_text() == "node2"
+    assert re.search(r"^node2: run_dir=.*: cannot be written: .*File too large", _output(run), re.MULTILINE)
+    assert "2 of 3 nodes are fit" in _output(run)
+    nodes = cluster.run("sh", "-c", f"cat {run}/nodes-*").stdout.split()
+    assert sorted(nodes) == ["node1", "node3"]
+    # Without a spare nothing is started.
+    job = _submit(cluster, *options, "--env=FOUND=", "--sbatch=--nodelist=node[1-2]", "--", *given, f"run_dir={run}")
+    assert _ended(cluster, job) == "FAILED"
+    assert "too few nodes are fit: 2 of 2 are needed; a job with --exclude=node2 gets others" in _output(run)
 
 
 def test_a_saved_run_ends_with_3_though_its_processes_leave_at_different_times(cluster, stand_in, tmp_path):

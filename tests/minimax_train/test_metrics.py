@@ -119,7 +119,7 @@ def test_every_metric_is_documented_and_no_other(run_of_three):
     documented = _documented()
     written = {name for record in _records(run_of_three / "metrics.jsonl") for name in record} - {"step"}
     assert not {name for name in written if not any(re.fullmatch(pattern, name) for pattern in documented)}
-    on_cpu = [pattern for pattern, gpu in documented.items() if not gpu]
+    on_cpu = [pattern for pattern, gpu in documented.items() if not gpu and pattern != "rollbacks"]  # of another policy
     assert not [pattern for pattern in on_cpu if not any(re.fullmatch(pattern, name) for name in written)]
     assert [pattern for pattern, gpu in documented.items() if gpu] == [
         "mfu", "device_seconds/[a-z0-9_]+", "memory_gib", "reserved_memory_gib", "peak_memory_gib",
@@ -155,13 +155,8 @@ def test_traces_are_of_the_chosen_steps_and_ranks(run_of_three):
     paths = sorted((run_of_three / "traces").iterdir())
     assert [path.name for path in paths] == [f"step-00000002-rank-{rank}.json.gz" for rank in (0, 2)]
     for path in paths:
-<<<<<<< ours
-        trace = gzip.decompress(path.read_bytes()).decode().strip()
-        assert trace.startswith("{") and trace.endswith("}")  # reading all of it takes seconds
-=======
         trace = gzip.decompress(path.read_bytes()).decode()
         assert trace.strip()[0] == "{" and trace.strip()[-1] == "}"  # to parse all of it takes seconds
->>>>>>> theirs
         for name in ("data", "forward", "backward", "norms", "optimizer", "aten::mm"):
             assert f'"name": "{name}"' in trace, name
 

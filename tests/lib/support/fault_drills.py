@@ -77,6 +77,24 @@ def _send_nan(struck: Callable[[], object]) -> None:
     Trainer.train_step = poisoned  # type: ignore[method-assign]
 
 
+def _drift(struck: Callable[[], object]) -> None:
+    import torch
+
+    from minimax_train.engines.zero1 import Zero1Engine
+
+    run, count = Zero1Engine.run, iter(range(10**9))
+
+    def drifting(self: Any, *arguments: Any) -> Any:
+        sums = run(self, *arguments)
+        if next(count) == STEP:
+            struck()
+            weight = next(iter(self.parameters.values())).data.view(-1)[7:8]
+            weight.view(torch.int16 if weight.element_size() == 2 else torch.int32).bitwise_xor_(1)
+        return sums
+
+    Zero1Engine.run = drifting  # type: ignore[method-assign]
+
+
 def _fill_disk(struck: Callable[[], object]) -> None:
     from minimax_train.checkpoint import saving
 
@@ -115,6 +133,11 @@ FAULTS = {
         inside=_be_slow,
     ),
     "nan": Fault(rf"error: step {STEP + 1}: loss .*not finite", inside=_send_nan),
+    "drifting": Fault(
+        rf"error: step {STEP + 1}: replicas have drifted apart .*: ranks 0 \(host \S+\), 1 \(host \S+\) differ from "
+        r"each other: embedding.weight$",
+        inside=_drift,
+    ),
     "disk_full": Fault(r"error: .*No space left on device.*; training goes on", inside=_fill_disk, ends=False),
     "store": Fault(r"error: the launcher's store at tcp://127.0.0.1:\d+ does not answer", apart=True),
 }
@@ -203,7 +226,7 @@ def arguments(folder: Path, timeout_s: float, *more: str) -> list[str]:
     from support.runs import overrides
 
     endless = ["recipe.steps=100000", "recipe.eval_interval=0", "checkpoint.interval=6", "checkpoint.async_save=false"]
-    return overrides(folder, *endless, f"parallel.timeout_s={timeout_s}", *more)
+    return overrides(folder, *endless, f"parallel.timeout_s={timeout_s}", "parallel.check_replicas=1", *more)
 
 
 def prepare(name: str, rank: int, folder: Path) -> None:

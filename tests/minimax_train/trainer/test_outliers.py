@@ -109,8 +109,8 @@ def test_outliers_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["recipe.outliers=rollback"], "recipe.outliers='rollback': must be one of ignore, log, skip"),
-        (["recipe.outlier_sigmas=3"], "recipe.outlier_sigmas=3.0: is read only with recipe.outliers=log or skip"),
+        (["recipe.outliers=undo"], "recipe.outliers='undo': must be one of ignore, log, skip, rollback"),
+        (["recipe.outlier_sigmas=3"], "recipe.outlier_sigmas=3.0: is read only with recipe.outliers=log, skip"),
         (["recipe.outliers=log", "recipe.outlier_limit=3"], "recipe.outlier_limit=3: is read only with recipe.outlier"),
     ],
 )
