@@ -72,6 +72,7 @@ class AutogradEngine(Engine):
         self.layouts = parameter_layouts(model)
         self.parameters: dict[str, nn.Parameter] = {}
         self.notes: list[str] = []
+        self._copies: dict[str, int] = {}  # of a subclass whose ranks have the same shard of a parameter: how many
         self._stages: Stages | None = None  # of a subclass that can run them, where there are several
         self._sums = Accumulators(config, device)
         self._frozen = torch.zeros((), dtype=torch.float32, device=device)  # 1 from the first step that is not finite
@@ -188,12 +189,13 @@ class AutogradEngine(Engine):
     @torch.no_grad()
     def norms(self) -> Tensor:
         with self.phases("norms"):
-            squares_2G = torch.stack([squares_by_group(x, self.config.model) for x in self._gradients_and_weights()])
+            both, model = self._gradients_and_weights(), self.config.model
+            squares_2G = torch.stack([squares_by_group(tensors, model, self._copies) for tensors in both])
             dist.all_reduce(squares_2G, group=self.grid.group(WORLD))
             return squares_2G.sqrt()
 
     def _gradients_and_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """By parameter name, shards of this rank: every element is on one rank."""
+        """By parameter name, shards of this rank: every element is on one rank, or as many as ``_copies`` says."""
         return self.gradients(), self.parameters
 
     def totals(self, sums: StepSums) -> StepSums:

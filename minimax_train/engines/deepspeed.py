@@ -146,6 +146,9 @@ class DeepSpeedEngine(AutogradEngine):
     def gradients(self) -> dict[str, Tensor]:
         return self._read("gradient")
 
+    def _gradients_and_weights(self):
+        return self.gradients(), {name: self._piece(name, p.detach()) for name, p in self.parameters.items()}
+
     def snapshot(self) -> dict[str, Any]:
         moments = {kind: self._read(kind) for kind in MOMENTS}
         states = {n: {"step": self._step, **{kind: moments[kind][n] for kind in MOMENTS}} for n in self.parameters}

@@ -40,19 +40,22 @@ def group_of(name: str, model: ModelConfig) -> str:
     return "router" if "router" in parts else "experts"
 
 
-def squares_by_group(tensors: Mapping[str, Tensor], model: ModelConfig) -> Tensor:
-    """Sums of squares of this rank's shards, float64 ``[G]`` on their device.
+def squares_by_group(tensors: Mapping[str, Tensor], model: ModelConfig, copies: Mapping[str, int]) -> Tensor:
+    """Sums of squares of this rank's shards, float64 ``[G]`` on their device; all ranks' add up to the model's.
 
     Args:
         tensors: weights or gradients by parameter name.
+        copies: how many ranks have the same shard, where that is not one.
     """
-    shards: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
-    for name, x in tensors.items():
-        shards[group_of(name, model)].append(local(x))
-    norms = torch._foreach_norm([x for group in shards.values() for x in group])
+    names: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in tensors:
+        names[group_of(name, model)].append(name)
+    ordered = [name for group in names.values() for name in group]
+    norms = torch._foreach_norm([local(tensors[name]) for name in ordered])
+    norms = torch._foreach_div(norms, [copies.get(name, 1) ** 0.5 for name in ordered])
     squares = torch.stack(norms).double().square()
     # No index is sent to the device: the host would wait for it.
-    return torch.stack([part.sum() for part in squares.split([len(group) for group in shards.values()])])
+    return torch.stack([part.sum() for part in squares.split([len(group) for group in names.values()])])
 
 
 def norm_metrics(norms_2G: Tensor) -> dict[str, float]:

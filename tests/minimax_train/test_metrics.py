@@ -60,12 +60,12 @@ def _norms(grid, config):
 
 @pytest.mark.parametrize(
     ("engine", "world", "axes"),
-    [("zero1", 2, {"tp": 2, "ep": 2}), ("fsdp", 2, {"ep": 2})],
+    [("zero1", 2, {"tp": 2, "ep": 2}), ("fsdp engine.shard_within=1", 2, {"ep": 2})],
     ids=str,
 )
 def test_norms_by_group_are_those_of_the_whole_tensors(tmp_path, engine, world, axes):
     sizes = [f"parallel.{axis}={size}" for axis, size in axes.items()]
-    config = tiny_run(tmp_path, *EXACT, *THREE, f"engine={engine}", *sizes)
+    config = tiny_run(tmp_path, *EXACT, *THREE, *f"engine={engine}".split(), *sizes)
     for found, by_hand, whole in run_ranks(_norms, world, config, **axes):
         assert found == pytest.approx(by_hand, rel=1e-10) and len(found) == 2 * len(GROUPS)
         squares = sum(value**2 for name, value in found.items() if name.startswith("grad_norm/"))

@@ -11,6 +11,7 @@ from support.runs import DIVISIBLE, ON_GPU, tiny_run, weights_of
 
 SIZES = [*DIVISIBLE, "model.num_layers=2", "model.layer_pattern=LS", "model.aux_loss_coefficient=0.5"]
 SIZES += ["recipe.global_batch_size=8", "recipe.micro_batch_size=1", "data.num_streams=4", "recipe.gradient_clip=0.5"]
+SIZES += ["logging.norms=1"]
 OFFLOAD = "engine.offload_optimizer=true"
 
 
@@ -83,9 +84,12 @@ def test_steps_are_those_of_one_rank(right, tmp_path, monkeypatch, world, cases)
     # Only now, when the check of the configuration has told DeepSpeed that this is a CPU.
     monkeypatch.setattr("minimax_train.engines.deepspeed_zero.DeepSpeedCPUAdam", NaiveCPUAdam)
     for results in run_ranks(_two_steps, world, configs):
-        for (precision, *_), (numbers, weights, _) in zip(cases, results, strict=True):
-            expected_numbers, expected, _ = right[precision]
+        for (precision, *_), (numbers, weights, metrics) in zip(cases, results, strict=True):
+            expected_numbers, expected, theirs = right[precision]
             assert numbers == pytest.approx(expected_numbers, rel=1e-5)
+            norms = {name: value for name, value in theirs.items() if "_norm/" in name}
+            # Of weights as they compute, rounded.
+            assert len(norms) == 14 and {name: metrics[name] for name in norms} == pytest.approx(norms, rel=4e-3)
             for name, weight in weights.items():
                 assert relative_error(weight, expected[name]) < 1e-4, name
 
