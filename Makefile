@@ -28,7 +28,7 @@ $(VENV)/.installed-cuda: $(VENV)/.installed
 	touch $@
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: install a-gpu install-cuda
 	$(BIN)/pytest -m gpu -rs

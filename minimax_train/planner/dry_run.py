@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minimax_train.config import Config
@@ -44,6 +45,8 @@ def dry_run(config: Config, world_size: int) -> tuple[float, int]:
         return time.perf_counter() - started, num_bytes
     finally:
         dist.destroy_process_group()
+        # DTensor keeps shapes of this rank by mesh; another rank in this process, on a mesh alike, would take them.
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
 
 
 def held_bytes(engine: object) -> int:

@@ -9,7 +9,7 @@ import pytest
 from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError
 from minimax_train.parallel.grid import GridSizes
-from minimax_train.planner.plan import layouts_of
+from minimax_train.parallelize import whole_layouts
 from support.runs import DIVISIBLE, tiny_run
 
 
@@ -94,7 +94,7 @@ def test_without_a_compiler(tmp_path, monkeypatch):
 
 def test_what_a_rank_holds_and_receives(tmp_path):
     """Two ranks in bfloat16: bytes a parameter as docs/cluster.md has them, and a bucket of all gradients."""
-    layouts, grid = layouts_of(tiny_run(tmp_path, *DIVISIBLE)), GridSizes(2)
+    layouts, grid = whole_layouts(tiny_run(tmp_path, *DIVISIBLE).model), GridSizes(2)
     numbers = sum(prod(layout.shape) for layout in layouts.values())
     for stage, held, received in ((0, 18, 4), (1, 6 + 6, 4 + 1), (2, 2 + 8, 3 * 4 + 1)):
         options = ["engine=deepspeed", f"engine.stage={stage}", "engine.precision=bfloat16"]

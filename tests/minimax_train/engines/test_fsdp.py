@@ -11,8 +11,9 @@ from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes
+from minimax_train.parallelize import whole_layouts
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, layouts_of, plan_run
+from minimax_train.planner.plan import Cluster, plan_run
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
@@ -75,7 +76,7 @@ def test_hybrid_sharding_sends_little_between_blocks(tmp_path):
     options.append("recipe.global_batch_size=48")
     config = tiny_run(tmp_path, *SIZES, *options)
     config.check_world_size(16)
-    layouts, grid, engine = layouts_of(config), GridSizes(16, ep=4), ENGINES["fsdp"]
+    layouts, grid, engine = whole_layouts(config.model), GridSizes(16, ep=4), ENGINES["fsdp"]
     experts = sum(prod(layout.shape) for name, layout in layouts.items() if "experts.mlp" in name)
     dense = sum(prod(layout.shape) for layout in layouts.values()) - experts
     step = engine.data_parallelism(config, layouts, grid, "cpu", 3)
