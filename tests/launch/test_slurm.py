@@ -75,29 +75,6 @@ def _output(run):
     return "".join(path.read_text() for path in sorted((run / "launch").glob("*.out")))
 
 
-def test_a_job_that_is_preempted_and_loses_a_node_trains_as_one_that_is_not(cluster, tmp_path):
-    settings = ["engine.precision=float64", "recipe.steps=120", "recipe.eval_interval=0", "logging.interval=1"]
-    settings += ["checkpoint.interval=20"]
-    run = tmp_path / "slurm" / "run"
-    job = _submit(cluster, "--nodes=2", *ON_CPU, "--", *overrides(tmp_path / "slurm", *settings))
-    cluster.wait(lambda: len(_losses(run)) >= 3, "steps")
-    urgent = ["--nodes=3", "--partition=urgent", "--output=/dev/null", "--wrap=true"]
-    cluster.run("sbatch", "--wait", *urgent)
-    alone = Command(tmp_path, overrides(tmp_path / "alone", *settings))  # beside what Slurm waits for
-    saved = int(re.search(r"SIGTERM after step (\d+)", _output(run))[1])
-    assert saved < 120 and (run / "checkpoints" / f"step-{saved:08d}").is_dir(), _output(run)
-    cluster.wait(lambda: max(_losses(run)) > max(20, saved), "steps after the pre-emption")
-    nodes = cluster.job(job)["NodeList"]
-    cluster.end_node("node2" if "2" in nodes else "node1")
-    assert _ended(cluster, job) == "COMPLETED", _output(run) + cluster.logs()
-    record, output = cluster.job(job), _output(run)
-    assert record["Restarts"] == "2" and record["NodeList"] != nodes, record
-    assert f"from step {saved}" in output and "DUE TO PREEMPTION" in output, output
-    assert alone.finish(300).status == 0
-    losses, expected = _losses(run), _losses(tmp_path / "alone" / "run")
-    assert losses == pytest.approx(expected, rel=1e-10) and len(losses) == 120
-
-
 def test_what_is_started_again_where(cluster, stand_in, tmp_path):
     """Saved: as a new start of the job. Failed: on the same nodes, until no step is gained."""
     run = tmp_path / "run"
@@ -174,3 +151,27 @@ def test_a_saved_run_ends_with_3_though_its_processes_leave_at_different_times(c
     job = cluster.run("sbatch", *options, f"--output={run}/out", *script, PATH=path).stdout.strip()
     assert _ended(cluster, job) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "3:0", (run / "out").read_text()
+
+
+def test_a_job_that_is_preempted_and_loses_a_node_trains_as_one_that_is_not(cluster, tmp_path):
+    """The last test: the node stays lost."""
+    settings = ["engine.precision=float64", "recipe.steps=120", "recipe.eval_interval=0", "logging.interval=1"]
+    settings += ["checkpoint.interval=20"]
+    run = tmp_path / "slurm" / "run"
+    job = _submit(cluster, "--nodes=2", *ON_CPU, "--", *overrides(tmp_path / "slurm", *settings))
+    cluster.wait(lambda: len(_losses(run)) >= 3, "steps")
+    urgent = ["--nodes=3", "--partition=urgent", "--output=/dev/null", "--wrap=true"]
+    cluster.run("sbatch", "--wait", *urgent)
+    alone = Command(tmp_path, overrides(tmp_path / "alone", *settings))  # beside what Slurm waits for
+    saved = int(re.search(r"SIGTERM after step (\d+)", _output(run))[1])
+    assert saved < 120 and (run / "checkpoints" / f"step-{saved:08d}").is_dir(), _output(run)
+    cluster.wait(lambda: max(_losses(run)) > max(20, saved), "steps after the pre-emption")
+    nodes = cluster.job(job)["NodeList"]
+    cluster.end_node("node2" if "2" in nodes else "node1")
+    assert _ended(cluster, job) == "COMPLETED", _output(run) + cluster.logs()
+    record, output = cluster.job(job), _output(run)
+    assert record["Restarts"] == "2" and record["NodeList"] != nodes, record
+    assert f"from step {saved}" in output and "DUE TO PREEMPTION" in output, output
+    assert alone.finish(300).status == 0
+    losses, expected = _losses(run), _losses(tmp_path / "alone" / "run")
+    assert losses == pytest.approx(expected, rel=1e-10) and len(losses) == 120

@@ -1,5 +1,6 @@
 """Several processes write what one writes, end together, and read a checkpoint that a run is removing."""
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -134,14 +135,14 @@ def test_a_run_that_goes_on_saving(lab, tmp_path, capsys):
     arguments = overrides(tmp_path, *more, "recipe.decay_steps=1")
     trainer = Command(tmp_path, arguments)
     try:
-        seen = set()
+        seen, attempts = set(), itertools.count()
         until = time.monotonic() + 120
         while len(seen) < 2 and time.monotonic() < until:
             if not CheckpointStore(tmp_path / "run").all():
                 assert trainer.process.is_alive()
                 time.sleep(0.2)
                 continue
-            target = tmp_path / f"hf-{len(seen)}"
+            target = tmp_path / f"hf-{next(attempts)}"
             status = main(["to-hf", str(tmp_path / "run"), str(target), "--workers", "2"])
             error = capsys.readouterr().err
             assert status == 0, error
