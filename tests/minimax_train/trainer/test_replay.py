@@ -25,7 +25,7 @@ class _Glitch:
         if self.left and dist.get_rank() == 1:
             self.left = 0
             if self.kind == "loss":
-                self.engine._sums.scalars_4[0] = torch.nan
+                self.engine._sums.losses_2[0] = torch.nan
             else:
                 self.engine._gradient_of["norm.weight"][3] = torch.inf
 
