@@ -1,16 +1,15 @@
 """Options of ``engine=fsdp`` as a run shows them: in its losses, its collectives and the checkpoints it writes."""
 
 import json
-from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
+from support.gathers import weight_gathers
 from support.runs import tiny_run
 
 
@@ -20,10 +19,8 @@ def _train(grid, config):
 
 def _train_and_count(grid, config):
     """How often each block's weights were gathered."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        _train(grid, config)
-    names = (event.name() for event in trace.profiler.kineto_results.events())  # trace.events() takes a minute
-    return Counter(name for name in names if name.startswith("FSDP::all_gather ") and "layers." in name)
+    _, gathers = weight_gathers(_train, grid, config)
+    return {name: times for name, times in gathers.items() if "layers." in name}
 
 
 def _losses(folder):

@@ -1,17 +1,16 @@
 """The whole model on grids that mix every axis: loss and gradients equal those of one rank."""
 
 import random
-from collections import Counter
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.errors import ConfigError
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
+from support.gathers import weight_gathers
 from support.runs import DIVISIBLE, gradients_of, gradients_of_a_step, tiny_run, weights_of
 
 SIZES = [*DIVISIBLE, "engine.precision=float64", "model.aux_loss_coefficient=0.5"]
@@ -87,9 +86,7 @@ def test_activation_checkpointing(one_rank, tmp_path, kind, grid):
 def _weight_gathers(grid, config):
     """How often each module's weights are gathered in one micro-batch."""
     trainer = Trainer(config, grid, torch.device("cpu"))
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        trainer.engine.run(trainer.next_batches(trainer.plan())[:1], trainer.plan())
-    return Counter(event.name for event in trace.events() if event.name.startswith("FSDP::all_gather "))
+    return weight_gathers(trainer.engine.run, trainer.next_batches(trainer.plan())[:1], trainer.plan())[1]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

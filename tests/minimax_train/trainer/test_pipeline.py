@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.config import load_config
 from minimax_train.errors import ConfigError, TrainingError
@@ -15,6 +14,7 @@ from minimax_train.planner.cost import stage_costs
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
 from support.distributed import run_ranks
+from support.gathers import weight_gathers
 from support.pipelines import Case, check
 from support.runs import DIVISIBLE, tiny_run, weights_of
 
@@ -41,10 +41,7 @@ def _train(grid, config, until):
     if grid.size("pp") == 1 or grid.size("dp") == 1:
         taken, gathers = trainer.train_step(), Counter()
     else:
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
-            taken = trainer.train_step()
-        names = (event.name() for event in trace.profiler.kineto_results.events())
-        gathers = Counter(name for name in names if name.startswith("FSDP::all_gather "))
+        taken, gathers = weight_gathers(trainer.train_step)
     if until is None:
         trainer.report(taken)
         trainer.train()
