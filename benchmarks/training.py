@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import minimax_train.model.experts
 from minimax_train.config import load_config
+from minimax_train.guard import TakenStep
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
@@ -88,10 +89,14 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
         trainer.metrics(trainer.train_step())
     started = time.perf_counter()
     launched = []
+    late: TakenStep | None = None
     for _ in range(steps):
         before = time.perf_counter()
         taken = trainer.train_step()
         launched.append(time.perf_counter() - before)
+        if late is not None:  # a step late, as in training
+            trainer.metrics(late)
+        late = taken
     metrics = trainer.metrics(taken)  # waits for the device
     step_s = (time.perf_counter() - started) / steps
     flops_per_token = metrics["tflops_per_rank"] / metrics["tokens_per_second"]

@@ -29,6 +29,13 @@ fi
 defaults=("--nproc-per-node=$((gpus > 0 ? gpus : 1))")
 [[ " ${options[*]} " =~ \ --?(nnodes|rdzv|master|standalone) ]] || defaults+=(--standalone)
 
+if [[ " ${options[*]} " =~ \ --?max[-_]restarts[=\ ][1-9] && " ${options[*]} " =~ \ --?nnodes[=\ ]([2-9]|[1-9][0-9]) &&
+  ! " ${options[*]} " =~ c10d ]]; then
+  echo "error: --max-restarts: over several machines needs --rdzv-backend=c10d --rdzv-endpoint=NODE:PORT, with which" \
+    "machines agree on when to start again" >&2
+  exit 2
+fi
+
 # Else processes that are started again meet in the store of those before them, and read what these left there.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # By default SIGUSR1 would end torchrun, and the run with it, at once.

@@ -60,15 +60,20 @@ def _standing(frame: FrameType | None, number: int | None = None) -> Standing:
     """Of a frame, maybe at another line than its own."""
     if frame is None:
         return Standing("nowhere", False)
-    number = frame.f_lineno if number is None else number
+    number = _line(frame) if number is None else number
     line = linecache.getline(frame.f_code.co_filename, number)
     waits, inner = any(call in line for call in _WAITS), frame
     while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
         waits = waits or "/torch/distributed/" in frame.f_code.co_filename
         frame = frame.f_back
-        number = frame.f_lineno
+        number = _line(frame)
     name = "" if frame is inner else f"{inner.f_code.co_name} of "
     return Standing(f"{name}{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{number})", waits)
+
+
+def _line(frame: FrameType) -> int:
+    """Where a frame is; for moments, between the instructions of its lines, it is in none."""
+    return frame.f_lineno or frame.f_code.co_firstlineno
 
 
 def last_collective() -> str:

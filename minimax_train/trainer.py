@@ -15,6 +15,7 @@ import torch.distributed as dist
 from minimax_train.cache import find_cache, use_kernel_cache
 from minimax_train.checkpoint.initial_weights import load_weights
 from minimax_train.checkpoint.remote import Folder
+from minimax_train.checkpoint.retention import step_of
 from minimax_train.checkpoint.saving import Saver
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.config import Config, config_at, flatten, to_yaml
@@ -214,11 +215,11 @@ class Trainer:
             checkpoint = self.store.newest_whole()
             if checkpoint is None:
                 raise TrainingError(f"{found}; {policy}: there is no checkpoint to go back to")
-            state = self.engine.snapshot()
-            progress = self.store.load(checkpoint, state)
-            if (times := self.gone_back_to.count(progress.step)) >= limit:
+            if (times := self.gone_back_to.count(step_of(checkpoint))) >= limit:
                 again = f"gone back to {checkpoint} {times} times (recipe.outlier_limit={limit})"
                 raise TrainingError(f"{found}; {policy}: {again}")
+            state = self.engine.snapshot()
+            progress = self.store.load(checkpoint, state)
             self.engine.go_back(state, last - progress.step)
         self.gone_back_to.append(progress.step)
         self.progress = Progress(progress.step, progress.tokens, policy=progress.policy)

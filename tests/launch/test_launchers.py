@@ -82,6 +82,13 @@ exit $((TORCHELASTIC_RESTART_COUNT == 0 && RANK == 1))
     assert [of_agent for of_agent, _ in stores] == ["False", "False"] and stores[0] != stores[1]
 
 
+def test_restarts_over_machines_need_a_rendezvous_that_they_share(tmp_path):
+    static = ["--nnodes=2", "--node-rank=0", "--master-addr=localhost", "--nproc-per-node=1", "--max-restarts=1"]
+    result = _start("torchrun.sh", [*static, "--", "seed=1"], tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: --max-restarts: over several machines needs")
+    assert result.stderr.count("\n") == 1
+
+
 def test_overrides_arrive_unchanged(tmp_path):
     arguments = ["run_dir=with space/$HOME '*'", "data=files", "data.train_files=[a b.txt,c*]"]
     tools = tmp_path / "tools"

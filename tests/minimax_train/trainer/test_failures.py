@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
+import threading
 import time
 from functools import partial
 
 import pytest
 
-from minimax_train.stacks import write_stacks_of
+from minimax_train.stacks import main_frame, standing, write_stacks_of
 from minimax_train.watchdog import verdict
 from support.commands import Command
 from support.fault_drills import FAULTS, Drill, arguments, hold_store, prepare
@@ -135,3 +136,25 @@ def _answer(rank, waits=True, step=7, **more):
 )
 def test_verdicts(alarm, answers, silent, line):
     assert verdict(alarm, answers, silent, 30) == line
+
+
+def test_a_frame_between_lines_has_a_place():
+    """Python says at moments that a frame is in no line: a watchdog that failed of it would end nothing."""
+    seen, done = [], threading.Event()
+
+    def work():
+        while not done.is_set():
+            pass
+
+    def look():
+        while main_frame().f_code.co_name != "work":
+            time.sleep(0.01)
+        seen.extend([main_frame().f_lineno, standing().at])
+        done.set()
+
+    work.__code__ = work.__code__.replace(co_linetable=b"")
+    looker = threading.Thread(target=look)
+    looker.start()
+    work()
+    looker.join()
+    assert seen[0] is None and seen[1].startswith("work (test_failures.py:")
