@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 
 # engine=deepspeed uses classes below deepspeed.initialize.
 _DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
+# engine=megatron uses its classes one by one. 0.16.1 is the last for Python 3.11.
+_MEGATRON = "megatron-core>=0.16.1,<0.20; sys_platform == 'linux'"
 
 setup(
     name="minimax-train",
@@ -44,6 +46,7 @@ setup(
         "debug": ["py-spy>=0.4"],
         "tensorboard": ["tensorboard>=2.18"],
         "deepspeed": [_DEEPSPEED],
+        "megatron": [_MEGATRON],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
         "test": [
             "pytest>=8",
@@ -55,6 +58,7 @@ setup(
             "moto[server]>=5",
             "tensorboard>=2.18",
             _DEEPSPEED,
+            _MEGATRON,
         ],
         "lint": ["ruff>=0.9", "pyrefly>=1.4", "pre-commit>=4"],
     },

@@ -11,7 +11,7 @@ from torch import Tensor
 
 AUTO = "auto"
 # Implementations that a CPU cannot run (but for Triton's, in its interpreter, by tests).
-NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped", "quack"})
+NEEDS_CUDA = frozenset({"triton", "flash", "flash4", "grouped", "quack", "apex"})
 RENAMED = {"plain": "torch", "loop": "torch"}
 Implementation = TypeVar("Implementation")
 

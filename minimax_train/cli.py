@@ -128,6 +128,7 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     available = device_type == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "this machine has no GPU; use cpu or auto")
     config.kernels.check_device(device_type)
+    config.engine.check_device(device_type)
     if config.deterministic and device_type == "cuda":
         use_deterministic_algorithms()
     timeout = timedelta(seconds=config.parallel.timeout_s)

@@ -26,7 +26,14 @@ def _triton():
     return triton
 
 
-IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "naive": naive}
+@OnDemand
+def _apex():
+    from minimax_train.kernels.norm import apex
+
+    return apex
+
+
+IMPLEMENTATIONS = {"triton": _triton, "torch": pytorch, "apex": _apex, "naive": naive}
 
 
 def _choose(x_TD: Tensor, requested: str) -> Any:
@@ -37,7 +44,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, implementation: str 
     """``x / sqrt(mean(x^2) + eps) * weight`` of each row.
 
     Args:
-        implementation: ``auto``, ``triton`` (not float64), ``torch`` or ``naive``.
+        implementation: ``auto``, ``triton`` (not float64), ``torch``, ``apex`` or ``naive``.
     """
     return _choose(x_TD, implementation).rms_norm(x_TD, weight_D, eps)
 

@@ -57,6 +57,13 @@ class EngineConfig:
             ConfigError: naming the key to change.
         """
 
+    def check_device(self, device_type: str) -> None:
+        """Refuse a device that the engine cannot run on, before anything starts.
+
+        Raises:
+            ConfigError: naming the key to change.
+        """
+
     def compute_dtype(self, device_type: str) -> torch.dtype:
         if self.precision == "auto":
             return torch.bfloat16 if device_type == "cuda" else torch.float32

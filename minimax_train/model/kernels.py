@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from minimax_train.apex import NEEDS_APEX, has_apex
 from minimax_train.errors import require
 from minimax_train.fields import check_fields
 from minimax_train.kernels import cross_entropy, experts, lightning, norm, rope, silu, softmax
@@ -41,7 +42,7 @@ class KernelConfig:
             require(not problem, f"kernels.{op}", getattr(self, op), problem)
 
     def check_device(self, device_type: str) -> None:
-        """Refuse an implementation that the device cannot run.
+        """Refuse an implementation that the device cannot run, or that is not installed.
 
         Raises:
             ConfigError: naming those it can.
@@ -50,6 +51,8 @@ class KernelConfig:
             able = [name for name in implementations if device_type == "cuda" or name not in NEEDS_CUDA]
             accepted = f"needs a GPU; on {device_type} it must be one of {', '.join(['auto', *able])}"
             require(getattr(self, op) in ("auto", *able), f"kernels.{op}", getattr(self, op), accepted)
+        if self.norm == "apex":
+            require(has_apex("fused_layer_norm_cuda"), "kernels.norm", self.norm, NEEDS_APEX)
 
     @staticmethod
     def _implementations() -> dict[str, Mapping[str, object]]:

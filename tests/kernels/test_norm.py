@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minimax_train.apex import has_apex
 from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
 from support.compare import relative_error
 
@@ -70,8 +71,18 @@ def test_triton_at_real_sizes(kind, T, D, poisoned_empty):
     _check(kind, "triton", torch.bfloat16, T, D, "torch")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("T, D", [(1, 3), (29, 63), (13, 130), (4097, 6144)])
+@pytest.mark.parametrize("kind", OPS)
+def test_apex_equals_the_formula(kind, T, D, dtype):
+    if not has_apex("fused_layer_norm_cuda"):
+        pytest.skip("NVIDIA's apex is not installed")
+    _check(kind, "apex", dtype, T, D, "torch")
+
+
 @pytest.mark.parametrize(
-    "name, message", [("fast", "must be one of auto, triton, torch, naive"), ("plain", "renamed: use 'torch'")]
+    "name, message", [("fast", "must be one of auto, triton, torch, apex, naive"), ("plain", "renamed: use 'torch'")]
 )
 def test_unknown_implementation_is_named(name, message):
     with pytest.raises(ValueError, match=f"^kernels.norm='{name}': {message}$"):

@@ -43,7 +43,7 @@ from support.runs import overrides
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
         ("kernels.norm=plain", r"kernels.norm='plain': renamed: use 'torch'$"),
         ("engine.precision=fp8", r"engine.precision='fp8': must be one of auto, bfloat16"),
-        ("engine.name=zero", r"engine.name='zero': must be one of deepspeed, fsdp, zero1"),
+        ("engine.name=zero", r"engine.name='zero': must be one of deepspeed, fsdp, megatron, zero1"),
         ("checkpoint.resume=yes", r"checkpoint.resume='yes': must be one of auto, never"),
         ("model.capacity_factor=0.001", r"model.capacity_factor=0.001: must leave each expert at least 1 assignment"),
         (

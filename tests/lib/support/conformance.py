@@ -30,6 +30,7 @@ from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
+from support.megatron import on_cpu
 from support.runs import tiny_run, weights_of
 
 TOLERANCE = 1e-4
@@ -38,6 +39,7 @@ CLIP = 0.5
 KINDS = {
     "deepspeed 2": ["engine=deepspeed", "engine.stage=2"],
     "zero1": ["engine=zero1"],
+    "megatron": ["engine=megatron", "engine.bucket_size=2000"],
     "deepspeed 1": ["engine=deepspeed", "engine.stage=1"],
     "fsdp": ["engine=fsdp"],
     "deepspeed 0": ["engine=deepspeed", "engine.stage=0"],
@@ -94,7 +96,8 @@ def configure(folder: Path, kind: str, steps: int) -> Config:
 
 def train(grid: ProcessGrid, runs: Sequence[Run]) -> list[Trained]:
     """Runs one after the other, each from the newest checkpoint in its folder; saved at their ends."""
-    return [_train(grid, run) for run in runs]
+    with on_cpu():
+        return [_train(grid, run) for run in runs]
 
 
 def _train(grid: ProcessGrid, run: Run) -> Trained:

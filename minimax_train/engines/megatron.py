@@ -1,0 +1,314 @@
+"""Megatron-Core's DistributedDataParallel and DistributedOptimizer (ZeRO-1, arXiv 1910.02054).
+
+One DistributedDataParallel lays weights and float32 gradients in buffers, those of dense parameters and of experts
+apart, each cut in buckets. A DistributedOptimizer for either keeps and updates float32 master weights and AdamW's
+moments of this rank's piece of every bucket:
+
+    parameters    gradients are reduced over           states are sharded over
+    dense         dp_cp, then tp where tp does not     dp_cp
+                  split the parameter
+    experts       edp                                  edp
+
+The engine runs forward and backward passes, takes the norm of the whole model's gradient, and decides whether an
+update is held; for that the host waits for the device once a step.
+
+A rank's piece of a bucket begins and ends anywhere in a parameter. For checkpoints the pieces are brought into the form
+that all engines save (:meth:`ParameterLayout.cut`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minimax_train.data import MicroBatch
+from minimax_train.engines.autograd import AutogradEngine
+from minimax_train.engines.engine import DataParallelism, EngineConfig, StepReport, TransferSums
+from minimax_train.engines.fused_adam import FUSED_ADAMS, find_fused_adam
+from minimax_train.errors import require, require_choice
+from minimax_train.fields import Range
+from minimax_train.model import initialize
+from minimax_train.model.sharding import ParameterLayout, local, set_parameter
+from minimax_train.parallel.grid import EXPERT, WORLD, AxisSizes
+from minimax_train.recipe import StepPlan
+
+if TYPE_CHECKING:
+    from minimax_train.config import Config
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class MegatronConfig(EngineConfig):
+    """``engine=megatron``. Names are Megatron-Core's.
+
+    Attributes:
+        overlap_grad_reduce: reduce-scatter a bucket's gradients as soon as the last backward pass of a step has them
+            all; false for all of them after it.
+        overlap_param_gather: all-gather a bucket's weights beside the next forward pass; false for all of them at the
+            end of a step.
+        bucket_size: elements from which on a bucket is full; null for the larger of 40 million and a million for each
+            data-parallel rank.
+        fused_adam: whose AdamW: ``torch``'s fused one, FusedAdam of ``transformer_engine`` or of NVIDIA's ``apex``;
+            ``auto`` takes the first that can be imported of Transformer Engine's, apex's and torch's.
+    """
+
+    name: str = "megatron"
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    bucket_size: Annotated[int | None, Range(1, 10**12, null="Megatron-Core's choice")] = None
+    fused_adam: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("engine.name", self.name, ("megatron",))
+        require_choice("engine.precision", self.precision, ("auto", "bfloat16", "float32"))
+        require_choice("engine.fused_adam", self.fused_adam, ("auto", *FUSED_ADAMS))
+        if not self.overlap_grad_reduce:  # all gradients are one bucket
+            accepted = "must be false with engine.overlap_grad_reduce=false, which leaves one bucket"
+            require(not self.overlap_param_gather, "engine.overlap_param_gather", True, accepted)
+            accepted = "must be null with engine.overlap_grad_reduce=false, which leaves one bucket"
+            require(self.bucket_size is None, "engine.bucket_size", self.bucket_size, accepted)
+
+    def check_run(self, config: Config, grid: AxisSizes) -> None:
+        accepted = "needs Megatron-Core: pip install 'minimax-train[megatron]'"
+        found = all(importlib.util.find_spec(module) for module in ("megatron", "megatron.core"))
+        require(found, "engine.name", self.name, accepted)
+        if self.fused_adam != "auto":
+            found = find_fused_adam(self.fused_adam) is not None
+            require(found, "engine.fused_adam", self.fused_adam, FUSED_ADAMS[self.fused_adam])
+
+    def check_device(self, device_type: str) -> None:
+        accepted = f"needs a GPU, where Megatron-Core has its buffers; here device={device_type}"
+        require(device_type == "cuda", "engine.name", self.name, accepted)
+
+
+class MegatronEngine(AutogradEngine):
+    """Megatron-Core's data parallelism and distributed optimizer."""
+
+    config_type = MegatronConfig
+    on_meta = False
+
+    def __init__(self, model, config, grid, device, phases) -> None:
+        super().__init__(model, config, grid, device, phases)
+        from minimax_train.engines.megatron_core import ShardedAdamW, distribute
+
+        options, recipe = cast(MegatronConfig, config.engine), config.recipe
+        compute = options.compute_dtype(device.type)
+        self._overlaps_gather = options.overlap_param_gather
+        # Initial weights are drawn in float32, and rounded for computing.
+        drawn: dict[str, Tensor] = {}
+        for name in self.layouts:
+            place = self._place(name)
+            drawn[name] = self._shaped(name, torch.zeros(place.stop - place.start, device=device))
+            set_parameter(model, name, nn.Parameter(drawn[name]))
+        initialize(model, config.seed)
+        for name, layout in self.layouts.items():
+            parameter = nn.Parameter(torch.zeros(layout.part(grid), dtype=compute, device=device))
+            cast(Any, parameter).allreduce = not _is_expert(layout)  # what Megatron-Core tells experts by
+            set_parameter(model, name, parameter)
+        self.parameters = dict(model.named_parameters())
+        summed = [name for name, layout in self.layouts.items() if _is_summed_over_tp(layout, grid)]
+        self._copies = dict.fromkeys(summed, grid.size("tp"))
+        self._ddp = distribute(model, grid, options)
+        # The nodes of autograd that it keeps have hooks that refer to it, which the garbage collector does not see.
+        weakref.finalize(self, self._ddp.grad_accs.clear)
+        self._optimizers = {
+            axis: ShardedAdamW(
+                self._ddp,
+                buffers,
+                [p for name, p in self.parameters.items() if _owners(self.layouts[name]) == axis],
+                grid.group(axis),
+                fused_adam=options.fused_adam,
+                betas=(recipe.adam_beta1, recipe.adam_beta2),
+                eps=recipe.adam_eps,
+                weight_decay=recipe.weight_decay,
+            )
+            for axis, buffers in (("dp_cp", self._ddp.buffers), ("edp", self._ddp.expert_parallel_buffers))
+        }
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self.restore({"model": drawn})
+        if self._overlaps_gather:
+            self._wait_for_weights()
+        largest = max(prod(layout.part(grid)) for layout in self.layouts.values())
+        self._choose_recomputation(largest * compute.itemsize)  # one parameter's gradient, until it is added to others
+
+    @classmethod
+    def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
+        compute = config.engine.compute_dtype(device_type)
+        whole = shards = largest = 0
+        for layout in layouts.values():
+            elements = prod(layout.part(grid))
+            whole += elements
+            shards += -(-elements // grid.size(_owners(layout)))
+            largest = max(largest, elements)
+        return {
+            "weights": whole * compute.itemsize,
+            "gradients": 4 * whole,
+            "master weights": 0 if compute == torch.float32 else 4 * shards,
+            "moments": 8 * shards,
+            "one parameter's gradient": largest * compute.itemsize,
+        }
+
+    @classmethod
+    def data_parallelism(cls, config, layouts, grid, device_type, micro_batches) -> DataParallelism:
+        compute = config.engine.compute_dtype(device_type)
+        updated, world, tp, transfers = 0, grid.size("dp_cp_tp"), grid.size("tp"), TransferSums()
+        for layout in layouts.values():
+            ranks = grid.size(_owners(layout))
+            shard = -(-prod(layout.part(grid)) // ranks)
+            updated += shard
+            transfers.add("gradients", world, 1, 4 * shard * (ranks - 1))
+            transfers.add("weights", world, 1, compute.itemsize * shard * (ranks - 1))
+            if _is_summed_over_tp(layout, grid):  # by all-reduce
+                transfers.add("gradients over tp", tp, 1, 2 * 4 * shard * (tp - 1) / tp)
+        return DataParallelism(updated, transfers.all())
+
+    def _wait_for_weights(self) -> None:
+        """Wait for a block's weights before it is called. Megatron-Core's own hooks wait for those of a module that is
+        called itself, and blocks read weights of modules that are not."""
+        self._ddp.disable_forward_pre_hook(param_sync=False)
+        # The model reads the weights of embedding and head without a call of these modules.
+        users = {"embedding.": self.model, "norm.": self.model.norm, "head.": self.model.norm}
+        users |= {f"layers.{index}.": block for index, block in enumerate(self.model.layers)}
+        for prefix, user in users.items():
+            held = [p for name, p in self.parameters.items() if name.startswith(prefix)]
+            groups = list(dict.fromkeys(self._ddp.param_to_bucket_group[p] for p in held))
+
+            def wait(*_: Any, groups: list[Any] = groups) -> None:
+                for group in groups:
+                    group.finish_param_sync()
+
+            user.register_forward_pre_hook(wait)
+
+    def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
+        if is_first:
+            self._ddp.zero_grad_buffer()
+        with nullcontext() if is_last else self._ddp.no_sync():
+            self._forward_backward(batch, plan)
+        if is_last:
+            self._finish_gradients()
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> None:
+        if self._ddp.ddp_config.overlap_grad_reduce:
+            for parameter, group in self._ddp.param_to_bucket_group.items():
+                if parameter not in group.per_param_grad_ready_counts:  # it had no gradient
+                    group.register_grad_ready(parameter)
+        self._ddp.finish_grad_sync()
+        if summed := [g for name in self._copies if (g := self._own(name, "gradient")).numel()]:
+            flat = torch.cat(summed)
+            dist.all_reduce(flat, group=self.grid.group("tp"))
+            torch._foreach_copy_(summed, list(flat.split([g.numel() for g in summed])))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepReport:
+        with self.phases("optimizer"):
+            gradients = [self._own(name, "gradient") for name in self.parameters]
+            copies = [self._copies.get(name, 1) for name in self.parameters]
+            norms = torch._foreach_norm(gradients)
+            norm = self._gradient_norm(x.double().square() / n for x, n in zip(norms, copies, strict=True))
+            self._freeze_unless(norm.isfinite())
+            held = self._held()
+            self._step += 1 - held
+            if not held:
+                for optimizer in self._optimizers.values():
+                    optimizer.update(learning_rate, self._clip_factor(norm))
+                if not self._overlaps_gather:
+                    self._ddp.start_param_sync()
+            largest = torch.stack([x.largest() for x in self._optimizers.values()]).sum().to(self.device)
+            dist.all_reduce(largest, group=self.grid.group(WORLD))
+            self._freeze_unless(largest.isfinite())
+            return StepReport(norm, self._frozen == 0, self._outlier)
+
+    def evaluate(self, micro_batches, plan) -> float:
+        if self._overlaps_gather:  # now, for a rank may have no micro-batch
+            self._ddp.start_param_sync(force_sync=True)
+        return super().evaluate(micro_batches, plan)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self._read("gradient")
+
+    def _gradients_and_weights(self):
+        return tuple({name: self._own(name, kind) for name in self.parameters} for kind in ("gradient", "param"))
+
+    def snapshot(self) -> dict[str, Any]:
+        moments = {kind: self._read(kind) for kind in MOMENTS}
+        states = {n: {"step": self._step, **{kind: moments[kind][n] for kind in MOMENTS}} for n in self.parameters}
+        return {"model": self._read("param"), "optimizer": states}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        self._write("param", state["model"])
+        if "optimizer" in state:
+            for kind in MOMENTS:
+                self._write(kind, {name: moments[kind] for name, moments in state["optimizer"].items()})
+        for optimizer in self._optimizers.values():
+            optimizer.set_steps(int(self._step))
+            optimizer.round_master()
+        self._ddp.start_param_sync(force_sync=True)
+
+    def _own(self, name: str, kind: str) -> Tensor:
+        """What this rank's optimizer has of a parameter, one axis, in place; empty where another rank has it."""
+        return self._optimizers[_owners(self.layouts[name])].own(self.parameters[name], kind)
+
+    def _read(self, kind: str) -> dict[str, Tensor]:
+        """Of all parameters, as checkpoints have it."""
+        return {name: self._piece(name, kind) for name in self.parameters}
+
+    def _piece(self, name: str, kind: str) -> Tensor:
+        owners, own = _owners(self.layouts[name]), self._own(name, kind)
+        return self._shaped(name, self._exchange(name, owners, own, self._owned(name), self._place(name)))
+
+    def _shaped(self, name: str, flat: Tensor) -> Tensor:
+        """The piece that checkpoints have of a parameter from this rank."""
+        layout = self.layouts[name]
+        return layout.shard(self.grid, flat.view(-1, *layout.piece_shape(self.grid)[1:]))
+
+    def _write(self, kind: str, pieces: dict[str, Tensor]) -> None:
+        for name, layout in self.layouts.items():
+            piece = local(pieces[name]).flatten()
+            axis, owned = layout.replicas(self.grid), self._owned(name)
+            self._own(name, kind).copy_(self._exchange(name, axis, piece, self._place(name), owned))
+
+    def _place(self, name: str) -> slice:
+        """Where in a rank's part of a parameter, laid flat, the piece lies that checkpoints have from this rank."""
+        layout, total = self.layouts[name], prod(self.layouts[name].part(self.grid))
+        size = prod(layout.piece_shape(self.grid))
+        start = min(self.grid.rank(layout.replicas(self.grid)) * size, total)
+        return slice(start, min(start + size, total))
+
+    def _owned(self, name: str) -> slice:
+        """Likewise the piece that this rank's optimizer has."""
+        return self._optimizers[_owners(self.layouts[name])].owned(self.parameters[name])
+
+    def _exchange(self, name: str, axis: str, piece: Tensor, has: slice, wants: slice) -> Tensor:
+        """Elements of a rank's part of a parameter, laid flat, out of the pieces that an axis's ranks have of it; by
+        all of them together. A copy, float32."""
+        whole = torch.zeros(prod(self.layouts[name].part(self.grid)), dtype=torch.float32, device=self.device)
+        whole[has] = piece
+        if self.grid.size(axis) > 1:
+            dist.all_reduce(whole, group=self.grid.group(axis))
+        return whole[wants].clone()
+
+
+def _is_expert(layout: ParameterLayout) -> bool:
+    return bool(set(layout.splits) & set(EXPERT))
+
+
+def _is_summed_over_tp(layout: ParameterLayout, grid: AxisSizes) -> bool:
+    """Whether a parameter is not split by tp, whose ranks have gradients of different tokens."""
+    return not _is_expert(layout) and grid.size("tp") > 1 and layout.replicas(grid) == "dp_cp_tp"
+
+
+def _owners(layout: ParameterLayout) -> str:
+    """The axis of the ranks over which a parameter's states are sharded."""
+    return "edp" if _is_expert(layout) else "dp_cp"
