@@ -1,11 +1,13 @@
 """Pipeline stages: which share of a step ranks wait, by simulation and measured.
 
-    python benchmarks/pipeline.py [--ranks 2 4 8 16] [--micro-batches 8 32] [--json FILE] [overrides]
+    python benchmarks/pipeline.py [--ranks 2 4 8 16] [--micro-batches 8 32] [--weights 0.3] [--json FILE] [overrides]
     torchrun --nproc-per-node 2 benchmarks/pipeline.py --measure [--steps 5] [--json FILE] [overrides]
 
-*theory* is ``(p - 1) / (v m + p - 1)`` of p ranks with v stages each and m micro-batches. *simulated* runs the
+*theory* is ``(p - 1) / (v m + p - 1)`` of p ranks with v stages each and m micro-batches; ``(p - 1) / (6 m + p - 1)``
+where the backward pass is split and its two halves each take as long as the forward pass. *simulated* runs the
 schedule's table (``parallel/pipeline.py``) with the time of every stage: without ``--measure`` by the planner's rates,
-the backward pass two thirds of it; else as measured in the same step. *measured* is the time in which the compute
+the backward pass two thirds of it, of which the gradients of weights take what ``--weights`` says, as a share of the
+whole; else as measured in the same step. *measured* is the time in which the compute
 streams of all ranks wait for another stage, from the beginning of a step's passes to the end of the last rank's, over
 all of that time; the median of the steps. Transfers take no time in the simulation.
 
@@ -37,7 +39,17 @@ from minimax_train.config import Config, load_config
 from minimax_train.engines.stages import Stages, _Run
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import ProcessGrid
-from minimax_train.parallel.pipeline import FORWARD, SCHEDULES, Pass, bubble, table, timeline
+from minimax_train.parallel.pipeline import (
+    BACKWARD,
+    FORWARD,
+    SCHEDULES,
+    WEIGHTS,
+    Pass,
+    bubble,
+    stages_of_rank,
+    table,
+    timeline,
+)
 from minimax_train.parallelize import parts_of_rank
 from minimax_train.planner.cost import stage_costs
 from minimax_train.trainer import Trainer
@@ -45,23 +57,27 @@ from minimax_train.trainer import Trainer
 Seconds = Callable[[Pass], float]
 
 
-def theory(ranks: int, parts: int, micro_batches: int) -> float:
-    return (ranks - 1) / (parts * micro_batches + ranks - 1)
+def theory(schedule: str, ranks: int, parts: int, micro_batches: int) -> float:
+    passes = 6 if SCHEDULES[schedule].splits else parts
+    return (ranks - 1) / (passes * micro_batches + ranks - 1)
 
 
-def simulated(ranks: int, parts: int, micro_batches: int, seconds: Seconds) -> float:
-    return bubble(timeline(table(ranks, parts, micro_batches), seconds))
+def simulated(schedule: str, ranks: int, parts: int, micro_batches: int, seconds: Seconds) -> float:
+    return bubble(timeline(table(schedule, ranks, parts, micro_batches), seconds))
 
 
-def planned(config: Config) -> Seconds:
-    """Of each stage by the planner's rates."""
-    costs, ranks = stage_costs(config), config.parallel.pp
-    of_stage = {}
-    for rank in range(ranks):
-        for i, part in enumerate(parts_of_rank(config, rank)):
+def planned(config: Config, weights: float) -> Seconds:
+    """Of each stage by the planner's rates, its gradients of weights that share of it."""
+    costs, parallel, of_stage = stage_costs(config), config.parallel, dict[int, float]()
+    for rank in range(parallel.pp):
+        stages = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.stages_of_rank, rank)
+        for stage, part in zip(stages, parts_of_rank(config, rank), strict=True):
             extra = costs.embedding * part.is_first + costs.head * part.is_last
-            of_stage[rank + i * ranks] = extra + sum(costs.layers[layer] for layer in part.layers)
-    return lambda one: of_stage[one.stage] * (1 if one.kind == FORWARD else 2) / 3
+            of_stage[stage] = extra + sum(costs.layers[layer] for layer in part.layers)
+    share = {FORWARD: 1 / 3, BACKWARD: 2 / 3, WEIGHTS: weights}
+    if SCHEDULES[parallel.pp_schedule].splits:
+        share[BACKWARD] -= weights
+    return lambda one: of_stage[one.stage] * share[one.kind]
 
 
 class Clock:
@@ -104,6 +120,7 @@ def one_step(trainer: Trainer, clock: Clock) -> dict[str, Any]:
         mock.patch.object(_Run, "_given", timed(_Run._given, lambda *_: waits)),
         mock.patch.object(_Run, "_forward", timed(_Run._forward, of_pass)),
         mock.patch.object(_Run, "_backward", timed(_Run._backward, of_pass)),
+        mock.patch.object(_Run, "_weights", timed(_Run._weights, of_pass)),
     ):
         plan = trainer.plan()
         batches = trainer.next_batches(plan)
@@ -136,7 +153,7 @@ def measure(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     trainer = Trainer(config, grid, device)
     shares, simulations, passes = list[float](), list[float](), dict[str, float]()
     with closing(trainer.loader):
-        ranks, parts = config.parallel.pp, config.parallel.stages_of_rank
+        schedule, ranks, parts = config.parallel.pp_schedule, config.parallel.pp, config.parallel.stages_of_rank
         micro_batches = trainer.plan().micro_batches(grid.size("dp"))
         for step in range(steps + 2):  # two to warm up
             every: list[Any] = [None] * dist.get_world_size()
@@ -148,15 +165,14 @@ def measure(overrides: Sequence[str], steps: int) -> dict[str, Any]:
             shares.append(idle / (len(every) * longest))
             passes = {name: mean for rank in every for name, mean in rank["passes"].items()}
             found = dict(passes)
-            simulations.append(
-                simulated(ranks, parts, micro_batches, lambda one, found=found: found[f"{one.kind} {one.stage}"])
-            )
+            sizes = (schedule, ranks, parts, micro_batches)
+            simulations.append(simulated(*sizes, lambda one, found=found: found[f"{one.kind} {one.stage}"]))
     trainer.log.close()
     return {
-        "schedule": config.parallel.pp_schedule,
+        "schedule": schedule,
         "ranks": ranks,
         "micro_batches": micro_batches,
-        "theory": theory(ranks, parts, micro_batches),
+        "theory": theory(schedule, ranks, parts, micro_batches),
         "simulated": statistics.median(simulations),
         "measured": statistics.median(shares),
         "passes_ms": {name: 1e3 * mean for name, mean in sorted(passes.items())},
@@ -168,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--weights", type=float, default=1 / 3, help="share of gradients of weights in a stage's time")
     parser.add_argument("--measure", action="store_true", help="train on the processes that torchrun started")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -184,20 +201,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.collect()
             rows.append(found)
     else:
-        for schedule, parts in SCHEDULES.items():
+        for schedule, each in SCHEDULES.items():
             for ranks in options.ranks:
                 sizes = [f"parallel.pp={ranks}", f"parallel.pp_schedule={schedule}", "engine=fsdp"]
-                seconds = planned(load_config(["model=text-01", *options.overrides, *sizes]))
+                seconds = planned(load_config(["model=text-01", *options.overrides, *sizes]), options.weights)
                 rows += [
                     {
                         "schedule": schedule,
                         "ranks": ranks,
                         "micro_batches": number,
-                        "theory": theory(ranks, parts, number),
-                        "simulated": simulated(ranks, parts, number, seconds),
+                        "theory": theory(schedule, ranks, each.parts, number),
+                        "simulated": simulated(schedule, ranks, each.parts, number, seconds),
                     }
                     for number in options.micro_batches
-                    if number >= ranks
+                    if number >= each.micro_batches * ranks
                 ]
     if not first:
         return 0

@@ -50,10 +50,12 @@ class ParallelConfig:
         etp: expert-tensor-parallel size: how many ranks share each expert's hidden size. What is left over of the
             number of processes is data-parallel, for the dense part and for the experts each by itself.
         pp: pipeline-parallel size: in how many stages ranks share the layers (docs/pipeline-parallelism.md).
-        pp_schedule: in which order a rank runs its micro-batches: ``1f1b``, or ``interleaved_1f1b`` with several stages
-            on every rank.
-        pp_layers: how many layers each stage has, in the order of the model; empty for a split by cost, with
-            ``interleaved_1f1b`` into two stages on every rank. Stage s lies on pipeline rank s modulo ``pp``.
+        pp_schedule: in which order a rank runs its micro-batches: ``1f1b``; ``interleaved_1f1b`` with several stages
+            on every rank; ``zero_bubble`` (ZBV) and ``dualpipe_v``, which compute gradients of weights where a rank
+            would wait.
+        pp_layers: how many layers each stage has, in the order of the model; empty for a split by cost, but with
+            ``1f1b`` into two stages on every rank. Stage s lies on pipeline rank s modulo ``pp``; with ``zero_bubble``
+            and ``dualpipe_v`` those of a rank form a V, stages r and ``2 pp - 1 - r`` on rank r.
         token_groups: in how many groups a rank's tokens go through the experts, so that one group's communication
             runs beside another's computation; 1 where nothing is communicated (``ep * etp`` = 1), and never more
             than the rank has tokens, or there would be groups of none. How many: docs/expert-parallelism.md.
@@ -100,7 +102,7 @@ class ParallelConfig:
     @property
     def stages_of_rank(self) -> int:
         """Pipeline stages on every rank."""
-        return len(self.pp_layers) // self.pp if self.pp_layers else SCHEDULES[self.pp_schedule]
+        return len(self.pp_layers) // self.pp if self.pp_layers else SCHEDULES[self.pp_schedule].parts
 
     @property
     def shown(self) -> str:
@@ -233,7 +235,7 @@ class Config:
         able = [name for name, engine in ENGINES.items() if engine.runs_stages]
         accepted = f"must be 1 with engine={self.engine.name}: pipeline stages run with engine={' or '.join(able)}"
         require(self.engine.name in able, "parallel.pp", pp, accepted)
-        fewest = SCHEDULES[parallel.pp_schedule]
+        fewest, more, *_ = SCHEDULES[parallel.pp_schedule]
         on_rank = f"{fewest} on every rank with parallel.pp_schedule={parallel.pp_schedule}"
         if not given:
             accepted = (
@@ -241,8 +243,10 @@ class Config:
             )
             require(pp * fewest <= layers, "parallel.pp", pp, accepted)
             return
-        fits = len(given) == pp if fewest == 1 else len(given) % pp == 0 and len(given) >= fewest * pp
-        number = f"{pp} stages" if fewest == 1 else f"a multiple of parallel.pp={pp} stages, at least {fewest * pp}"
+        fits = len(given) == fewest * pp or (more and len(given) % pp == 0 and len(given) > fewest * pp)
+        number = f"{fewest * pp} stages"
+        if more:
+            number = f"a multiple of parallel.pp={pp} stages, at least {fewest * pp}"
         require(fits, "parallel.pp_layers", given, f"must be the layers of {number}: {on_rank}")
         total = sum(map(int, given))
         require(total == layers, "parallel.pp_layers", given, f"must add up to model.num_layers={layers}, not {total}")
@@ -276,8 +280,14 @@ class Config:
                 with naming(stage):
                     stage.check_batch(batch, dp)
                     number = batch // (stage.sequence_length * stage.micro_batch_size * dp)
+                    each = SCHEDULES[parallel.pp_schedule].micro_batches if parallel.pp > 1 else 1
                     accepted = f"must be at most {number}, the micro-batches of a step on each of {ranks}"
-                    require(parallel.pp <= number, "parallel.pp", parallel.pp, accepted)
+                    if each > 1:
+                        accepted = (
+                            f"must be at most {number // each} with parallel.pp_schedule={parallel.pp_schedule}, which "
+                            f"takes {each} micro-batches for each: a step has {number} on each of {ranks}"
+                        )
+                    require(each * parallel.pp <= number, "parallel.pp", parallel.pp, accepted)
         accepted = f"must be a multiple of the {ranks}; with it, {divisors(streams)} of them would do"
         require(streams % dp == 0, "data.num_streams", streams, accepted)
         workers, own = self.data.num_workers, streams // dp

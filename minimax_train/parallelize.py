@@ -21,7 +21,7 @@ from minimax_train.model.sharding import ParameterLayout, parameter_layouts, set
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
 from minimax_train.parallel.grid import ProcessGrid
-from minimax_train.parallel.pipeline import split_layers
+from minimax_train.parallel.pipeline import split_layers, stages_of_rank
 from minimax_train.parallel.tensor import TensorParallel
 from minimax_train.phases import Phases
 from minimax_train.planner.cost import stage_costs
@@ -69,7 +69,10 @@ def parts_of_rank(config: Config, rank: int) -> list[ModelPart]:
         ModelPart(range(end - size, end), is_first=end == size, is_last=end == ends[-1])
         for size, end in zip(sizes, ends, strict=True)
     ]
-    return every[rank :: parallel.pp]
+    if parallel.pp == 1:
+        return every
+    own = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.stages_of_rank, rank)
+    return [every[stage] for stage in own]
 
 
 def context_methods(config: ParallelConfig) -> dict[str, str]:

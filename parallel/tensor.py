@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.cross_entropy import VocabularyShard
+from minimax_train.kernels.deferral import defer, gradients_of
 from minimax_train.parallel.communicator import Communicator
 
 
@@ -58,7 +59,7 @@ class TensorParallel:
         Args:
             weights_WD: one or more, the dtype of x.
         """
-        return _GatherProject.apply(x_tD, self._communicator, *weights_WD)
+        return _GatherProject.apply(x_tD, self._communicator, *defer(x_tD, *weights_WD))
 
     def vocabulary(self, size: int) -> VocabularyShard | None:
         """This rank's part of a vocabulary, None where that is all of it."""
@@ -105,9 +106,9 @@ class _GatherProject(torch.autograd.Function):
     """The gradient of x is summed over the weights in the GEMMs that make it."""
 
     @staticmethod
-    def forward(ctx, x_tD, communicator, *weights_WD):
+    def forward(ctx, x_tD, communicator, deferral, *weights_WD):
         ctx.save_for_backward(x_tD, *weights_WD)
-        ctx.communicator = communicator
+        ctx.communicator, ctx.deferral = communicator, deferral
         x_TD = x_tD if communicator is None else _gathered(x_tD, communicator)
         return tuple(F.linear(x_TD, weight_WD) for weight_WD in weights_WD)
 
@@ -120,9 +121,13 @@ class _GatherProject(torch.autograd.Function):
         dx_TD = gradients_TW[0] @ weights_WD[0]
         for d_TW, weight_WD in zip(gradients_TW[1:], weights_WD[1:], strict=True):
             dx_TD.addmm_(d_TW, weight_WD)
-        if gathering is None:
-            return dx_TD, None, *(d_TW.t() @ x_tD for d_TW in gradients_TW)
+
+        def d_weights() -> tuple[Tensor, ...]:
+            x_TD = x_tD if gathering is None else gathering.wait().flatten(0, 1)
+            return tuple(d_TW.t() @ x_TD for d_TW in gradients_TW)
+
+        if communicator is None:
+            return dx_TD, None, None, *gradients_of(ctx.deferral, d_weights)
         scattering = communicator.reduce_scatter(dx_TD.unflatten(0, (communicator.size, -1)))
-        x_TD = gathering.wait().flatten(0, 1)
-        d_weights_WD = [d_TW.t() @ x_TD for d_TW in gradients_TW]
-        return scattering.wait(), None, *d_weights_WD
+        d_weights_WD = gradients_of(ctx.deferral, d_weights)
+        return scattering.wait(), None, None, *d_weights_WD

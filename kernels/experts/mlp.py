@@ -2,7 +2,7 @@
 
     forward     dispatch x and weights;    of each group:  permute, up, down, unpermute, combine
     backward    dispatch dy;               of each group:  permute, d_hidden, dx, unpermute, combine
-                then, once over all groups:                d_down, d_gate_up
+                then, once over all groups:                d_down, d_gate_up; or later (``kernels/deferral.py``)
 
 A *dispatcher* says where tokens go between the two. With all experts on one rank they stay (:class:`LocalDispatcher`,
 one group); ``parallel/experts/dispatchers.py`` sends them to other ranks and back, in groups, of which one's transfers
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_train.kernels.deferral import defer, gradients_of
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.experts.gemms import SeparateGemms, choose_implementation
 from minimax_train.kernels.experts.permutation import Permutation
@@ -110,12 +111,12 @@ def grouped_experts(
     gemms: SeparateGemms,
 ) -> Tensor:
     """The weighted sum of what its experts make of each token ``[T, D]``, differentiable in all four tensors."""
-    return _GroupedExperts.apply(x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms)
+    return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, *defer(x_TD, gate_up_E2FD, down_EDF))
 
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms):
+    def forward(ctx, x_TD, weights_TK, dispatcher, gemms, deferral, gate_up_E2FD, down_EDF):
         gate_up_E2FD, down_EDF, kept = gate_up_E2FD.contiguous(), down_EDF.contiguous(), []
         trip = dispatcher.dispatch(x_TD, weights_TK)
         for group in trip:
@@ -126,7 +127,7 @@ class _GroupedExperts(torch.autograd.Function):
             trip.combine(group, gemms.down(act_RF, down, offsets_E))
             del act_RF  # before the next group's
         ctx.save_for_backward(trip.dispatched_ND, gate_up_E2FD, down_EDF, *kept)
-        ctx.dispatcher, ctx.gemms = dispatcher, gemms
+        ctx.dispatcher, ctx.gemms, ctx.deferral = dispatcher, gemms, deferral
         return trip.wait()[0]
 
     @staticmethod
@@ -137,26 +138,32 @@ class _GroupedExperts(torch.autograd.Function):
         trip = dispatcher.dispatch(dy_TD)
         # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
         whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
+        early = dispatcher.is_local and ctx.deferral is None  # no other rank waits for dx
         d_down_EDF = None
         for group, hidden_R2F, weights_R in zip(trip, kept[::2], kept[1::2], strict=True):
             gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
             dy_RD, out = trip.permute(group), whole and tuple(x[group.routed] for x in whole)
             d_hidden_R2F, act_RF, d_weights_R = gemms.d_hidden(dy_RD, hidden_R2F, down, offsets_E, weights_R, out)
-            if dispatcher.is_local:  # no other rank waits for dx: first free what it does not need
+            if early:  # first free what dx does not need
                 d_down_EDF = gemms.d_down(dy_RD, act_RF, offsets_E)
                 act_RF = None
             del dy_RD
             trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
-        offsets_E = dispatcher.offsets_E
-        if not dispatcher.is_local:
-            d_hidden_R2F, act_RF = whole or (d_hidden_R2F, act_RF)
-            del whole
-            act_RF = dispatcher.merge_groups(act_RF)
-            d_down_EDF = gemms.d_down(dispatcher.permute_all(trip.dispatched_ND), act_RF, offsets_E)
+        operands = [*(whole or (d_hidden_R2F, act_RF))]
+        del whole, out, d_hidden_R2F, act_RF
+        dispatched_ND, offsets_E = trip.dispatched_ND, dispatcher.offsets_E
+
+        def d_weights() -> tuple[Tensor, Tensor]:
+            d_down, act_RF = d_down_EDF, operands.pop()
+            if d_down is None:
+                act_RF = dispatcher.merge_groups(act_RF)
+                d_down = gemms.d_down(dispatcher.permute_all(dispatched_ND), act_RF, offsets_E)
             del act_RF
-            d_hidden_R2F = dispatcher.merge_groups(d_hidden_R2F)
-        d_gate_up_E2FD = gemms.d_gate_up(d_hidden_R2F, dispatcher.permute_all(x_ND), offsets_E)
-        return *trip.wait(), d_gate_up_E2FD, d_down_EDF, None, None
+            d_hidden_R2F = dispatcher.merge_groups(operands.pop())
+            return gemms.d_gate_up(d_hidden_R2F, dispatcher.permute_all(x_ND), offsets_E), d_down
+
+        gradients = gradients_of(ctx.deferral, d_weights)
+        return *trip.wait(), None, None, None, *gradients
 
 
 def expert_mlp(

@@ -86,9 +86,9 @@ class AutogradEngine(Engine):
 
     def _choose_recomputation(self, still_needed: int, *, apart: bool = False) -> None:
         """For a subclass to call when its states have their memory; arguments as of :class:`Recomputation`."""
-        held = None if self._stages is None else self._stages.held_layers()
+        held, deferred = (None, ()) if self._stages is None else self._stages.held_layers()
         self._recomputation = Recomputation(
-            self.config, self.grid, self.device, still_needed=still_needed, apart=apart, held=held
+            self.config, self.grid, self.device, still_needed=still_needed, apart=apart, held=held, deferred=deferred
         )
         self.notes += self._recomputation.notes
 

@@ -167,7 +167,7 @@ class FSDPEngine(AutogradEngine):
             for name, parameter in self.parameters.items()
         }
         if grid.size("pp") > 1:
-            self._stages = Stages(self, self._before_last)
+            self._stages = Stages(self, self._before_last, self._layer_done, self._after_weights)
         needed = self.memory(config, self.layouts, grid, device.type)
         self._choose_recomputation(sum(needed[what] for what in ("gradients", "gathered weights", "whole gradients")))
 
@@ -205,12 +205,31 @@ class FSDPEngine(AutogradEngine):
         return super().run(micro_batches, plan)
 
     def _before_last(self, part: int) -> None:
-        """Have the blocks of a pipeline stage sum their gradients over ranks in the next backward pass."""
+        """Have the blocks of a pipeline stage free their weights after the next backward pass, and sum their gradients
+        over ranks, unless passes of weights are still to come."""
+        assert self._stages is not None
+        sums = not self._stages.splits
         for layer in self.model.parts[part].layers:
-            self._keep(self.model.layers.get_submodule(str(layer)), reshards=True, sums=True)
+            self._keep(self.model.layers.get_submodule(str(layer)), reshards=True, sums=sums)
         if part == 0:
+            self._keep(self.model, reshards=True, sums=sums)
+            self._root.set_is_last_backward(sums)
+
+    def _layer_done(self, layer: int) -> None:
+        """Sum a block's gradients over ranks, beside what is computed next."""
+        self._keep(self.model.layers.get_submodule(str(layer)), reshards=True, sums=True)
+        self._end_backward()
+
+    def _after_weights(self, is_last: bool) -> None:
+        if is_last:
             self._keep(self.model, reshards=True, sums=True)
             self._root.set_is_last_backward(True)
+        self._end_backward()
+
+    def _end_backward(self) -> None:
+        """What FSDP does at the end of a backward pass, for it knows of no pass of weights: it adds gradients to those
+        of the micro-batches before, in the dtype of the reduction, or sums them over ranks."""
+        self._root._get_fsdp_state()._root_post_backward_final_callback()
 
     @property
     def _root(self) -> FSDPModule:

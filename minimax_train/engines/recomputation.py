@@ -26,7 +26,7 @@ class Recomputation:
 
     Args:
         still_needed: bytes that the engine has yet to allocate on this rank for anything but activations.
-        held: as of :class:`ActivationMemory`; of this rank, whose stage chooses for itself.
+        held, deferred: as of :class:`ActivationMemory`; of this rank, whose stages choose for themselves.
         apart: whether evaluations cannot use the memory of training's activations, as that of CUDA graphs.
 
     Attributes:
@@ -42,6 +42,7 @@ class Recomputation:
         still_needed: int,
         apart: bool,
         held: Sequence[int] | None = None,
+        deferred: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._apart = apart and config.recipe.eval_interval > 0
         self._grid, self._requested, self._free = grid, config.recipe.activation_checkpointing, None
@@ -55,6 +56,7 @@ class Recomputation:
             config.engine.compute_dtype(device.type).itemsize,
             **{axis: grid.size(axis) for axis in ("tp", "ep", "etp")},
             held=held,
+            deferred=deferred,
         )
         free = torch.full((), _free_bytes(device) - still_needed, dtype=torch.int64, device=device)
         dist.all_reduce(free, dist.ReduceOp.MIN, group=grid.group(WORLD))

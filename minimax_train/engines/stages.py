@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimax_train.data import MicroBatch
+from minimax_train.kernels import deferral
 from minimax_train.model import ModelLoss, StageOutput
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
-from minimax_train.parallel.pipeline import BACKWARD, FORWARD, Pass, Transfer, held, program, table
+from minimax_train.parallel.pipeline import (
+    BACKWARD,
+    FORWARD,
+    SCHEDULES,
+    Pass,
+    Transfer,
+    deferred,
+    held,
+    program,
+    stages_of_rank,
+    table,
+)
 from minimax_train.recipe import StepPlan
 
 if TYPE_CHECKING:
@@ -48,13 +60,26 @@ class Stages:
 
     Args:
         engine: computes the passes; its model has a part for each stage.
-        before_last: told, before the step's last backward pass of a part, which part; gradients are whole after it.
+        before_last: told, before the step's last backward pass of a part, which part. Its weights are not needed after
+            it, and its gradients are whole, unless the schedule splits.
+        layer_done: told, in the step's last pass of weights of a part, each layer whose gradients are whole.
+        after_weights: told, after a pass of weights, whether it was the step's last.
     """
 
-    def __init__(self, engine: AutogradEngine, before_last: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        engine: AutogradEngine,
+        before_last: Callable[[int], None],
+        layer_done: Callable[[int], None],
+        after_weights: Callable[[bool], None],
+    ) -> None:
         self._engine, self._before_last = engine, before_last
+        self._layer_done, self._after_weights = layer_done, after_weights
         grid, self._parts = engine.grid, engine.model.parts
         self._ranks, self._rank = grid.size("pp"), grid.rank("pp")
+        self._schedule = engine.config.parallel.pp_schedule
+        self.splits = SCHEDULES[self._schedule].splits
+        self._own = stages_of_rank(self._schedule, self._ranks, len(self._parts), self._rank)
         self._links = {FORWARD: GroupCommunicator(grid.group("pp")), BACKWARD: GroupCommunicator(grid.group("epp"))}
         self._dtype = engine.config.engine.compute_dtype(engine.device.type)
         self._programs: dict[tuple[int, bool], list[Pass | Transfer]] = {}
@@ -69,19 +94,24 @@ class Stages:
         run.run(self._program(len(batches), True))
         return run.loss
 
-    def held_layers(self) -> list[int]:
-        """Of how many micro-batches at most this rank holds each layer's activations at a time."""
-        orders = table(self._ranks, len(self._parts), 2 * self._ranks - 1)  # the longest group of micro-batches
-        of_stage, layers = held(orders, self._rank), [0] * self._engine.config.model.num_layers
-        for index, part in enumerate(self._parts):
-            for layer in part.layers:
-                layers[layer] = of_stage[self._rank + index * self._ranks]
-        return layers
+    def held_layers(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """``held`` and ``deferred`` of :class:`minimax_train.model.memory.ActivationMemory`, on this rank."""
+        # The longest group of micro-batches; a split schedule holds no more with more.
+        micro_batches = 2 * self._ranks - (not self.splits)
+        orders = table(self._schedule, self._ranks, len(self._parts), micro_batches)
+        stage_of = {i: stage for stage, part in zip(self._own, self._parts, strict=True) for i in part.layers}
+        stages = [stage_of.get(layer, -1) for layer in range(self._engine.config.model.num_layers)]
+        counts = held(orders, self._rank)
+        layers = [counts[stage] for stage in stages]
+        if not self.splits:
+            return layers, []
+        before, after = deferred(orders, self._rank)
+        return layers, [(before[stage], after[stage]) for stage in stages]
 
     def _program(self, micro_batches: int, forward_only: bool) -> list[Pass | Transfer]:
         key = micro_batches, forward_only
         if key not in self._programs:
-            orders = table(self._ranks, len(self._parts), micro_batches, forward_only=forward_only)
+            orders = table(self._schedule, self._ranks, len(self._parts), micro_batches, forward_only=forward_only)
             self._programs[key] = program(orders, self._rank)
         return self._programs[key]
 
@@ -95,6 +125,7 @@ class _Run:
         self._leaving: dict[Pass, Tensor] = {}  # by the pass that needs it
         self._sends: deque[Pending[None]] = deque()
         self._kept: dict[tuple[int, int], _Kept] = {}
+        self._deferred: dict[tuple[int, int], deferral.Pending] = {}
         self.loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
 
     def run(self, steps: Sequence[Pass | Transfer]) -> None:
@@ -103,11 +134,13 @@ class _Run:
                 self._transfer(step)
             elif step.kind == FORWARD:
                 self._forward(step)
-            else:
+            elif step.kind == BACKWARD:
                 self._backward(step)
+            else:
+                self._weights(step)
         while self._sends:
             self._sends.popleft().wait()
-        assert not (self._arriving or self._leaving or self._kept)
+        assert not (self._arriving or self._leaving or self._kept or self._deferred)
 
     def _transfer(self, transfer: Transfer) -> None:
         link, one = self._stages._links[transfer.needed_by.kind], transfer.needed_by
@@ -122,21 +155,23 @@ class _Run:
         self._arriving[one] = x_TD, link.exchange({}, {transfer.source: x_TD})
 
     def _given(self, one: Pass) -> Tensor:
-        """The input of a pass, from another rank."""
+        """The input of a pass, from another rank, or another stage of this one."""
+        if one in self._leaving:
+            return self._leaving.pop(one)
         x_TD, pending = self._arriving.pop(one)
         pending.wait()
         return x_TD
 
     def _forward(self, one: Pass) -> None:
         engine, batch = self._engine, self._batches[one.micro_batch]
-        part = one.stage // self._stages._ranks
+        part = self._stages._own.index(one.stage)
         layers, is_first, _ = self._stages._parts[part]
         x_TD = None if is_first else self._given(one)
         trains = torch.is_grad_enabled()
         if trains and x_TD is not None:
             x_TD.requires_grad_()
         engine.phases.tick()
-        with engine.phases("forward") if trains else nullcontext():
+        with engine.phases("forward") if trains else nullcontext(), self._split():
             out = engine._forward(batch, self._plan, part=part, x_TD=x_TD)
         if isinstance(out, StageOutput):
             self._leaving[one._replace(stage=one.stage + 1)] = out.x_TD.detach()
@@ -157,14 +192,32 @@ class _Run:
         self._kept[one.stage, one.micro_batch] = kept
 
     def _backward(self, one: Pass) -> None:
-        part = one.stage // self._stages._ranks
+        part = self._stages._own.index(one.stage)
         x_TD, outputs, gradients = self._kept.pop((one.stage, one.micro_batch))
         if not self._stages._parts[part].is_last:
             gradients[0] = self._given(one)
-        if one.micro_batch == len(self._batches) - 1:
+        if self._is_last(one):
             self._stages._before_last(part)
-        with self._engine.phases("backward"):
+        with self._engine.phases("backward"), self._split() as pending:
             torch.autograd.backward(outputs, gradients)
+        if pending is not None:
+            self._deferred[one.stage, one.micro_batch] = pending
         if x_TD is not None:
             assert x_TD.grad is not None
             self._leaving[one._replace(stage=one.stage - 1)] = x_TD.grad
+
+    def _weights(self, one: Pass) -> None:
+        """The gradients of weights that a backward pass left for later."""
+        pending, is_last = self._deferred.pop((one.stage, one.micro_batch)), self._is_last(one)
+        with self._engine.phases("backward"):
+            deferral.run(pending, self._stages._layer_done if is_last else None)
+            self._stages._after_weights(is_last and one.stage == self._stages._own[0])
+
+    def _is_last(self, one: Pass) -> bool:
+        """Of its kind and stage in the step."""
+        return one.micro_batch == len(self._batches) - 1
+
+    def _split(self) -> AbstractContextManager[deferral.Pending | None]:
+        """Around a pass: where the schedule splits, without the gradients of weights, which the backward pass leaves in
+        what this yields."""
+        return deferral.deferred() if self._stages.splits else nullcontext()

@@ -35,6 +35,7 @@ MARGIN = 0.06
 lightning attention's states where its kernels split the tokens."""
 
 _FLOAT32 = 4
+_PERMUTATION = 2 * 8  # an assignment's place and its inverse, which the dispatcher holds in every choice
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ActivationMemory:
         tp, ep, etp: sizes of these axes of the process grid.
         held: of how many micro-batches the rank holds each layer's activations at a time, 0 of a layer that is on
             another pipeline stage; None for one of every layer.
+        deferred: under a schedule that makes gradients of weights later, when most of them wait: of how many
+            micro-batches the rank holds each layer's activations, and of how many what those gradients are made of.
     """
 
     model: ModelConfig
@@ -55,6 +58,7 @@ class ActivationMemory:
     ep: int = 1
     etp: int = 1
     held: Sequence[int] | None = None
+    deferred: Sequence[tuple[int, int]] = ()
 
     @property
     def held_layers(self) -> dict[int, int]:
@@ -73,14 +77,19 @@ class ActivationMemory:
 
     def peak(self, tokens: int, recomputation: Sequence[str]) -> int:
         """The most at any time: when the loss is computed, or in the backward pass of a block, which has all it keeps
-        or computes again, beside what the blocks before it keep, and all of other micro-batches."""
+        or computes again, beside what the blocks before it keep, and all of other micro-batches; or when most gradients
+        of weights wait."""
         others = before = backward = 0
         for layer, number in self.held_layers.items():
             kept = self._block(layer, tokens, recomputation[layer])
             backward = max(backward, before + self._block(layer, tokens, "none") + self._gradients(layer, tokens))
             before += kept
             others += (number - 1) * kept
-        return others + self._head(tokens) + max(before + self._loss(tokens), backward)
+        waiting = sum(
+            activations * self._block(layer, tokens, recomputation[layer]) + operands * self._operands(layer, tokens)
+            for layer, (activations, operands) in enumerate(self.deferred)
+        )
+        return self._head(tokens) + max(others + max(before + self._loss(tokens), backward), waiting)
 
     def forward(self, tokens: int) -> int:
         """The most at any time of a forward pass alone, as an evaluation makes it."""
@@ -90,9 +99,8 @@ class ActivationMemory:
     def _block(self, layer: int, tokens: int, recomputation: str) -> int:
         model = self.model
         D, K = model.hidden_size, model.experts_per_token
-        permutation = 2 * 8 * K  # each assignment's place and its inverse, which the dispatcher holds in every choice
         if recomputation == "full":
-            return tokens * (D * self.itemsize + permutation)
+            return tokens * (D * self.itemsize + _PERMUTATION * K)
         attention = model.attentions[layer].activations(model)
         numbers = 2 * D + attention.kept + 2 * K * model.expert_hidden_size
         numbers += self._dispatched * D
@@ -101,7 +109,15 @@ class ActivationMemory:
         # Probabilities, of the loss for balance too; each assignment's expert, and its weight twice.
         router = 2 * _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)
         scalars = _FLOAT32 * (2 + attention.float32)
-        return tokens * (numbers * self.itemsize + permutation + router + scalars)
+        return tokens * (numbers * self.itemsize + _PERMUTATION * K + router + scalars)
+
+    def _operands(self, layer: int, tokens: int) -> int:
+        """What gradients of weights are made of: of both projections the inputs and gradients of outputs, with tensor
+        parallelism those of all its ranks' tokens where D wide; of the experts also the activation."""
+        model, D, K = self.model, self.model.hidden_size, self.model.experts_per_token
+        attention = 2 * self.tp * D + model.attentions[layer].activations(model).kept
+        experts = 2 * max(1, self._dispatched) * D + 3 * K * model.expert_hidden_size
+        return tokens * ((attention + experts) * self.itemsize + _PERMUTATION * K)
 
     @property
     def _dispatched(self) -> int:

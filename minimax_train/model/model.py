@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minimax_train.documents import Documents
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.kernels.deferral import begin_layer
 from minimax_train.kernels.rope import rotary_table
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.config import ModelConfig
@@ -189,9 +190,10 @@ class HybridModel(nn.Module):
         spans = TokenSpans.of(documents, shard, num_sequences, self.ranks)
         if is_first:
             x_TD = self.ranks.tp.scatter_sum(self._embed(tokens_T))
+        assert x_TD is not None
         reports: list[RouterReport] = []
         for layer in layers:
-            x_TD, report = self.layers.get_submodule(str(layer))(x_TD, context, spans)
+            x_TD, report = self.layers.get_submodule(str(layer))(begin_layer(x_TD, layer), context, spans)
             reports.append(report)
         routing = {
             "aux_loss": torch.stack([report.aux_loss for report in reports]).sum(),
@@ -199,7 +201,6 @@ class HybridModel(nn.Module):
             "tokens_per_expert_LE": torch.stack([report.tokens_per_expert_E for report in reports]),
             "dropped_L": torch.stack([report.dropped for report in reports]),
         }
-        assert x_TD is not None
         if not is_last:
             return StageOutput(x_TD, **routing)
         x_TD = self.ranks.tp.gather(self.norm(x_TD))

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from minimax_train.kernels.deferral import linear
 from minimax_train.parallel.grid import EXPERT, AxisSizes, ProcessGrid
 
 Sharding = Mapping[str, int]
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight))
+        return linear(x, local(self.weight))
 
 
 Cut = tuple[int, ...]

@@ -133,7 +133,7 @@ PLAUSIBLE: dict[str, Sequence[str]] = {
     "parallel.tp": ["1", "1", "1", "2"],
     "parallel.token_groups": ["1", "2"],
     "parallel.pp": ["1", "1", "1", "2"],
-    "parallel.pp_schedule": ["1f1b", "interleaved_1f1b"],
+    "parallel.pp_schedule": ["1f1b", "interleaved_1f1b", "zero_bubble", "dualpipe_v"],
     "parallel.pp_layers": ["[]", "[]", "[1,1]", "[1,2]"],
     "deterministic": ["false", "true"],
     "parallel.check_replicas": ["0", "0", "3"],

@@ -22,6 +22,7 @@ import torch
 
 from minimax_train.config import Config
 from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.run_lock import release_lock
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
@@ -76,9 +77,10 @@ def sample(choose: random.Random) -> Case:
         if "null" not in model[1]:
             model.append(f"model.capacity_scope={choose.choice(scopes)}")
         model.append(f"model.aux_loss_scope={choose.choice(scopes)}")
-        schedule = choose.choice(["1f1b", "interleaved_1f1b"])
+        fits = [name for name, each in SCHEDULES.items() if 8 // dp >= each.micro_batches * axes["pp"]]
+        schedule = choose.choice(fits)
         more = [f"parallel.pp_schedule={schedule}"]
-        stages = axes["pp"] * (1 if schedule == "1f1b" else 2)
+        stages = axes["pp"] * SCHEDULES[schedule].parts
         if choose.random() < 0.5:
             cuts = sorted(choose.sample(range(1, layers), stages - 1))
             sizes = [end - begin for begin, end in zip([0, *cuts], [*cuts, layers], strict=True)]

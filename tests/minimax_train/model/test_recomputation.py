@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from minimax_train import capture
 from minimax_train.documents import Documents
+from minimax_train.kernels.deferral import deferred, run
 from minimax_train.kernels.experts import expert_mlp
 from minimax_train.kernels.lightning.chunked import TILE_TOKENS
 from minimax_train.model import HybridModel, KernelConfig, initialize
@@ -124,6 +125,33 @@ def test_bytes_kept_by_a_block_are_those_of_the_formula(kind, pattern):
         kept -= 2 * 4 * one.num_heads * one.head_dim**2 * (tiles + len(LENGTHS))
     expected = ActivationMemory(three, itemsize=4).kept(TOKENS, [kind] * 3)
     assert kept == pytest.approx(expected * 2 / 3, rel=0.02)
+
+
+def _waiting(kind, config):
+    """Bytes that live between the backward pass and the gradients of weights, and after these."""
+    model = _model(kind, config, torch.float32)
+    with _Allocations(model) as allocations:
+        with deferred():
+            loss = _loss(model)
+        with deferred() as pending:
+            loss.backward()
+        del loss
+        model.zero_grad()
+        waiting = allocations.alive
+        run(pending)
+        model.zero_grad()
+    return waiting, allocations.alive
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [("none", "S"), ("selective", "L"), ("full", "L")])
+def test_bytes_that_wait_for_gradients_of_weights_are_those_of_the_formula(kind, pattern):
+    one, three = (model_config(layer_pattern=pattern, num_layers=n) for n in (1, 3))
+    (few, after), (many, still) = _waiting(kind, one), _waiting(kind, three)
+    memory = ActivationMemory(three, itemsize=4, deferred=[(1, 100)] * 3)
+    assert many - few == pytest.approx(2 * memory._operands(0, TOKENS), rel=0.02)
+    assert max(after, still) < 100  # the slopes of decays, which stay for later calls
+    expected = memory.kept(TOKENS, [kind] * 3) + 300 * memory._operands(0, TOKENS) + memory._head(TOKENS)
+    assert memory.peak(TOKENS, [kind] * 3) == expected
 
 
 def test_nothing_is_left_after_the_backward_pass():

@@ -57,7 +57,9 @@ def _check(folder, device):
     def run(name, sizes):
         overrides = [*SIZES, *CASES[name][0], *(f"parallel.{axis}={size}" for axis, size in sizes.items())]
         groups = ["parallel.token_groups=2"] if sizes else []
-        groups += ["engine=fsdp", "parallel.pp_schedule=interleaved_1f1b"] if "pp" in sizes else []
+        if "pp" in sizes:
+            schedule = "zero_bubble" if "tp" in sizes else "interleaved_1f1b"
+            groups += ["engine=fsdp", f"parallel.pp_schedule={schedule}"]
         return sizes, tiny_run(folder / "-".join([name, *sizes]), *overrides, *groups)
 
     # One rank first: it compiles the kernels.

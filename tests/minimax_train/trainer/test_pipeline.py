@@ -9,29 +9,54 @@ import torch
 from minimax_train.config import load_config
 from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.model.sharding import local
+from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.parallelize import parts_of_rank
 from minimax_train.planner.cost import stage_costs
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
-from support.distributed import run_ranks
+from support.distributed import TIMEOUT, run_ranks
 from support.gathers import weight_gathers
 from support.pipelines import Case, check
-from support.runs import DIVISIBLE, tiny_run, weights_of
+from support.runs import DIVISIBLE, gradients_of, gradients_of_a_step, tiny_run, weights_of
 
-INTERLEAVED = "parallel.pp_schedule=interleaved_1f1b"
+INTERLEAVED, ZERO_BUBBLE, DUALPIPE_V = (
+    f"parallel.pp_schedule={name}" for name in ("interleaved_1f1b", "zero_bubble", "dualpipe_v")
+)
 POOLS = ("model.capacity_factor=0.8", "model.capacity_scope=global", "model.aux_loss_scope=global")
 FULL, SELECTIVE = (f"recipe.activation_checkpointing={kind}" for kind in ("full", "selective"))
 CASES = [
     Case(2, {"pp": 2}, POOLS, (INTERLEAVED, FULL)),
     Case(4, {"pp": 4}, (), (SELECTIVE,)),
-    Case(4, {"pp": 2, "tp": 2, "ep": 2}, POOLS, ("parallel.pp_layers=[1,3]",)),
     Case(4, {"pp": 2, "cp": 2, "etp": 2}, (), (INTERLEAVED, "engine.reshard_after_forward=true")),
+    Case(4, {"pp": 2, "tp": 2, "ep": 2}, POOLS, (ZERO_BUBBLE, FULL)),
 ]
 
 
 def test_gradients_equal_one_rank(tmp_path):
     """More of them: tests/lib/support/pipelines.py."""
     assert check(tmp_path, CASES) == []
+
+
+def _gradients_of_each(_, configs):
+    found = []
+    for config in configs:
+        trainer = Trainer(config, ProcessGrid.create("cpu", TIMEOUT, **config.parallel.sizes), torch.device("cpu"))
+        gradients_of_a_step(trainer)
+        found.append(gradients_of(trainer))
+        trainer.loader.close()
+    return found
+
+
+def test_gradients_have_the_same_bits_under_every_schedule(tmp_path):
+    """In bfloat16, summed over six micro-batches in float32: passes of weights add as backward passes do."""
+    shared = ["engine=fsdp", "engine.precision=bfloat16", "parallel.pp=3", "recipe.global_batch_size=6"]
+    shared += ["model.num_layers=6", "model.layer_pattern=LLSLLS", "data.num_streams=6", "data.sequence_length=31"]
+    schedules = ("parallel.pp_layers=[1,3,2]", ZERO_BUBBLE, f"{DUALPIPE_V} engine.reshard_after_forward=true")
+    configs = [tiny_run(tmp_path / str(i), *shared, *text.split()) for i, text in enumerate(schedules)]
+    for expected, *others in run_ranks(_gradients_of_each, 3, configs):
+        for found in others:
+            assert found.keys() == expected.keys()
+            assert all(x.dtype == torch.float32 and torch.equal(x, expected[name]) for name, x in found.items())
 
 
 def _train(grid, config, until):
@@ -69,14 +94,14 @@ def test_a_run_goes_on_over_other_stages(tmp_path):
     shared += ["checkpoint.resume=auto", "checkpoint.interval=100", "recipe.decay_steps=1", "recipe.warmup_steps=1"]
     ((right, _),) = run_ranks(_train, 1, tiny_run(tmp_path / "right", *shared, "engine=fsdp"), None)
     staged = [*shared, "engine=fsdp", "parallel.pp=2"]
-    run_ranks(_train, 2, tiny_run(tmp_path / "run", *staged), 1, pp=2)
-    config = tiny_run(tmp_path / "run", *staged, INTERLEAVED)
+    run_ranks(_train, 2, tiny_run(tmp_path / "run", *staged, INTERLEAVED), 1, pp=2)
+    config = tiny_run(tmp_path / "run", *staged, ZERO_BUBBLE)
     config.check_world_size(4)
     for rank, (_, gathers) in enumerate(run_ranks(_train, 4, config, 2, pp=2)):
         # Once in a step of two micro-batches: kept from the first pass to the last.
         blocks = {name: times for name, times in gathers.items() if "layers." in name}
         assert set(blocks.values()) == {1} and len(blocks) == 2, gathers
-        assert all(f"layers.{layer}" in " ".join(blocks) for layer in ((0, 2) if rank < 2 else (1, 3)))
+        assert all(f"layers.{layer}" in " ".join(blocks) for layer in ((0, 3) if rank < 2 else (1, 2)))
     ((weights, _),) = run_ranks(_train, 1, tiny_run(tmp_path / "run", *shared, "engine=zero1"), None)
     for name, weight in right.items():
         assert relative_error(weights[name], weight) < 1e-9, name
@@ -150,7 +175,9 @@ def test_costly_parts_get_fewer_layers():
         (["parallel.pp_layers=[1,2,1]"], r"parallel.pp_layers=.*must be the layers of 2 stages"),
         (["parallel.pp_layers=[2,2]", INTERLEAVED], r"parallel.pp_layers=.*a multiple of parallel.pp=2 .* at least 4"),
         (["parallel.pp=1", "parallel.pp_layers=[4]"], r"parallel.pp_layers=\['4'\]: must be \[\] with parallel.pp=1"),
-        (["parallel.pp_schedule=gpipe"], r"parallel.pp_schedule='gpipe': must be one of 1f1b, interleaved_1f1b"),
+        (["parallel.pp_schedule=gpipe"], r"parallel.pp_schedule='gpipe': must be one of 1f1b, interleaved_1f1b, zero_"),
+        (["parallel.pp=3", ZERO_BUBBLE], r"parallel.pp=3: must be at most 2: each stage, 2 on every .*zero_bubble"),
+        (["parallel.pp_layers=[1,3]", DUALPIPE_V], r"parallel.pp_layers=.*must be the layers of 4 stages: 2 on every"),
     ],
 )
 def test_impossible_stages_are_refused(tmp_path, overrides, message):
@@ -166,3 +193,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path):
         config.check_world_size(8)
     with pytest.raises(ConfigError, match=r"parallel.pp=4: must divide the number of processes, 6"):
         config.check_world_size(6)
+    config = tiny_run(tmp_path, "engine=fsdp", "parallel.pp=2", DUALPIPE_V)
+    config.check_world_size(2)
+    with pytest.raises(ConfigError, match=r"parallel.pp=2: must be at most 1 with .*=dualpipe_v, which takes 2 m"):
+        config.check_world_size(4)
