@@ -22,8 +22,9 @@ _SHOWN = 3
 _Told = tuple[str, list[tuple[str, tuple[int, ...], int]]]
 """By a rank: its host, and of tensors that differ name, ranks that must hold them alike, sum of bits here."""
 
-Replicas = Mapping[str, tuple[Tensor, str]]
-"""By name: what this rank holds, and the axis of the ranks that must hold the same."""
+Replicas = Mapping[str, tuple[Tensor, dist.ProcessGroup]]
+"""By name: what this rank holds, and the ranks that must hold the same. All of these have the same names, in the same
+order."""
 
 
 def check_replicas(replicas: Replicas, grid: ProcessGrid, step: int) -> None:
@@ -37,26 +38,26 @@ def check_replicas(replicas: Replicas, grid: ProcessGrid, step: int) -> None:
     Raises:
         TrainingError: on all ranks, naming tensors, and the ranks and hosts that hold others than most.
     """
-    sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, (tensor, axis) in replicas.items():
-        sums[axis][name] = tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
-    if not sums:  # on any rank: the sizes of axes are the same on all
+    sums: dict[dist.ProcessGroup, dict[str, Tensor]] = defaultdict(dict)
+    for name, (tensor, ranks) in replicas.items():
+        sums[ranks][name] = tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
+    if not sums:  # on any rank: there are as many copies on all
         return
     found = []
-    for axis in sorted(sums):
-        sums_P = torch.stack(list(sums[axis].values()))
+    for ranks, values in sums.items():
+        sums_P = torch.stack(list(values.values()))
         extremes_2P = torch.stack([sums_P, -sums_P])
-        dist.all_reduce(extremes_2P, dist.ReduceOp.MAX, group=grid.group(axis))
+        dist.all_reduce(extremes_2P, dist.ReduceOp.MAX, group=ranks)
         found.append(extremes_2P[0] != -extremes_2P[1])
     any_differs = torch.cat(found).any().to(torch.int32)
     dist.all_reduce(any_differs, dist.ReduceOp.MAX, group=grid.group(WORLD))
     if not any_differs:
         return
     differs_P = torch.cat(found).tolist()
-    own = [(name, axis, int(x)) for axis in sorted(sums) for name, x in sums[axis].items()]
+    own = [(name, ranks, int(x)) for ranks, values in sums.items() for name, x in values.items()]
     mine = [
-        (name, tuple(dist.get_process_group_ranks(grid.group(axis))), value)
-        for (name, axis, value), differs in zip(own, differs_P, strict=True)
+        (name, tuple(dist.get_process_group_ranks(ranks)), value)
+        for (name, ranks, value), differs in zip(own, differs_P, strict=True)
         if differs
     ]
     told: list[_Told] = [("", [])] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 0 to 2 (arXiv 1910.02054, 2101.06840), states on the device or in host memory.
+"""DeepSpeed's ZeRO 0 to 3 (arXiv 1910.02054, 2101.06840), states and weights on the device or in host memory.
 
 One of DeepSpeed's ZeRO optimizers for each set of ranks that hold the same parameters
 (:meth:`ParameterLayout.replicas`), so that the gradients of experts, and of what tp splits, are reduced over their own
@@ -9,11 +9,13 @@ update is held; DeepSpeed reduces gradients, keeps and updates float32 master we
     0       weights, gradients, states                                         once a step
     1       weights, gradients             states                              once a step
     2       weights                        states, gradients                   in every micro-batch
+    3       those of a block at a time     states, gradients, weights          in every micro-batch
 
-DeepSpeed cuts the parameters of a group, laid end to end, in equal pieces. For checkpoints they are brought into the
-form that all engines save, one parameter at a time (:meth:`ParameterLayout.cut`).
+DeepSpeed cuts the parameters of a group, laid end to end, in equal pieces; with stage 3 each parameter. For checkpoints
+they are brought into the form that all engines save, one parameter at a time (:meth:`ParameterLayout.cut`).
 
-The host waits for the device once a step: DeepSpeed's optimizers are told by the host whether to update.
+The host waits for the device once a step, with stage 3 after every micro-batch too: DeepSpeed's optimizers are told by
+the host whether to update.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimax_train.data import MicroBatch
+from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
 from minimax_train.engines.autograd import AutogradEngine
 from minimax_train.engines.deepspeed_config import DeepSpeedConfig, choose_accelerator
 from minimax_train.engines.engine import DataParallelism, StepReport, TransferSums
-from minimax_train.model import initialize
+from minimax_train.model import fill, initializers
 from minimax_train.model.sharding import local, set_parameter
 from minimax_train.parallel.grid import WORLD
 from minimax_train.recipe import StepPlan
 
 if TYPE_CHECKING:
     from minimax_train.engines.deepspeed_zero import ZeroOptimizer
+    from minimax_train.engines.deepspeed_zero3 import Zero3Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,55 +53,90 @@ class DeepSpeedEngine(AutogradEngine):
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
         choose_accelerator(device.type)
-        from minimax_train.engines.deepspeed_zero import ZeroOptimizer, join_process_groups
+        from minimax_train.engines.deepspeed_zero import join_process_groups
 
-        join_process_groups()
-        options, recipe = cast(DeepSpeedConfig, config.engine), config.recipe
-        self._zero, compute = options.zero(), options.compute_dtype(device.type)
-        # Initial weights are drawn in float32, and rounded for computing.
-        drawn = {name: self._piece(name, torch.zeros(each.part(grid))) for name, each in self.layouts.items()}
-        for name, piece in drawn.items():
-            set_parameter(model, name, nn.Parameter(piece))
-        initialize(model, config.seed)
-        for name, layout in self.layouts.items():
-            set_parameter(model, name, nn.Parameter(torch.zeros(layout.part(grid), dtype=compute, device=device)))
+        join_process_groups(device)
+        options = cast(DeepSpeedConfig, config.engine)
+        self._zero, compute, rules = options.zero(), options.compute_dtype(device.type), initializers(model)
+        self._make_parameters(compute)
         self.parameters = dict(model.named_parameters())
+        self._optimizers = self._make_optimizers()
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        # Initial weights are drawn in float32, a parameter at a time, and rounded for computing.
+        for name, layout in self.layouts.items():
+            drawn = self._piece(name, torch.zeros(layout.part(grid), device=device))
+            fill(drawn, rules[name], config.seed, name)
+            self._write("master", {name: drawn})
+        for optimizer in self._optimizers.values():
+            optimizer.update_lp_params()
+        needed = self.memory(config, self.layouts, grid, device.type)
+        still = ("gathered weights", "gradients being reduced") if self._zero["stage"] == 3 else ("gradients",)
+        self._choose_recomputation(sum(needed[what] for what in still))
+
+    def _make_parameters(self, compute: torch.dtype) -> None:
+        """On the device, in the dtype of compute; with stage 3 a block at a time, of which the rank keeps its share."""
+        model = self.model
+        for module in (*model.layers.children(), model):
+            for name, parameter in module.named_parameters():
+                if parameter.is_meta:
+                    part = torch.zeros(local(parameter).shape, dtype=compute, device=self.device)
+                    set_parameter(module, name, nn.Parameter(part))
+            if self._zero["stage"] == 3:
+                from minimax_train.engines.deepspeed_zero3 import partition
+
+                partition(module, self.grid.group("dp_cp_tp"), self._zero, compute)
+
+    def _make_optimizers(self) -> dict[str, ZeroOptimizer | Zero3Optimizer]:
+        """By the axis of the ranks that hold the same parameters."""
+        recipe = self.config.recipe
         groups: dict[str, dict[float, dict[str, nn.Parameter]]] = {}
         for name, parameter in self.parameters.items():
-            decay = recipe.weight_decay * (parameter.dim() >= 2)
-            groups.setdefault(self.layouts[name].replicas(grid), {}).setdefault(decay, {})[name] = parameter
-        self._optimizers = {
-            axis: ZeroOptimizer(
-                group,
-                grid.group(axis),
-                options=self._zero,
-                clip=recipe.gradient_clip,
-                betas=(recipe.adam_beta1, recipe.adam_beta2),
-                eps=recipe.adam_eps,
-            )
-            for axis, group in groups.items()
+            layout = self.layouts[name]
+            decay = recipe.weight_decay * (len(layout.shape) >= 2)
+            groups.setdefault(layout.replicas(self.grid), {}).setdefault(decay, {})[name] = parameter
+        shared: dict[str, Any] = {
+            "options": self._zero,
+            "clip": recipe.gradient_clip,
+            "betas": (recipe.adam_beta1, recipe.adam_beta2),
+            "eps": recipe.adam_eps,
         }
-        self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self.restore({"model": drawn})
-        self._choose_recomputation(self.memory(config, self.layouts, grid, device.type)["gradients"])
+        if self._zero["stage"] == 3:
+            from minimax_train.engines.deepspeed_zero3 import Zero3Optimizer
+
+            ((axis, group),) = groups.items()
+            return {axis: Zero3Optimizer(self.model, group, self.grid.group(axis), **shared)}
+        from minimax_train.engines.deepspeed_zero import ZeroOptimizer
+
+        return {axis: ZeroOptimizer(group, self.grid.group(axis), **shared) for axis, group in groups.items()}
 
     @classmethod
     def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
         options: DeepSpeedConfig = config.engine
         zero, compute = options.zero(), options.compute_dtype(device_type)
-        whole = shards = 0
-        for layout in layouts.values():
-            elements = prod(layout.part(grid))
-            whole += elements
-            shards += -(-elements // cls._pieces(zero, grid.size(layout.replicas(grid))))
-        on_device = 0 if zero["offload_optimizer"] else 4 * shards
-        return {
-            "weights": whole * compute.itemsize,
-            "gradients": 4 * (shards if zero["stage"] == 2 else whole),
-            "master weights": on_device,
-            "moments": 2 * on_device,
-            "gradients being reduced": 4 * min(zero.get("reduce_bucket_size", whole), whole),
-        }
+        whole, shards = {name: prod(layout.part(grid)) for name, layout in layouts.items()}, 0
+        for name, layout in layouts.items():
+            shards += -(-whole[name] // cls._pieces(zero, grid.size(layout.replicas(grid))))
+        total, on_device = sum(whole.values()), 0 if zero["offload_optimizer"] else 4 * shards
+        bucket = 4 * min(int(zero.get("reduce_bucket_size", 5e8)), total)
+        states = {"master weights": on_device, "moments": 2 * on_device}
+        if zero["stage"] < 3:
+            on_host = zero["stage"] == 2 and zero["offload_optimizer"]
+            gradients = 0 if on_host else 4 * (shards if zero["stage"] == 2 else total)
+            weights = {"weights": total * compute.itemsize, "gradients": gradients}
+            return {**weights, **states, "gradients being reduced": bucket}
+        gathered, share = 0, 0 if zero["offload_param"] else shards
+        if grid.size("dp_cp_tp") > 1 or zero["offload_param"]:  # else the share is all of it
+            blocks: dict[str, int] = {}
+            for name, elements in whole.items():
+                block = name.split(".")[1] if name.startswith("layers.") else ""
+                blocks[block] = blocks.get(block, 0) + elements
+            early = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+            # Those of the last blocks, needed again before so many others, are not freed between their passes.
+            late = int(zero.get("stage3_max_reuse_distance", 1e9)) // 2
+            gathered = min(total, blocks.pop("") + 2 * max(blocks.values()) + early + late)
+        weights = {"weights": share * compute.itemsize, "gathered weights": gathered * compute.itemsize}
+        # A bucket is laid out anew to be reduced.
+        return {**weights, "gradients": on_device, **states, "gradients being reduced": 2 * bucket}
 
     @classmethod
     def data_parallelism(cls, config, layouts, grid, device_type, micro_batches) -> DataParallelism:
@@ -106,12 +145,17 @@ class DeepSpeedEngine(AutogradEngine):
         updated, world, transfers = 0, grid.size("dp_cp_tp"), TransferSums()
         for layout in layouts.values():
             whole, ranks = prod(layout.part(grid)), grid.size(layout.replicas(grid))
+            others = whole * (ranks - 1) / ranks
             updated += -(-whole // cls._pieces(zero, ranks))
+            if zero["stage"] == 3:
+                transfers.add("gradients", world, micro_batches, 4 * others)
+                transfers.add("weights", world, 2 * micro_batches, compute.itemsize * others)
+                continue
             # By all-reduce, of which each rank keeps its piece.
             times = micro_batches if zero["stage"] == 2 else 1
-            transfers.add("gradients", world, times, 2 * 4 * whole * (ranks - 1) / ranks)
+            transfers.add("gradients", world, times, 2 * 4 * others)
             if zero["stage"] > 0:
-                transfers.add("weights", world, 1, compute.itemsize * whole * (ranks - 1) / ranks)
+                transfers.add("weights", world, 1, compute.itemsize * others)
         return DataParallelism(updated, transfers.all())
 
     @staticmethod
@@ -120,7 +164,7 @@ class DeepSpeedEngine(AutogradEngine):
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         for optimizer in self._optimizers.values():
-            optimizer.begin_micro_batch(is_last)
+            optimizer.begin_micro_batch(is_first, is_last)
         self._forward_backward(batch, plan)
         for optimizer in self._optimizers.values():
             optimizer.end_micro_batch(is_last)
@@ -146,8 +190,28 @@ class DeepSpeedEngine(AutogradEngine):
     def gradients(self) -> dict[str, Tensor]:
         return self._read("gradient")
 
+    def norms(self) -> Tensor:
+        return super().norms().to(self.device)  # of what may be in host memory
+
     def _gradients_and_weights(self):
-        return self.gradients(), {name: self._piece(name, p.detach()) for name, p in self.parameters.items()}
+        if self._zero["stage"] < 3:
+            return self.gradients(), {name: self._piece(name, p.detach()) for name, p in self.parameters.items()}
+        (optimizer,) = self._optimizers.values()
+        shares = {k: {n: optimizer.share(p, k) for n, p in self.parameters.items()} for k in ("gradient", "master")}
+        return shares["gradient"], shares["master"]
+
+    def diagnose(self, micro_batches, plan) -> str:
+        with non_finite_outputs(self.model) as outputs:
+            self.run(micro_batches, plan)
+        weights = self.parameters if self._zero["stage"] < 3 else self._read("master")
+        return describe_non_finite(weights, self.gradients(), outputs)
+
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        if self._zero["stage"] == 3:
+            return {}
+        axes = {name: self.layouts[name].replicas(self.grid) for name in self.parameters}
+        shared = {name: self.grid.group(axis) for name, axis in axes.items() if self.grid.size(axis) > 1}
+        return {name: (self.parameters[name].detach(), ranks) for name, ranks in shared.items()}
 
     def snapshot(self) -> dict[str, Any]:
         moments = {kind: self._read(kind) for kind in MOMENTS}
@@ -169,10 +233,10 @@ class DeepSpeedEngine(AutogradEngine):
         return {name: self._piece(name, self._optimizer(name).read(p, kind)) for name, p in self.parameters.items()}
 
     def _write(self, kind: str, pieces: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            self._optimizer(name).write(parameter, kind, self._put_together(name, pieces[name]))
+        for name, piece in pieces.items():
+            self._optimizer(name).write(self.parameters[name], kind, self._put_together(name, piece))
 
-    def _optimizer(self, name: str) -> ZeroOptimizer:
+    def _optimizer(self, name: str) -> ZeroOptimizer | Zero3Optimizer:
         return self._optimizers[self.layouts[name].replicas(self.grid)]
 
     def _piece(self, name: str, whole: Tensor) -> Tensor:
@@ -180,8 +244,11 @@ class DeepSpeedEngine(AutogradEngine):
         layout = self.layouts[name]
         rows, *others = layout.piece_shape(self.grid)
         size, row = rows * prod(others), prod(others)
-        flat = whole.flatten()[self.grid.rank(layout.replicas(self.grid)) * size :][:size]
-        return layout.shard(self.grid, flat.reshape(flat.numel() // row, *others).clone())
+        axis = layout.replicas(self.grid)
+        flat = whole.flatten()[self.grid.rank(axis) * size :][:size]
+        if self.grid.size(axis) > 1:
+            flat = flat.clone()
+        return layout.shard(self.grid, flat.reshape(flat.numel() // row, *others))
 
     def _put_together(self, name: str, piece: Tensor) -> Tensor:
         """The inverse of :meth:`_piece`; by all ranks together."""

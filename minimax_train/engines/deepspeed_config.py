@@ -24,17 +24,23 @@ if TYPE_CHECKING:
     from minimax_train.config import Config
     from minimax_train.parallel.grid import AxisSizes
 
-# Keys of zero_optimization that mean something in stages 0 to 2, beside stage and offload_optimizer.
-ZERO_KEYS = (
+# Keys of zero_optimization that mean something, beside stage and those of OFFLOADS.
+SHARED_KEYS = ("contiguous_gradients", "overlap_comm", "reduce_bucket_size", "reduce_scatter")
+KEYS_TO_2 = (
     "allgather_bucket_size",
-    "contiguous_gradients",
     "ignore_unused_parameters",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
     "round_robin_gradients",
     "use_multi_rank_bucket_allreduce",
 )
+KEYS_OF_3 = (
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)
+# What is kept in host memory, and from which stage on it can be.
+OFFLOADS = {"offload_optimizer": ("states", 1), "offload_param": ("weights", 3)}
 OFFLOAD_KEYS = ("device", "pin_memory")
 AUTO = "auto"
 
@@ -44,15 +50,17 @@ class DeepSpeedConfig(EngineConfig):
     """``engine=deepspeed``.
 
     Attributes:
-        stage: of ZeRO, 0 to 2; null for that of ``engine.config``, or 1.
+        stage: of ZeRO, 0 to 3; null for that of ``engine.config``, or 1.
         offload_optimizer: keep master weights and moments in host memory and update them there, by DeepSpeedCPUAdam;
             null for what ``engine.config`` says, or false. Its first use compiles C++.
+        offload_param: with stage 3, keep a rank's share of the weights in host memory too; null as above.
         config: a DeepSpeed JSON.
     """
 
     name: str = "deepspeed"
-    stage: Annotated[int | None, Range(0, 2, null="that of engine.config, or 1")] = None
+    stage: Annotated[int | None, Range(0, 3, null="that of engine.config, or 1")] = None
     offload_optimizer: bool | None = None
+    offload_param: bool | None = None
     config: Annotated[str | None, PATH] = None
 
     def __post_init__(self) -> None:
@@ -71,8 +79,18 @@ class DeepSpeedConfig(EngineConfig):
             if key != "zero_optimization":
                 self._compare(key, value, decided[key])
         choose_accelerator("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-        self._validate(self.zero())
-        if self.offloads:
+        zero = self.zero()
+        self._validate(zero)
+        if zero["stage"] == 3:
+            accepted = (
+                "must be 1 with engine=deepspeed engine.stage=3: parameters must be on every rank but for its shards"
+            )
+            for axis in ("tp", "ep", "etp"):
+                require(grid.size(axis) == 1, f"parallel.{axis}", grid.size(axis), accepted)
+            every = config.parallel.check_replicas
+            accepted = "must be 0 with engine=deepspeed engine.stage=3, which holds no weight twice"
+            require(every == 0, "parallel.check_replicas", every, accepted)
+        if zero["offload_optimizer"]:
             compiler = os.environ.get("CXX", "c++")
             accepted = f"needs a C++ compiler for DeepSpeedCPUAdam, and there is no {compiler!r} (environment: CXX)"
             require(shutil.which(compiler) is not None, "engine.offload_optimizer", True, accepted)
@@ -85,36 +103,39 @@ class DeepSpeedConfig(EngineConfig):
         """
         found = self._object("zero_optimization", self._json().get("zero_optimization", {}))
         found = {key: value for key, value in found.items() if value != AUTO}
-        offload = self._object("zero_optimization.offload_optimizer", found.pop("offload_optimizer", None) or {})
-        stage = found.pop("stage", None)
-        for key in found:
-            if key not in ZERO_KEYS:
-                accepted = ", ".join(("stage", "offload_optimizer", *ZERO_KEYS))
-                raise ConfigError(f"{self._place(f'zero_optimization.{key}')}: is not read; accepted are {accepted}")
-        for key in offload:
-            if key not in OFFLOAD_KEYS:
-                place = self._place(f"zero_optimization.offload_optimizer.{key}")
-                raise ConfigError(f"{place}: is not read; accepted are {', '.join(OFFLOAD_KEYS)}")
+        stage, given = found.pop("stage", None), {key: found.pop(key, None) for key in OFFLOADS}
         if stage is not None:
             place = self._place("zero_optimization.stage")
-            require(type(stage) is int and 0 <= stage <= 2, place, stage, "must be 0, 1 or 2")
+            require(type(stage) is int and 0 <= stage <= 3, place, stage, "must be 0, 1, 2 or 3")
             agree = self.stage in (None, stage)
             require(agree, place, stage, f"must be as engine.stage={self.stage}, or left out")
-        device = offload.get("device", "none" if not offload else None)
-        if offload:
-            place = self._place("zero_optimization.offload_optimizer.device")
-            require(device in ("cpu", "none"), place, device, "must be one of cpu, none")
-            agree = self.offload_optimizer in (None, device == "cpu")
-            require(agree, place, device, f"must be as engine.offload_optimizer={self.offload_optimizer}")
         stage = next(value for value in (self.stage, stage, 1) if value is not None)
-        offloads = device == "cpu" or bool(self.offload_optimizer)
-        accepted = "must be false at engine.stage=0, whose states are whole on every rank"
-        require(not (offloads and stage == 0), "engine.offload_optimizer", True, accepted)
-        return {**found, "stage": stage, "offload_optimizer": {**offload, "device": "cpu"} if offloads else None}
+        keys = SHARED_KEYS + (KEYS_OF_3 if stage == 3 else KEYS_TO_2)
+        for key in found:
+            if key not in keys:
+                accepted = f"at stage {stage}; accepted are {', '.join(('stage', *OFFLOADS, *keys))}"
+                raise ConfigError(f"{self._place(f'zero_optimization.{key}')}: is not read {accepted}")
+        return {**found, "stage": stage, **{key: self._offload(key, given[key], stage) for key in OFFLOADS}}
 
-    @property
-    def offloads(self) -> bool:
-        return self.zero()["offload_optimizer"] is not None
+    def _offload(self, key: str, given: Any, stage: int) -> dict[str, Any] | None:
+        """What is kept in host memory, of :data:`OFFLOADS`, and how; None if it is not."""
+        field, place = getattr(self, key), f"zero_optimization.{key}"
+        options = self._object(place, given or {})
+        for name in options:
+            if name not in OFFLOAD_KEYS:
+                accepted = ", ".join(OFFLOAD_KEYS)
+                raise ConfigError(f"{self._place(f'{place}.{name}')}: is not read; accepted are {accepted}")
+        device = options.get("device")
+        if options:
+            place = self._place(f"{place}.device")
+            require(device in ("cpu", "none"), place, device, "must be one of cpu, none")
+            require(field in (None, device == "cpu"), place, device, f"must be as engine.{key}={field}")
+        if device != "cpu" and not field:
+            return None
+        what, first = OFFLOADS[key]
+        accepted = f"must be false at engine.stage={stage}, whose {what} are whole on every rank"
+        require(stage >= first, f"engine.{key}", True, accepted)
+        return {**options, "device": "cpu"}
 
     def _validate(self, zero: dict[str, Any]) -> None:
         """Have DeepSpeed look at the values."""

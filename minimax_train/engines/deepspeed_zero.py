@@ -7,7 +7,9 @@ experts of its own kind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import deepspeed.comm
@@ -28,9 +30,83 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# Newer names of what DeepSpeed calls.
+warnings.filterwarnings("ignore", r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
 
 
-class ZeroOptimizer(DeepSpeedZeroOptimizer):
+def adamw(
+    groups: Mapping[float, Mapping[str, nn.Parameter]], betas: tuple[float, float], eps: float, *, offloads: bool
+) -> torch.optim.Optimizer:
+    """For the parameters of each weight decay; DeepSpeed puts its master weights in their place."""
+    params = [{"params": list(group.values()), "weight_decay": decay} for decay, group in groups.items()]
+    if offloads:
+        return DeepSpeedCPUAdam(params, lr=0.0, betas=betas, eps=eps)
+    return torch.optim.AdamW(params, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+class StatesByParameter:
+    """What DeepSpeed's optimizers of all stages have in common: an update that is told the norm and whether it is held,
+    and states by parameter."""
+
+    optimizer: Any
+    ranks: dist.ProcessGroup
+    held: bool
+    norm: Tensor
+
+    @property
+    def masters(self) -> Sequence[Tensor]:
+        """This rank's master weights, float32: parameters laid end to end."""
+        raise NotImplementedError
+
+    def make_moments(self) -> None:
+        """At once, rather than with the first update: a checkpoint may be loaded before."""
+        counts = isinstance(self.optimizer, torch.optim.AdamW)  # in a tensor
+        for master in self.masters:
+            step = torch.zeros((), device=master.device) if counts else 0
+            moments = {kind: torch.zeros_like(master, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[master] = {"step": step, **moments}
+
+    def update(self, learning_rate: float, norm: Tensor, held: bool) -> None:
+        """AdamW, unless it is held, and the end of this step's gradients.
+
+        Args:
+            norm: of the whole model's gradient, by which DeepSpeed clips.
+        """
+        self.norm, self.held = norm.to(self.masters[0].device), held
+        optimizer = cast(Any, self)
+        optimizer.set_lr(learning_rate)
+        optimizer.step()
+
+    def largest(self) -> Tensor:
+        """Absolute value of this rank's master weights, float64; not finite if one is not."""
+        return torch.stack([x.detach().abs().max().double() for x in self.masters if x.numel()]).sum()
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Put together from all ranks, float32, of any shape: ``master``, ``exp_avg``, ``exp_avg_sq``, or ``gradient``
+        before the update. Of one rank, states where DeepSpeed keeps them."""
+        if dist.get_world_size(self.ranks) == 1 and kind != "gradient":
+            return self.share(parameter, kind)
+        if kind == "gradient":
+            return cast(Tensor, safe_get_full_grad(parameter))
+        if kind == "master":
+            return cast(Tensor, safe_get_full_fp32_param(parameter))
+        return cast(Tensor, safe_get_full_optimizer_state(parameter, kind))
+
+    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        """This rank's share of what :meth:`read` gives."""
+        raise NotImplementedError
+
+    def share(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """This rank's, flat, where DeepSpeed keeps it."""
+        raise NotImplementedError
+
+    def set_steps(self, steps: int) -> None:
+        """How many updates AdamW has made."""
+        for state in self.optimizer.state.values():
+            state["step"] = steps if isinstance(state["step"], int) else torch.full_like(state["step"], steps)
+
+
+class ZeroOptimizer(StatesByParameter, DeepSpeedZeroOptimizer):
     """Gradients of a step's micro-batches, summed over ranks; AdamW's update of float32 master weights.
 
     Args:
@@ -45,21 +121,15 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
         self, groups: Mapping[float, Mapping[str, nn.Parameter]], ranks: dist.ProcessGroup, *,
         options: Mapping[str, Any], clip: float | None, betas: tuple[float, float], eps: float,
     ) -> None:  # fmt: skip
-        self.held, self.norm, self._ranks = False, torch.zeros(()), ranks
+        self.held, self.norm, self.ranks = False, torch.zeros(()), ranks
         self.stage, names = options["stage"], {p: name for group in groups.values() for name, p in group.items()}
         numel = sum(p.numel() for p in names)
-        zero = DeepSpeedZeroConfig(**{"reduce_bucket_size": numel, **options})
-        params = [{"params": list(group.values()), "weight_decay": decay} for decay, group in groups.items()]
-        offloads = zero.offload_optimizer is not None
-        if offloads:
-            optimizer = DeepSpeedCPUAdam(params, lr=0.0, betas=betas, eps=eps)
-        else:
-            optimizer = torch.optim.AdamW(params, lr=0.0, betas=betas, eps=eps, fused=True)
+        zero = DeepSpeedZeroConfig(**options)
         shares = ranks
         if self.stage == 0:  # every rank is a set of its own, and gradients are summed here
             shares = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         super().__init__(
-            optimizer,
+            adamw(groups, betas, eps, offloads=zero.offload_optimizer is not None),
             names,
             timers=NoopTimer(),
             optimizer_params={},
@@ -80,13 +150,14 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
             partition_grads=self.stage == 2,
             round_robin_gradients=zero.round_robin_gradients,
         )
-        # At once, rather than with the first update: a checkpoint may be loaded before.
-        for master in self.single_partition_of_fp32_groups:
-            moments = {kind: torch.zeros_like(master, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[master] = {"step": 0 if offloads else torch.zeros((), device=master.device), **moments}
+        self.make_moments()
         self._lazy_init_hp_params_optimizer_state()
 
-    def begin_micro_batch(self, is_last: bool) -> None:
+    @property
+    def masters(self) -> list[Tensor]:
+        return self.single_partition_of_fp32_groups
+
+    def begin_micro_batch(self, is_first: bool, is_last: bool) -> None:
         self.clear_backward_seen_flag()
         self.set_gradient_accumulation_boundary(is_last)
         self.enter_backward()
@@ -100,25 +171,24 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
         if is_last and self.stage == 0:
             for group in self.averaged_gradients.values():
                 for gradient in group:
-                    dist.all_reduce(gradient, group=self._ranks)
+                    dist.all_reduce(gradient, group=self.ranks)
 
     def squared_norms(self) -> Iterator[Tensor]:
         """Of this rank's pieces of the gradient, float64 scalars; their sum is of all parameters."""
         if self.cpu_offload:
-            pieces = [x.grad for x in self.single_partition_of_fp32_groups if x.grad is not None]
+            pieces = [x.grad for x in self.masters if x.grad is not None]
         else:
             pieces = [piece for group in self.averaged_gradients.values() for piece in group]
         return (norm.double().square() for norm in torch._foreach_norm(list(pieces)))
 
-    def update(self, learning_rate: float, norm: Tensor, held: bool) -> None:
-        """AdamW, unless it is held, and the end of this step's gradients.
+    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        if kind == "master":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
 
-        Args:
-            norm: of the whole model's gradient, by which DeepSpeed clips.
-        """
-        self.set_lr(learning_rate)
-        self.norm, self.held = norm.to(self.device), held
-        self.step()
+    def share(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        return cast(Any, parameter)._hp_mapping.get_hp_fragment(None if kind == "master" else kind).detach()
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         self.overflow = self.held
@@ -126,36 +196,10 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
         return self.norm
 
-    def largest(self) -> Tensor:
-        """Absolute value of this rank's master weights, float64; not finite if one is not."""
-        return torch.stack(
-            [x.detach().abs().max().double() for x in self.single_partition_of_fp32_groups if x.numel()]
-        ).sum()
 
-    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """Put together from all ranks, float32: ``master``, ``exp_avg``, ``exp_avg_sq``, or ``gradient`` before the
-        update."""
-        if kind == "gradient":
-            return cast(Tensor, safe_get_full_grad(parameter))
-        if kind == "master":
-            return cast(Tensor, safe_get_full_fp32_param(parameter))
-        return cast(Tensor, safe_get_full_optimizer_state(parameter, kind))
-
-    def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """This rank's share of what :meth:`read` gives."""
-        if kind == "master":
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-
-    def set_steps(self, steps: int) -> None:
-        """How many updates AdamW has made."""
-        for state in self.optimizer.state.values():
-            state["step"] = steps if isinstance(state["step"], int) else torch.full_like(state["step"], steps)
-
-
-def join_process_groups() -> None:
-    """Have DeepSpeed use the process groups that are there."""
+def join_process_groups(device: torch.device) -> None:
+    """Have DeepSpeed use the process groups that are there, and this device."""
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # where stage 3 looks for it
     if not deepspeed.comm.is_initialized():
         # Of the ops that DeepSpeed would try to compile now; one of them, taking minutes, would take gloo's place.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})

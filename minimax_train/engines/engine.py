@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minimax_train.errors import require_choice
@@ -247,9 +248,9 @@ class Engine(ABC):
     def go_back(self, state: dict[str, Any], steps: int) -> None:
         """:meth:`restore` of the state of so many steps before: these did not happen, whatever they froze."""
 
-    def replicas(self) -> Mapping[str, tuple[Tensor, str]]:
-        """What other ranks hold as well, as the last step computed with it: by name, this rank's, and the axis of these
-        ranks. An engine that holds nothing twice leaves it out."""
+    def replicas(self) -> Mapping[str, tuple[Tensor, dist.ProcessGroup]]:
+        """What other ranks hold as well, as the last step computed with it: by name, this rank's, and these ranks. An
+        engine that holds nothing twice leaves it out."""
         return {}
 
     @abstractmethod

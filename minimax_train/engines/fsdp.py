@@ -69,6 +69,9 @@ class FSDPConfig(EngineConfig):
 
     def check_run(self, config: Config, grid: AxisSizes) -> None:
         block, ranks = self.shard_within, grid.size("dp_cp_tp")
+        every, holds_copies = config.parallel.check_replicas, block is not None and block < ranks
+        accepted = "must be 0 with engine=fsdp, which holds no weight twice without engine.shard_within below all ranks"
+        require(holds_copies or every == 0, "parallel.check_replicas", every, accepted)
         if block is None:
             return
         nearest = nearest_divisors(ranks, block)
@@ -288,6 +291,14 @@ class FSDPEngine(AutogradEngine):
                 eps=recipe.adam_eps,
                 maximize=False,
             )
+
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        found = {}
+        for name, parameter in self.parameters.items():
+            if self._copies[name] > 1:
+                mesh = cast(DTensor, parameter).device_mesh
+                found[name] = local(parameter), mesh.get_group(f"{self.layouts[name].replicas(self.grid)}_blocks")
+        return found
 
     def snapshot(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer_state}

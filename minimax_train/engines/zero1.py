@@ -385,9 +385,9 @@ class Zero1Engine(AutogradEngine):
         self._not_finite.zero_()
         super().go_back(state, steps)
 
-    def replicas(self) -> dict[str, tuple[Tensor, str]]:
-        shared = [(axis, group) for (axis, _), group in self._groups.items() if group.ranks.size > 1]
-        return {name: (x, axis) for axis, group in shared for name, x in group.whole(group.weights).items()}
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        shared = [(self.grid.group(axis), group) for (axis, _), group in self._groups.items() if group.ranks.size > 1]
+        return {name: (x, ranks) for ranks, group in shared for name, x in group.whole(group.weights).items()}
 
 
 def _make_groups(

@@ -43,6 +43,17 @@ def xavier(fan_in: int, fan_out: int, gain: float = 1.0, row_gain: Callable | No
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill every parameter in place, sharded or not.
 
+    Raises:
+        AssertionError: when a parameter is left without an initializer.
+    """
+    rules = initializers(model)
+    for name, parameter in model.named_parameters():
+        fill(parameter, rules[name], seed, name)
+
+
+def initializers(model: nn.Module) -> dict[str, Initializer]:
+    """Of every parameter, by its full name.
+
     Each module that owns parameters says how through ``initializers() -> {relative name: Initializer}``.
 
     Raises:
@@ -52,11 +63,19 @@ def initialize(model: nn.Module, seed: int) -> None:
     for prefix, module in model.named_modules():
         own = getattr(module, "initializers", dict)()
         rules |= {f"{prefix}.{name}" if prefix else name: rule for name, rule in own.items()}
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == rules.keys(), f"initializers do not match: {sorted(parameters.keys() ^ rules.keys())}"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            _fill(parameter, rules[name], _key(seed, name))
+    names = {name for name, _ in model.named_parameters()}
+    assert names == rules.keys(), f"initializers do not match: {sorted(names ^ rules.keys())}"
+    return rules
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, rule: Initializer, seed: int, name: str) -> None:
+    """Fill one parameter, or the shard of it that is on this rank, in place.
+
+    Args:
+        name: of the parameter in the whole model.
+    """
+    _fill(parameter, rule, _key(seed, name))
 
 
 def _key(seed: int, name: str) -> int:

@@ -10,6 +10,7 @@ one rank to 1e-4.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minimax_train.config import Config
+from minimax_train.engines.deepspeed_config import choose_accelerator
 from minimax_train.errors import TrainingError
 from minimax_train.model.sharding import local
 from minimax_train.parallel.grid import ProcessGrid
@@ -43,6 +45,7 @@ KINDS = {
     "deepspeed 1": ["engine=deepspeed", "engine.stage=1"],
     "fsdp": ["engine=fsdp"],
     "deepspeed 0": ["engine=deepspeed", "engine.stage=0"],
+    "deepspeed 3": ["engine=deepspeed", "engine.stage=3"],
     "hybrid fsdp": ["engine=fsdp", "engine.shard_within=1"],
 }
 POISONED = "layers.1.attention.o_proj.weight"
@@ -91,7 +94,25 @@ def configure(folder: Path, kind: str, steps: int) -> Config:
     """A run whose ranks, at most two, have two micro-batches or more, and whose gradients are clipped."""
     options = ["model.num_layers=2", "model.layer_pattern=LS", f"recipe.gradient_clip={CLIP}", f"recipe.steps={steps}"]
     options += ["engine.precision=float32", "model.aux_loss_coefficient=0.1", "checkpoint.resume=auto"]
+    if kind == "deepspeed 3":
+        options.append(freeing(folder))
     return tiny_run(folder, *options, *KINDS[kind])
+
+
+def import_deepspeed() -> None:
+    """On CPUs, before ranks are forked, each of which would take seconds for it."""
+    choose_accelerator("cpu")
+    import minimax_train.engines.deepspeed_zero3  # noqa: F401
+
+
+def freeing(folder: Path) -> str:
+    """An override with which DeepSpeed frees the smallest weights too, as it does the larger ones of real models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "freeing.json"
+    least = ("param_persistence_threshold", "max_reuse_distance")
+    options = {f"stage3_{key}": 0 for key in least} | {"stage3_prefetch_bucket_size": 1000, "reduce_bucket_size": 1000}
+    path.write_text(json.dumps({"zero_optimization": options}))
+    return f"engine.config={path}"
 
 
 def train(grid: ProcessGrid, runs: Sequence[Run]) -> list[Trained]:
@@ -145,6 +166,7 @@ def main() -> int:
         configs = {kind: configure(folder / kind, kind, 2 * half + 2) for kind in KINDS}
         right = configure(folder / "right", "fsdp", 2 * half + 2)
         expected = run_ranks(train, 1, [Run(right, half), Run(right, half)], timeout_s=3600)[0]
+        import_deepspeed()
         runs = {(kind, "from the start"): Run(config, half) for kind, config in configs.items()}
         for source, config in configs.items():
             for kind in KINDS:

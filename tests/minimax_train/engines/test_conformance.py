@@ -4,7 +4,7 @@ import pytest
 
 from minimax_train.engines import ENGINES
 from support.compare import relative_error
-from support.conformance import CLIP, KINDS, POISONED, Run, configure, train
+from support.conformance import CLIP, KINDS, POISONED, Run, configure, import_deepspeed, train
 from support.distributed import run_ranks
 
 STEPS = 2  # of each engine
@@ -21,6 +21,7 @@ def right(tmp_path_factory):
 def results(tmp_path_factory):
     """Of two ranks, by kind: one run, in which each engine goes on from the checkpoint of the one before."""
     folder = tmp_path_factory.mktemp("two")
+    import_deepspeed()
     runs = [Run(configure(folder, kind, STEPS * len(KINDS) + 2), STEPS) for kind in KINDS]
     return dict(zip(KINDS, run_ranks(train, 2, runs)[0], strict=True))
 

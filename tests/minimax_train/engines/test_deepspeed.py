@@ -6,13 +6,14 @@ import torch
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.trainer import Trainer
 from support.compare import relative_error
+from support.conformance import freeing, import_deepspeed
 from support.distributed import TIMEOUT, run_ranks
 from support.runs import DIVISIBLE, ON_GPU, tiny_run, weights_of
 
 SIZES = [*DIVISIBLE, "model.num_layers=2", "model.layer_pattern=LS", "model.aux_loss_coefficient=0.5"]
 SIZES += ["recipe.global_batch_size=8", "recipe.micro_batch_size=1", "data.num_streams=4", "recipe.gradient_clip=0.5"]
 SIZES += ["logging.norms=1"]
-OFFLOAD = "engine.offload_optimizer=true"
+OFFLOAD, FULL = "engine.offload_optimizer=true", "recipe.activation_checkpointing=full"
 
 
 class NaiveCPUAdam(torch.optim.Optimizer):
@@ -43,11 +44,27 @@ def _two_steps(_, configs, device="cpu"):
     for config in configs:
         grid = ProcessGrid.create(device, TIMEOUT, **config.parallel.sizes)
         trainer = Trainer(config, grid, torch.device(device, torch.cuda.current_device() if device == "cuda" else None))
+        held = _held_after_the_blocks(trainer.engine)
         taken = [trainer.metrics(trainer.train_step()) for _ in range(2)]
+        assert not any(held)
         numbers = [step[key] for step in taken for key in ("loss", "grad_norm")]
         found.append((numbers, weights_of(trainer), taken[-1]))
         trainer.loader.close()
     return found
+
+
+def _held_after_the_blocks(engine):
+    """Bytes of the first block's gathered weights in each forward pass of the final norm, with stage 3."""
+    held, names = [], [name for name in engine.parameters if name.startswith("layers.0.")]
+    for optimizer in getattr(engine, "_optimizers", {}).values():
+        if (offload := getattr(optimizer, "parameter_offload", None)) is not None:
+
+            def look(*_, places=offload._places):
+                found = [places[p] for p in map(engine.parameters.get, names) if p in places]
+                held.append(sum(x.untyped_storage().nbytes() for x in found))
+
+            engine.model.norm.register_forward_pre_hook(look)
+    return held
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +81,9 @@ def right(tmp_path_factory):
     [
         (2, [["bfloat16", "engine.stage=1"], ["bfloat16", "engine.stage=2"], ["bfloat16", "engine.stage=2", OFFLOAD]]),
         (2, [["float32", "engine.stage=1", OFFLOAD, "parallel.ep=2"]]),
+        (2, [["bfloat16", "engine.stage=3", "recipe.activation_checkpointing=selective"]]),
+        (3, [["float32", "engine.stage=3", OFFLOAD, "engine.offload_param=true", "parallel.cp=3", FULL]]),
+        (1, [["float32", "engine.stage=2", OFFLOAD], ["float32", "engine.stage=3", OFFLOAD]]),
         (
             4,
             [
@@ -79,9 +99,11 @@ def test_steps_are_those_of_one_rank(right, tmp_path, monkeypatch, world, cases)
     configs = []
     for i, (precision, *options) in enumerate(cases):
         options += ["engine=deepspeed", f"engine.precision={precision}"]
+        if "engine.stage=3" in options:
+            options.append(freeing(tmp_path))
         configs.append(tiny_run(tmp_path / str(i), *SIZES, *options))
         configs[-1].check_world_size(world)
-    # Only now, when the check of the configuration has told DeepSpeed that this is a CPU.
+    import_deepspeed()
     monkeypatch.setattr("minimax_train.engines.deepspeed_zero.DeepSpeedCPUAdam", NaiveCPUAdam)
     for results in run_ranks(_two_steps, world, configs):
         for (precision, *_), (numbers, weights, metrics) in zip(cases, results, strict=True):
@@ -95,11 +117,14 @@ def test_steps_are_those_of_one_rank(right, tmp_path, monkeypatch, world, cases)
 
 
 @pytest.mark.gpu
-def test_states_in_host_memory(tmp_path):
+@pytest.mark.parametrize("offload", [[OFFLOAD], ["engine.stage=3", OFFLOAD, "engine.offload_param=true"]], ids=str)
+def test_in_host_memory(tmp_path, offload):
     """With DeepSpeedCPUAdam itself: the steps are those without, and the GPU holds less."""
     shared = [*SIZES, *ON_GPU, "engine=deepspeed", "engine.precision=bfloat16"]
     found = []
-    for name, more in (("host", [OFFLOAD]), ("gpu", [])):
+    for name, more in (("host", offload), ("gpu", [])):
+        if "engine.stage=3" in more:
+            more = [*more, freeing(tmp_path)]
         config = tiny_run(tmp_path / name, *shared, *more)
         config.check_world_size(1)
         ranks = run_ranks(_two_steps, 1, [config], "cuda", device="cuda", start="spawn", timeout_s=600)

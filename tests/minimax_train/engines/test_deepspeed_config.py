@@ -48,6 +48,24 @@ def test_a_json_that_says_what_the_run_says(tmp_path):
     assert _configured(tmp_path, {}).zero()["stage"] == 1
 
 
+def test_a_json_of_stage_3(tmp_path):
+    given = {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+    }
+    options = _configured(tmp_path, {"zero_optimization": given})
+    assert options.zero() == {key: value for key, value in given.items() if value != "auto"}
+
+
 @pytest.mark.parametrize(
     ("given", "more", "said"),
     [
@@ -66,9 +84,24 @@ def test_a_json_that_says_what_the_run_says(tmp_path):
         ({"optimizer": {"params": {"momentum": 0.1}}}, [], r"optimizer.params.momentum: is not read; accepted are lr,"),
         ({"bf16": {"enabled": True}}, [], r"bf16.enabled=True: .* must be False \(engine.precision\)"),
         ({"scheduler": {}}, [], r"scheduler: is not read; accepted are zero_optimization, train_batch_size"),
-        ({"zero_optimization": {"stage": 3}}, [], r"zero_optimization.stage=3: must be 0, 1 or 2"),
+        ({"zero_optimization": {"stage": 4}}, [], r"zero_optimization.stage=4: must be 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            [*DIVISIBLE, "parallel.tp=2"],
+            r"parallel.tp=2: must be 1 with engine=deepspeed engine.stage=3",
+        ),
+        ({}, [*DIVISIBLE, "engine.stage=3", "parallel.ep=2"], r"parallel.ep=2: must be 1 with engine=deepspeed engine"),
+        ({}, ["engine.stage=3", "parallel.etp=2"], r"parallel.etp=2: must be 1 with engine=deepspeed engine.stage=3"),
+        ({}, ["engine.stage=3", "parallel.check_replicas=1"], r"check_replicas=1: must be 0 with engine=deepspeed eng"),
+        ({}, ["engine.stage=2", "engine.offload_param=true"], r"engine.offload_param=True: must be false at engine.st"),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 9}},
+            [],
+            r"stage3_max_live_parameters: is not read at stage 2; accepted are stage, .*, allgather_bucket_size",
+        ),
+        ({"zero_optimization": {"stage": 3, "allgather_bucket_size": 9}}, [], r"is not read at stage 3; accepted are"),
         ({"zero_optimization": {"stage": 2}}, ["engine.stage=1"], r"stage=2: must be as engine.stage=1, or left out"),
-        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, [], r"zero_hpz_partition_size: is not read; accepted"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, [], r"zero_hpz_partition_size: is not read at stage 1"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             [],
@@ -96,11 +129,12 @@ def test_what_a_rank_holds_and_receives(tmp_path):
     """Two ranks in bfloat16: bytes a parameter as docs/cluster.md has them, and a bucket of all gradients."""
     layouts, grid = whole_layouts(tiny_run(tmp_path, *DIVISIBLE).model), GridSizes(2)
     numbers = sum(prod(layout.shape) for layout in layouts.values())
-    for stage, held, received in ((0, 18, 4), (1, 6 + 6, 4 + 1), (2, 2 + 8, 3 * 4 + 1)):
+    for stage, held, received in ((0, 18, 4), (1, 6 + 6, 4 + 1), (2, 2 + 8, 3 * 4 + 1), (3, 1 + 8, 3 * (2 + 2 * 1))):
         options = ["engine=deepspeed", f"engine.stage={stage}", "engine.precision=bfloat16"]
         config, engine = tiny_run(tmp_path, *DIVISIBLE, *options), ENGINES["deepspeed"]
         memory = engine.memory(config, layouts, grid, "cpu")
-        assert memory.pop("gradients being reduced") == 4 * numbers
+        assert memory.pop("gradients being reduced") == (8 if stage == 3 else 4) * numbers
+        assert memory.pop("gathered weights", 2 * numbers) == 2 * numbers, "few enough to be kept"
         assert sum(memory.values()) == pytest.approx(held * numbers, rel=0.01)
         step = engine.data_parallelism(config, layouts, grid, "cpu", 3)
         assert sum(x.times * x.num_bytes for x in step.transfers) == pytest.approx(received * numbers, rel=0.01)

@@ -8,6 +8,7 @@ import torch
 from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.replicas import check_replicas
 from minimax_train.trainer import Trainer
+from support.conformance import import_deepspeed
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
 
@@ -37,7 +38,8 @@ def _told(grid, config, flips):
             lines.append(str(error).partition("(parallel.check_replicas): ")[2])
         for name in mine:
             _flip(trainer.engine, name)
-    held = {name: axis for name, (_, axis) in trainer.engine.replicas().items()}
+    replicas = trainer.engine.replicas().items()
+    held = {name: torch.distributed.get_process_group_ranks(ranks) for name, (_, ranks) in replicas}
     trainer.loader.close()
     return lines, held
 
@@ -50,7 +52,7 @@ def test_who_differs_is_named(tmp_path):
     results = run_ranks(_told, 4, config, flips, tp=2)
     lines, held = results[0]
     assert all(found == lines for found, _ in results)
-    assert held[norm] == held[router] == "dp_cp_tp" and held[split] == "dp_cp"
+    assert held[norm] == held[router] == [0, 1, 2, 3] and held[split] == [0, 2]
     assert lines == [
         "",
         f"rank 2 (host {HOST}) against 3 others: {norm}",
@@ -60,7 +62,32 @@ def test_who_differs_is_named(tmp_path):
     ]
 
 
+ENGINES = {
+    "zero 2": (["engine=deepspeed", "engine.stage=2", "parallel.ep=2"], [0, 2], [0, 1, 2, 3]),
+    "hybrid": (["engine=fsdp", "engine.shard_within=2", "parallel.ep=2"], [0, 2], [0, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_copies_under_other_engines(tmp_path, kind):
+    """Experts that two ranks hold; weights that are whole on all, or shards that another block has as well."""
+    options, sharing_experts, sharing_others = ENGINES[kind]
+    options = [*options, "model.num_layers=2", "model.layer_pattern=LS"]
+    config = tiny_run(tmp_path, *DIVISIBLE, *options, "parallel.check_replicas=1", "engine.precision=float32")
+    config.check_world_size(4)
+    import_deepspeed()
+    expert, router = "layers.1.experts.mlp.down_proj", "layers.0.experts.router.weight"
+    lines, held = run_ranks(_told, 4, config, [[], [(2, expert)], [(0, router)]], ep=2)[0]
+    assert held[expert] == sharing_experts and held[router] == sharing_others
+    differ = f"ranks 0 (host {HOST}), 2 (host {HOST}) differ from each other"
+    alone = differ if len(sharing_others) == 2 else f"rank 0 (host {HOST}) against 3 others"
+    assert lines == ["", f"{differ}: {expert}", f"{alone}: {router}"]
+
+
 def test_refused_where_nothing_is_held_twice(tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        tiny_run(tmp_path, "engine=fsdp", "parallel.check_replicas=10")
-    assert str(caught.value) == ("parallel.check_replicas=10: must be 0 with engine=fsdp, which holds no weight twice")
+    for engine in ("engine=fsdp", "engine.shard_within=2"):
+        config = tiny_run(tmp_path, "engine=fsdp", engine, "parallel.check_replicas=10")
+        with pytest.raises(
+            ConfigError, match=r"check_replicas=10: must be 0 with engine=fsdp, which holds no weight t"
+        ):
+            config.check_world_size(2)

@@ -1,0 +1,262 @@
+"""The same model, data and seed under each engine: rate, memory, exposed communication, loss.
+
+    python benchmarks/engines.py [overrides] [--model medium] [--steps 8] [--json FILE] [--engines zero1 fsdp ...]
+    torchrun --nproc-per-node 2 benchmarks/engines.py [...]
+
+Each engine trains in processes of its own, one for every rank, started by those of this program. One that fails is a
+row with its error, the last line that its first failing rank wrote; one that takes longer than ``--seconds`` is ended.
+
+After three steps, ``--steps`` are timed: the rate is that of the median. "GiB" is the most that the fullest rank's GPU
+ever held, "host" the most memory that a process had resident. "exposed" is the share of three more steps, under
+``torch.profiler``, in which no kernel and no copy runs on a rank's GPU but NCCL's, mean of the ranks; there is none on
+CPUs. "loss" is that of the last timed step, which is the same for all engines but for rounding.
+
+A step is ``--micro-batches`` micro-batches of one packed sequence on every data-parallel rank. Engines with offload
+compile DeepSpeedCPUAdam when they run for the first time on a machine, which takes a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from training import MODELS
+
+from minimax_train.config import load_config
+from minimax_train.parallel.environment import ProcessEnvironment
+from minimax_train.parallel.grid import ProcessGrid
+from minimax_train.trainer import Trainer
+
+_OFFLOAD = "engine.offload_optimizer=true"
+ENGINES = {
+    "zero1": ["engine=zero1"],
+    "fsdp": ["engine=fsdp"],
+    **{f"deepspeed-{stage}": ["engine=deepspeed", f"engine.stage={stage}"] for stage in range(4)},
+    **{f"deepspeed-{stage}-offload": ["engine=deepspeed", f"engine.stage={stage}", _OFFLOAD] for stage in (1, 2, 3)},
+    "deepspeed-3-offload-all": ["engine=deepspeed", "engine.stage=3", _OFFLOAD, "engine.offload_param=true"],
+}
+if importlib.util.find_spec("minimax_train.engines.megatron"):
+    ENGINES["megatron"] = ["engine=megatron"]
+COLUMNS = {"tokens/s": ",.0f", "ms": ",.1f", "GiB": ".1f", "host": ".1f", "exposed %": ".1f", "loss": ".4f"}
+WARM_UP = 3
+
+Span = tuple[float, float]
+
+
+def exposed_share(communication: Sequence[Span], others: Sequence[Span]) -> float:
+    """Share of the time from the first span's begin to the last one's end in which there is communication alone.
+
+    Args:
+        communication, others: begin and end of each, in any order.
+    """
+    events = [(start, end, True) for start, end in communication] + [(start, end, False) for start, end in others]
+    edges = sorted((at, change, ours) for start, end, ours in events for at, change in ((start, 1), (end, -1)))
+    if not edges:
+        return float("nan")
+    running, alone, before = {True: 0, False: 0}, 0.0, edges[0][0]
+    for at, change, ours in edges:
+        if running[True] and not running[False]:
+            alone += at - before
+        running[ours] += change
+        before = at
+    return alone / (edges[-1][0] - edges[0][0])
+
+
+def measure(overrides: list[str], steps: int) -> dict[str, float] | None:
+    """In a process of an engine's own: its figures, on the first rank."""
+    environment = ProcessEnvironment.detect()
+    device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=600))
+    config = load_config(overrides)
+    config.check_world_size(environment.world_size)
+    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
+    trainer = Trainer(config, grid, device)
+    with closing(trainer.loader):
+        seconds, taken = timed(trainer, steps)
+        metrics = trainer.metrics(taken)
+        own = [metrics.get("peak_memory_gib", float("nan")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]
+        own.append(100 * profiled(trainer))
+    ranks: list[list[float]] = [[]] * environment.world_size
+    dist.all_gather_object(ranks, own)
+    dist.destroy_process_group()
+    if environment.rank:
+        return None
+    memory, host, exposed = zip(*ranks, strict=True)
+    return {
+        "tokens/s": taken.plan.tokens / seconds,
+        "ms": 1e3 * seconds,
+        "GiB": max(memory),
+        "host": max(host),
+        "exposed %": statistics.mean(exposed),
+        "loss": metrics["loss"],
+    }
+
+
+def timed(trainer: Trainer, steps: int) -> tuple[float, Any]:
+    """Median of the seconds of a step, and the last step."""
+    taken = [trainer.train_step() for _ in range(WARM_UP)][-1]
+    trainer.metrics(taken)  # waits for the device
+    if trainer.device.type != "cuda":
+        at = [time.perf_counter()]
+        for _ in range(steps):
+            taken = trainer.train_step()
+            at.append(time.perf_counter())
+        return statistics.median(b - a for a, b in itertools.pairwise(at)), taken
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        taken = trainer.train_step()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)), taken
+
+
+def profiled(trainer: Trainer, steps: int = 3) -> float:
+    if trainer.device.type != "cuda":
+        return float("nan")
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            trainer.train_step()
+        trainer.guard.check()
+    on_device = [e for e in recorded.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans: dict[bool, list[Span]] = {True: [], False: []}
+    for event in on_device:
+        spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
+    return exposed_share(spans[True], spans[False])
+
+
+def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironment) -> dict[str, Any]:
+    """Start this rank's process of an engine; its figures, or the error, on all ranks."""
+    shared: list[Any] = [None]
+    if environment.rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            shared = [(tempfile.mkdtemp(prefix="engines-"), free.getsockname()[1])]
+    dist.broadcast_object_list(shared)
+    folder, port = Path(shared[0][0]), shared[0][1]
+    folder.mkdir(exist_ok=True)  # on another host
+    result, log = folder / "result.json", folder / f"log-{environment.rank}"
+    overrides = [*options.overrides, *shape(options, environment.world_size), *ENGINES[engine], f"run_dir={folder}/run"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    if environment.world_size > 1:
+        environ["MASTER_PORT"] = str(port)
+    command = [sys.executable, __file__, "--only", str(result), "--steps", str(options.steps), *overrides]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
+        code = _wait(process, options.seconds)
+    if code == 0:
+        found = json.loads(result.read_text()) if environment.rank == 0 else {}
+    else:
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        said = re.sub(r"^\[rank\d+\]: ", "", lines[-1]) if lines else f"exit status {code}"
+        found = {"error": f"ended after {options.seconds:.0f} s" if code is None else said}
+    every: list[tuple[bool, dict[str, Any]]] = [(False, {})] * environment.world_size
+    dist.all_gather_object(every, (process.returncode < 0, found))
+    shutil.rmtree(folder, ignore_errors=True)
+    # Of ranks that failed the first that was not ended because another had.
+    failed = sorted((ended, rank) for rank, (ended, each) in enumerate(every) if "error" in each)
+    return every[failed[0][1]][1] if failed else every[0][1]
+
+
+def _wait(process: subprocess.Popen, limit_s: float, grace_s: float = 10.0) -> int | None:
+    """For all ranks' processes; where one has failed, the others are ended soon. None if they took too long."""
+    started, failed_at = time.monotonic(), None
+    while True:
+        code = process.poll()
+        state = torch.tensor([code is None, bool(code), time.monotonic() - started > limit_s], dtype=torch.int32)
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+        is_running, has_failed, is_late = state.tolist()
+        if not is_running:
+            return code
+        if has_failed and failed_at is None:
+            failed_at = time.monotonic()
+        if is_late or (failed_at is not None and time.monotonic() - failed_at > grace_s):
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
+            return None if is_late else process.returncode
+        time.sleep(0.2)
+
+
+def shape(options: argparse.Namespace, world_size: int) -> list[str]:
+    """Overrides of the model and the batch, whose ranks are all data-parallel unless the overrides say otherwise."""
+    given = dict(each.partition("=")[::2] for each in options.overrides)
+    apart = 1
+    for axis in ("cp", "tp", "pp"):
+        apart *= int(given.get(f"parallel.{axis}", 1))
+    sequences = options.micro_batches * world_size // apart
+    chosen = {
+        "data.sequence_length": 8192,
+        "recipe.micro_batch_size": 1,
+        "recipe.global_batch_size": sequences,
+        "data.num_streams": max(8, sequences),
+        "recipe.steps": 10**6,
+        "recipe.learning_rate": 1e-4,
+        "recipe.min_learning_rate": 1e-5,
+        "recipe.warmup_steps": 1,
+        "recipe.eval_interval": 0,
+        "checkpoint.interval": 0,
+    }
+    return MODELS[options.model] + [f"{key}={value}" for key, value in chosen.items() if key not in given]
+
+
+def shown(name: str, found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"{name:26}{found['error']}"
+    cells = ("-" if found[c] != found[c] else format(found[c], form) for c, form in COLUMNS.items())
+    return f"{name:26}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="medium")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=600, help="that an engine may take")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args()
+    if options.only:
+        found = measure(options.overrides, options.steps)
+        if found is not None:
+            options.only.write_text(json.dumps(found))
+        return 0
+    environment = ProcessEnvironment.detect()
+    environment.init_process_group("cpu", timedelta(seconds=600))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if environment.rank == 0:
+        print(f"{environment.world_size} x {name}, torch {torch.__version__}, {options.model}")
+        print(f"{'':26}" + "".join(f"{column:>12}" for column in COLUMNS), flush=True)
+    results = {}
+    for engine in options.engines:
+        results[engine] = run(engine, options, environment)
+        if environment.rank == 0:
+            print(shown(engine, results[engine]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps({"machine": name, "results": results}))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
