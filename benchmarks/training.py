@@ -97,10 +97,11 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
         if late is not None:  # a step late, as in training
             trainer.metrics(late)
         late = taken
-    metrics = trainer.metrics(taken)  # waits for the device
+    assert late is not None
+    metrics = trainer.metrics(late)  # waits for the device
     step_s = (time.perf_counter() - started) / steps
     flops_per_token = metrics["tflops_per_rank"] / metrics["tokens_per_second"]
-    tokens_per_s = taken.plan.tokens / step_s
+    tokens_per_s = late.plan.tokens / step_s
     return {
         "tokens/s": tokens_per_s,
         "TFLOP/s": flops_per_token * tokens_per_s,
