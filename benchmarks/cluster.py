@@ -11,7 +11,7 @@ Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the 
     tp        4 sequences per GPU, shared by all of them
     experts   a slice of text-01 at full width, each split of the experts, with 1, 2 and 4 token groups
     pp        pipeline stages, 8 micro-batches
-    best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches
+    best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches, for each pipeline stage
     layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
 
 "ratio" is tokens/s per GPU over those of one GPU in the same part, and "planned" what minimax-plan expects. A case that
@@ -43,7 +43,7 @@ from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import divisors
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, overrides_of, plan_run, propose
+from minimax_train.planner.plan import Cluster, engines_with_stages, overrides_of, plan_run, propose
 
 HERE = Path(__file__).parent
 PARTS = ("weak", "strong", "cp", "linear", "tp", "experts", "pp", "best", "layers")
@@ -134,9 +134,10 @@ def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iter
         for name in dict.fromkeys(("proxy", model)):
             case = replace(dense, model=name, micro_batches=MICRO_BATCHES)
             config, cluster = load_config(case.all_overrides), Cluster(n, MACHINES[machine], Machine())
-            best = propose(config, cluster, DOCUMENT_TOKENS, MICRO_BATCHES)[0]
-            split = [o for o in overrides_of(best, config).split() if o.startswith("parallel.")]
-            yield replace(case, dp=n // best.grid.size("cp_tp"), overrides=tuple(split))
+            best = propose(config, cluster, DOCUMENT_TOKENS, MICRO_BATCHES, engines_with_stages(config))[0]
+            split = [o for o in overrides_of(best, config).split() if o.startswith(("engine=", "parallel."))]
+            dp = best.grid.size("dp")
+            yield replace(case, dp=dp, micro_batches=best.step.micro_batches(dp), overrides=tuple(split))
 
 
 def machine_name() -> str | None:

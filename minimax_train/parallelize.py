@@ -55,6 +55,11 @@ def whole_layouts(model: ModelConfig) -> dict[str, ParameterLayout]:
 
 def parts_of_rank(config: Config, rank: int) -> list[ModelPart]:
     """The pipeline stages of one rank of pp."""
+    return parts_of_ranks(config)[rank]
+
+
+def parts_of_ranks(config: Config) -> list[list[ModelPart]]:
+    """The pipeline stages of each rank of pp."""
     parallel = config.parallel
     stages = parallel.pp * parallel.stages_of_rank
     if parallel.pp == 1:
@@ -70,9 +75,10 @@ def parts_of_rank(config: Config, rank: int) -> list[ModelPart]:
         for size, end in zip(sizes, ends, strict=True)
     ]
     if parallel.pp == 1:
-        return every
-    own = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.stages_of_rank, rank)
-    return [every[stage] for stage in own]
+        return [every]
+    sizes = parallel.pp, parallel.stages_of_rank
+    own = (stages_of_rank(parallel.pp_schedule, *sizes, rank) for rank in range(parallel.pp))
+    return [[every[stage] for stage in stages] for stages in own]
 
 
 def context_methods(config: ParallelConfig) -> dict[str, str]:

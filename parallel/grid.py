@@ -19,7 +19,7 @@ within a stage. With 8 ranks, tp=2, cp=2, ep=4, and one stage:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from math import isqrt, prod
 from typing import Any, Protocol
@@ -169,21 +169,18 @@ class GridSizes:
     etp: int = 1
     pp: int = 1
 
+    _of: dict[str, int] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         check_sizes(self.world_size, pp=self.pp, cp=self.cp, tp=self.tp, ep=self.ep, etp=self.etp)
+        of = {axis: getattr(self, axis) for axis in ("pp", "cp", "tp", "ep", "etp")}
+        of |= {"dp": self.world_size // (self.pp * self.cp * self.tp), "epp": self.pp}
+        of |= {"edp": self.world_size // (self.pp * self.ep * self.etp)}
+        of |= {name: prod(of[axis] for axis in axes) for name, axes in (JOINED | OVER_STAGES).items()}
+        object.__setattr__(self, "_of", of)
 
     def size(self, axis: str) -> int:
-        if axis == WORLD:
-            return self.world_size
-        if axis == SAME_SEQUENCES:
-            return self.pp * self.cp * self.tp
-        if axis == "dp":
-            return self.world_size // (self.pp * self.cp * self.tp)
-        if axis == "edp":
-            return self.world_size // (self.pp * self.ep * self.etp)
-        if axis == "epp":
-            return self.pp
-        return prod(map(self.size, JOINED[axis])) if axis in JOINED else getattr(self, axis)
+        return self._of[axis]
 
 
 def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:

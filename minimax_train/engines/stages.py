@@ -5,9 +5,10 @@ Shape legend: T tokens of the rank's part of a micro-batch, D hidden.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minimax_train.data import MicroBatch
 from minimax_train.kernels import deferral
-from minimax_train.model import ModelLoss, StageOutput
+from minimax_train.model import ModelLoss, ModelPart, StageOutput
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
 from minimax_train.parallel.pipeline import (
     BACKWARD,
@@ -96,17 +97,8 @@ class Stages:
 
     def held_layers(self) -> tuple[list[int], list[tuple[int, int]]]:
         """``held`` and ``deferred`` of :class:`minimax_train.model.memory.ActivationMemory`, on this rank."""
-        # The longest group of micro-batches; a split schedule holds no more with more.
-        micro_batches = 2 * self._ranks - (not self.splits)
-        orders = table(self._schedule, self._ranks, len(self._parts), micro_batches)
-        stage_of = {i: stage for stage, part in zip(self._own, self._parts, strict=True) for i in part.layers}
-        stages = [stage_of.get(layer, -1) for layer in range(self._engine.config.model.num_layers)]
-        counts = held(orders, self._rank)
-        layers = [counts[stage] for stage in stages]
-        if not self.splits:
-            return layers, []
-        before, after = deferred(orders, self._rank)
-        return layers, [(before[stage], after[stage]) for stage in stages]
+        layers = self._engine.config.model.num_layers
+        return held_layers(self._schedule, self._parts, self._ranks, self._rank, layers)
 
     def _program(self, micro_batches: int, forward_only: bool) -> list[Pass | Transfer]:
         key = micro_batches, forward_only
@@ -114,6 +106,32 @@ class Stages:
             orders = table(self._schedule, self._ranks, len(self._parts), micro_batches, forward_only=forward_only)
             self._programs[key] = program(orders, self._rank)
         return self._programs[key]
+
+
+def held_layers(
+    schedule: str, parts: Sequence[ModelPart], ranks: int, rank: int, num_layers: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """``held`` and ``deferred`` of :class:`minimax_train.model.memory.ActivationMemory`, of one of so many pipeline
+    ranks.
+
+    Args:
+        parts: the stages of this rank.
+    """
+    counts, before, after = _held_stages(schedule, ranks, len(parts), rank)
+    own = stages_of_rank(schedule, ranks, len(parts), rank)
+    stage_of = {i: stage for stage, part in zip(own, parts, strict=True) for i in part.layers}
+    stages = [stage_of.get(layer, -1) for layer in range(num_layers)]
+    layers = [counts[stage] for stage in stages]
+    return layers, [(before[stage], after[stage]) for stage in stages] if SCHEDULES[schedule].splits else []
+
+
+@lru_cache(1024)
+def _held_stages(schedule: str, ranks: int, parts: int, rank: int) -> tuple[Counter[int], Counter[int], Counter[int]]:
+    splits = SCHEDULES[schedule].splits
+    # The longest group of micro-batches; a split schedule holds no more with more.
+    orders = table(schedule, ranks, parts, 2 * ranks - (not splits))
+    before, after = deferred(orders, rank) if splits else (Counter[int](), Counter[int]())
+    return held(orders, rank), before, after
 
 
 class _Run:

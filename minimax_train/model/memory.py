@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minimax_train.kernels.cross_entropy import choose_block
+from minimax_train.model.attention.kind import AttentionKind
 from minimax_train.model.config import ModelConfig
 
 RECOMPUTATIONS = ("none", "selective", "full")
@@ -80,14 +81,20 @@ class ActivationMemory:
         or computes again, beside what the blocks before it keep, and all of other micro-batches; or when most gradients
         of weights wait."""
         others = before = backward = 0
+        attentions, found = self.model.attentions, dict[tuple[AttentionKind, str], tuple[int, int]]()
         for layer, number in self.held_layers.items():
-            kept = self._block(layer, tokens, recomputation[layer])
-            backward = max(backward, before + self._block(layer, tokens, "none") + self._gradients(layer, tokens))
+            alike = attentions[layer], recomputation[layer]
+            if alike not in found:
+                most = self._block(layer, tokens, "none") + self._gradients(layer, tokens)
+                found[alike] = self._block(layer, tokens, recomputation[layer]), most
+            kept, most = found[alike]
+            backward = max(backward, before + most)
             before += kept
             others += (number - 1) * kept
         waiting = sum(
             activations * self._block(layer, tokens, recomputation[layer]) + operands * self._operands(layer, tokens)
             for layer, (activations, operands) in enumerate(self.deferred)
+            if activations or operands
         )
         return self._head(tokens) + max(others + max(before + self._loss(tokens), backward), waiting)
 
@@ -163,7 +170,8 @@ def choose_recomputation(memory: ActivationMemory, tokens: int, free_bytes: int)
         free_bytes: what the device has left beside parameters, gradients and states; on several ranks the least.
     """
     model, layers = memory.model, memory.model.num_layers
-    order = sorted(range(layers), key=lambda layer: (model.attentions[layer].cost(model).moved == 0, layer))
+    kinds = model.attentions
+    order = sorted(range(layers), key=lambda layer: (kinds[layer].cost(model).moved == 0, layer))
 
     def after(steps: int) -> tuple[str, ...]:
         level, changed = divmod(steps, layers)

@@ -120,8 +120,8 @@ class ParameterLayout:
 
     def replicas(self, grid: AxisSizes) -> str:
         """The axis of the ranks that hold the same part, over which its gradient is summed."""
-        axes = {axis for axis in self.splits if grid.size(axis) > 1}
-        if axes & set(EXPERT):
+        axes = [axis for axis in self.splits if grid.size(axis) > 1]
+        if any(axis in EXPERT for axis in axes):
             return "edp"
         return "dp_cp" if axes else "dp_cp_tp"
 

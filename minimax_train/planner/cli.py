@@ -17,17 +17,18 @@ from minimax_train.parallel.cost import Machine
 from minimax_train.planner.cost import DOCUMENT_TOKENS
 from minimax_train.planner.dry_run import dry_run
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, RunPlan, overrides_of, plan_run, propose
+from minimax_train.planner.plan import BEST, Cluster, RunPlan, engines_with_stages, overrides_of, plan_run, propose
 from minimax_train.recipe import Progress, Recipe
 
 _WORLD = "world_size="
-_SHOWN = 10
 _BATCH = ("recipe=", "recipe.global_batch_size=", "recipe.batch", "recipe.stages", "experiment=")
+_ENGINE = ("engine=", "engine.", "experiment=")
 _MICRO_BATCHES = 8  # on a rank, where no global batch is given
 _EPILOG = """
-Overrides are those of minimax-train. With none of parallel.tp, cp, ep and etp among them, grids are proposed, the
-fastest first, and the first is shown; without a recipe or a global batch each has 8 micro-batches on a rank. Predicted
-is the first step of the recipe. docs/planner.md says how well.
+Overrides are those of minimax-train. With none of parallel.pp, tp, cp, ep and etp among them, grids are proposed, the
+fastest first, and the first is shown; without a recipe or a global batch each has 8 micro-batches on a rank, with
+pipeline stages times their number; without an engine, those that run pipeline stages are proposed as well. Predicted is
+the first step of the recipe. docs/planner.md says how well.
 """
 
 
@@ -56,17 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cluster = Cluster(world_size, MACHINES[options.machine], links)
         document_tokens = _number("--document-tokens", options.document_tokens, 2**31)
         config = load_config(overrides, config_dirs=options.config_dir)
-        accepted = "must be 1: minimax-plan knows no pipeline stages"
-        require(config.parallel.pp == 1, "parallel.pp", config.parallel.pp, accepted)
         chosen = any(text.lstrip("+").startswith(f"parallel.{axis}=") for text in overrides for axis in _AXES)
         proposed: list[RunPlan] = []
         if world_size == 1 or chosen:
             plan = plan_run(config, cluster, document_tokens)
         else:
             batch_is_given = any(text.lstrip("+").startswith(_BATCH) for text in overrides)
-            proposed = propose(config, cluster, document_tokens, None if batch_is_given else _MICRO_BATCHES)
+            number = None if batch_is_given else _MICRO_BATCHES
+            others = () if any(text.startswith(_ENGINE) for text in overrides) else engines_with_stages(config)
+            proposed = propose(config, cluster, document_tokens, number, others)
             plan = proposed[0]
-        built = dry_run(plan.config, world_size) if ENGINES[config.engine.name].on_meta else None
+        built = []
+        if ENGINES[plan.config.engine.name].on_meta:
+            # Of every stage alike: the first, one in the middle, and the last.
+            stages, size = plan.grid.pp, plan.grid.size("dp_cp_tp")
+            ranks = sorted({0, stages // 2 * size, world_size - 1}) if stages > 1 else [0]
+            built = [(rank, *dry_run(plan.config, world_size, rank)) for rank in ranks]
     except ConfigError as error:
         to_stderr(f"error: {' '.join(str(error).split())}")
         return 2
@@ -75,16 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.write(json.dumps(_as_json(plan, proposed), indent=1) + "\n")
     else:
         lines = [*_proposals(proposed, config), *_report(plan, options.machine)]
-        if built is not None:
-            lines.append(
-                f"{'built':14}rank 0 of {world_size:,} on the meta device in {built[0]:.1f} s: "
-                f"{built[1] / 2**30:.2f} GiB of weights, gradients and states"
-            )
+        lines += [
+            f"{'built':14}rank {rank:,} of {world_size:,} on the meta device in {seconds:.1f} s: "
+            f"{num_bytes / 2**30:.2f} GiB of weights, gradients and states"
+            for rank, seconds, num_bytes in built
+        ]
         output.write("\n".join(lines) + "\n")
     return 0 if plan.fits else 1
 
 
-_AXES = ("tp", "cp", "ep", "etp")
+_AXES = ("pp", "tp", "cp", "ep", "etp")
 
 
 def _number(name: str, text: str, greatest: int) -> int:
@@ -96,14 +102,22 @@ def _number(name: str, text: str, greatest: int) -> int:
 def _proposals(plans: list[RunPlan], config: Config) -> Iterable[str]:
     if not plans:
         return
-    shown = f"overrides ({min(_SHOWN, len(plans))} of {len(plans)} grids that fit)"
-    yield f"{'GiB':>8}{'ms':>12}{'tokens/s':>14}{'MFU %':>8}  {shown}"
-    for plan in plans[:_SHOWN]:
-        yield (
-            f"{plan.memory_bytes / 2**30:8.1f}{1e3 * plan.cost.seconds:12,.1f}{plan.tokens_per_s:14,.0f}"
-            f"{100 * plan.mfu:8.1f}  {overrides_of(plan, config)}"
-        )
+    yield f"{'GiB':>8}{'ms':>12}{'tokens/s':>14}{'MFU %':>8}  overrides, the fastest first"
+    for plan in plans[:BEST]:
+        yield _row(plan, config)
+    staged = {plan.grid.pp > 1: plan for plan in reversed(plans)}  # the fastest of each
+    if len(staged) == 2:
+        yield "the fastest with pipeline stages, and without:"
+        yield _row(staged[True], config)
+        yield _row(staged[False], config)
     yield ""
+
+
+def _row(plan: RunPlan, config: Config) -> str:
+    return (
+        f"{plan.memory_bytes / 2**30:8.1f}{1e3 * plan.cost.seconds:12,.1f}{plan.tokens_per_s:14,.0f}"
+        f"{100 * plan.mfu:8.1f}  {overrides_of(plan, config)}"
+    )
 
 
 def _report(plan: RunPlan, machine: str) -> Iterable[str]:
@@ -114,7 +128,8 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
         f"{'model':14}{_billions(count.total)} parameters, {_billions(count.active_in_layers)} active in layers, "
         f"{per_token / 1e9:,.1f} GFLOP a token (documents of {plan.document_tokens:,.0f})"
     )
-    sizes = ", ".join(f"{axis} {grid.size(axis)}" for axis in ("dp", "cp", "tp", "edp", "ep", "etp"))
+    axes = ("dp", "cp", "tp", "edp", "ep", "etp")
+    sizes = ", ".join(f"{axis} {grid.size(axis)}" for axis in (("pp", *axes) if grid.pp > 1 else axes))
     yield f"{'grid':14}{grid.world_size:,} x {machine}: {sizes}; engine={config.engine.name}"
     yield (
         f"{'step':14}{step.tokens:,} tokens: {step.micro_batches(grid.size('dp'))} micro-batches of "
@@ -122,9 +137,17 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     )
     verdict = "fits" if plan.fits else "does not fit"
     free = rates.memory_bytes / 2**30
-    yield f"{'memory':14}{plan.memory_bytes / 2**30:.1f} GiB on a GPU of {free:.1f}: {verdict}"
+    of_rank = f" of pipeline rank {plan.fullest}, the fullest," if grid.pp > 1 else ""
+    yield f"{'memory':14}{plan.memory_bytes / 2**30:.1f} GiB on a GPU{of_rank} of {free:.1f}: {verdict}"
     for what, num_bytes in plan.memory.items():
         yield f"{'':14}{num_bytes / 2**30:10.2f}  {what}"
+    for number, rank in enumerate(plan.ranks if grid.pp > 1 else ()):
+        held = max(rank.activations.held_layers.values())
+        *_, (kept, num_bytes) = rank.memory.items()
+        yield (
+            f"{f'pipeline {number}':14}{rank.memory_bytes / 2**30:10.2f}  layers {rank.shown_layers}; "
+            f"{num_bytes / 2**30:.2f} of up to {held} micro-batches' {kept}"
+        )
     longest = f"{plan.largest_sequence:,} tokens" if plan.largest_sequence else "none fits"
     yield f"{'':14}longest packed sequence, alone in a micro-batch, blocks recomputed: {longest}"
     for axis, traffic in plan.cost.traffic.items():
@@ -139,6 +162,12 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     for what, seconds in plan.cost.compute_s.items():
         if seconds:
             yield f"{'':14}{1e3 * seconds:10,.1f}  {what}"
+    if plan.memory.get("moments") == 0:
+        yield f"{'':14}not counted: the optimizer's update in host memory, and the transfers to and from it"
+    if grid.pp > 1:
+        waiting = plan.cost.bubble_s
+        share = f"{100 * waiting / plan.cost.seconds:.1f} % of the step"
+        yield f"{'':14}{1e3 * waiting:10,.1f}  waiting for other pipeline stages, {share}"
     if (tokens := _recipe_tokens(plan)) is not None:
         yield f"{'recipe':14}{tokens:,} tokens, {tokens / plan.tokens_per_s / 86400:,.2f} days at this rate"
 
@@ -158,13 +187,17 @@ def _billions(count: int) -> str:
 def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:
     def one(plan: RunPlan) -> dict:
         return {
+            "engine": plan.config.engine.name,
             "parallel": plan.config.parallel.sizes,
+            "pp_schedule": plan.config.parallel.pp_schedule,
             "num_streams": plan.config.data.num_streams,
             "fits": plan.fits,
             "memory_bytes": plan.memory,
+            "memory_bytes_of_pipeline_ranks": [rank.memory for rank in plan.ranks],
             "recomputation": plan.recomputation,
             "seconds": plan.cost.seconds,
             "compute_s": plan.cost.compute_s,
+            "bubble_s": plan.cost.bubble_s,
             "traffic": {axis: vars(part) for axis, part in plan.cost.traffic.items()},
             "tokens_per_s": plan.tokens_per_s,
             "mfu": plan.mfu,
@@ -172,7 +205,7 @@ def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:
         }
 
     count = count_parameters(plan.config.model)
-    return {**one(plan), "parameters": vars(count), "proposals": [one(each) for each in proposed[:_SHOWN]]}
+    return {**one(plan), "parameters": vars(count), "proposals": [one(each) for each in proposed]}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's first rank built as training builds it, without GPUs, memory or other ranks."""
+"""A run's ranks built as training builds it, without GPUs, memory or other ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from minimax_train.parallelize import build_engine
 from minimax_train.phases import Phases
 
 
-def dry_run(config: Config, world_size: int) -> tuple[float, int]:
-    """Build the engine of rank 0 of so many on the meta device, its process groups fake: nothing is sent.
+def dry_run(config: Config, world_size: int, rank: int = 0) -> tuple[float, int]:
+    """Build the engine of a rank of so many on the meta device, its process groups fake: nothing is sent.
 
     Returns:
         Seconds that took, and bytes of the tensors that the rank would hold beside activations.
@@ -33,7 +33,7 @@ def dry_run(config: Config, world_size: int) -> tuple[float, int]:
     timeout = timedelta(seconds=60)
     if config.engine.precision == "auto":  # as on a GPU
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="bfloat16"))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Set timeout is now only supported")
@@ -63,8 +63,8 @@ def held_bytes(engine: object) -> int:
             part = local(thing)
             storage = part.untyped_storage()
             found[storage._cdata] = storage.nbytes()
-            if part.grad is not None:
-                waiting.append(part.grad)
+            if thing.is_leaf and thing.grad is not None:
+                waiting.append(thing.grad)
         elif isinstance(thing, dict):
             waiting += thing.values()
         elif isinstance(thing, (list, tuple, set)):

@@ -5,17 +5,21 @@ import json
 import pytest
 import torch
 
-from minimax_train.config import load_config
+from minimax_train.config import ParallelConfig, load_config
 from minimax_train.engines import ENGINES
 from minimax_train.model.config import count_parameters
+from minimax_train.model.sharding import local
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes
+from minimax_train.parallel.pipeline import table, timeline
 from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
 from minimax_train.planner.cli import main
+from minimax_train.planner.cost import equal_stages_seconds, passes_seconds
 from minimax_train.planner.dry_run import dry_run, held_bytes
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, plan_run, propose
+from minimax_train.planner.plan import Cluster, engines_with_stages, overrides_of, plan_run, propose
+from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
 
@@ -65,6 +69,123 @@ def test_text_01():
     assert count.total == pytest.approx(456e9, rel=1e-3) and count.active_in_layers == pytest.approx(45.9e9, rel=1e-3)
 
 
+def _nbytes(grid, config):
+    """Bytes of a rank's weights, gradients and moments, when the passes of a step are done."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    plan = trainer.plan()
+    trainer.engine.run(trainer.next_batches(plan), plan)
+    trainer.loader.close()
+    trainer.log.close()
+    weights = trainer.engine.parameters.values()
+    states = trainer.engine.optimizer_state.values()
+    return {
+        "master weights": sum(local(weight).nbytes for weight in weights),
+        "gradients": sum(local(weight.grad).nbytes for weight in weights),
+        "moments": sum(local(state[kind]).nbytes for state in states for kind in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "axes", "schedule", "cut"),
+    [(2, {"pp": 2}, "interleaved_1f1b", "[1,1,1,1]"), (4, {"pp": 2, "ep": 2}, "1f1b", "[3,1]")],
+)
+def test_each_stage_takes_what_is_planned(tmp_path, world, axes, schedule, cut):
+    """Sizes are even: every rank of a stage has as many elements."""
+    sizes = [f"parallel.{axis}={size}" for axis, size in axes.items()]
+    sizes += [f"parallel.pp_schedule={schedule}", f"parallel.pp_layers={cut}", "engine.precision=float32"]
+    config = tiny_run(tmp_path, *DIVISIBLE, "engine=fsdp", "recipe.eval_interval=0", *sizes)
+    plan = plan_run(config, Cluster(world, MACHINES["h100"], Machine()), document_tokens=50)
+    of_stage = world // 2
+    for rank, held in enumerate(run_ranks(_nbytes, world, config, **axes)):
+        assert held == {what: plan.ranks[rank // of_stage].memory[what] for what in held}
+        if rank % of_stage == 0:
+            _, built = dry_run(config, world, rank)
+            # All but gradients, which are there after a backward pass; and flags and sums.
+            assert built == pytest.approx(held["master weights"] + held["moments"], rel=0.01)
+    assert plan.memory_bytes == max(sum(rank.memory.values()) for rank in plan.ranks)
+
+
+def _staged(*more, world=8, pp=4):
+    shared = [
+        "model.num_layers=16",
+        "model.layer_pattern=LLLS",
+        "data.sequence_length=8192",
+        "recipe.micro_batch_size=1",
+        "engine=fsdp",
+    ]
+    config = load_config(["model=medium", *shared, "data.num_streams=8", f"parallel.pp={pp}", *more])
+    return plan_run(config, Cluster(world, MACHINES["h100"], Machine()), document_tokens=4000)
+
+
+def test_activations_of_stages():
+    """The first of four stages holds those of four micro-batches, the last of one; together they have all layers."""
+    plan = _staged("parallel.pp_layers=[4,4,4,4]", "recipe.global_batch_size=32")
+    held = [set(rank.activations.held_layers.values()) for rank in plan.ranks]
+    assert held == [{4}, {3}, {2}, {1}]
+    assert [layer for rank in plan.ranks for layer in rank.activations.held_layers] == list(range(16))
+    none = _staged(
+        "parallel.pp_layers=[4,4,4,4]", "recipe.global_batch_size=32", "recipe.activation_checkpointing=none"
+    )
+    one = _staged("recipe.global_batch_size=32", "recipe.activation_checkpointing=none", "data.num_streams=8", pp=1)
+    tokens = 8192
+    kept = [rank.activations.kept(tokens, none.recomputation) for rank in none.ranks]
+    assert kept[0] == one.ranks[0].activations.kept(tokens, one.recomputation)
+    assert kept == [kept[3] * number for number in (4, 3, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "micro_batches"), [(2, 1, 6), (3, 1, 21), (4, 2, 12), (6, 2, 60), (5, 3, 10)]
+)
+def test_bubble_of_equal_stages(ranks, parts, micro_batches):
+    """Narayanan et al., arXiv 2104.04473, section 2.2."""
+    layers = [] if parts < 3 else ["1"] * (ranks * parts)
+    schedule = "1f1b" if parts == 1 else "interleaved_1f1b"
+    parallel = ParallelConfig(pp=ranks, pp_schedule=schedule, pp_layers=layers)
+    seconds = equal_stages_seconds(parallel, micro_batches, 7.0)
+    share = 1 - 7.0 * micro_batches / ranks / seconds
+    assert share == pytest.approx((ranks - 1) / (parts * micro_batches + ranks - 1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_bubble_of_a_split_backward_pass(ranks):
+    """ZBV of Qi et al., arXiv 2401.10241, with passes that all take as long: idle at the beginning alone."""
+    parallel, number = ParallelConfig(pp=ranks, pp_schedule="zero_bubble"), 4 * ranks
+    seconds = equal_stages_seconds(parallel, number, 7.0)
+    assert 1 - 7.0 * number / ranks / seconds == pytest.approx((ranks - 1) / (6 * number + ranks - 1))
+
+
+def test_time_of_many_micro_batches():
+    """That of some is extended to all as the whole simulation has it."""
+    parallel = ParallelConfig(pp=4, pp_schedule="interleaved_1f1b")
+    for number in (40, 43):
+
+        def seconds(one):
+            return (1 + one.stage % 3 / 4 + 0.5 * (one.stage == 7)) * (1 if one.kind == "F" else 2)
+
+        every = timeline(table("interleaved_1f1b", 4, 2, number), seconds)
+        whole = max(one.end for rank in every for one in rank)
+        assert passes_seconds(parallel, number, seconds) == pytest.approx(whole, rel=0.03)
+
+
+def test_time_and_traffic_of_stages():
+    """Two ranks of half the layers each: what one of them computes, the bubble, and x and its gradients."""
+    one = _staged("recipe.global_batch_size=24", "recipe.activation_checkpointing=full", world=1, pp=1)
+    shared = ["recipe.global_batch_size=24", "recipe.activation_checkpointing=full"]
+    two = _staged("parallel.pp_layers=[8,8]", *shared, world=2, pp=2)
+    for what in ("experts", "projections", "recomputation"):
+        assert two.cost.compute_s[what] == pytest.approx(one.cost.compute_s[what] / 2)
+    handed_on = 24 * 8192 * one.config.model.hidden_size * 2
+    assert two.cost.traffic["pp"].num_bytes == handed_on
+    four = _staged("parallel.pp_layers=[4,4,4,4]", "parallel.pp_schedule=interleaved_1f1b", *shared, world=2, pp=2)
+    assert four.cost.traffic["pp"].num_bytes == 3 * handed_on  # each rank is given all but the first stage's x, or loss
+    # The last rank has the head besides and computes longest: it waits for the first's first and last pass alone.
+    compute = one.cost.compute_s
+    layers = sum(compute.values()) - compute["head and loss"] - compute["optimizer"]
+    assert two.cost.bubble_s == pytest.approx(layers / 2 / 24, rel=0.1)
+    assert four.cost.bubble_s == pytest.approx(layers / 4 / 24, rel=0.2)
+    assert 0.5 < two.cost.seconds / one.cost.seconds < 0.75
+
+
 def test_proposals():
     config = load_config([*TEXT_01, "model.num_layers=8"])
     plans = propose(config, Cluster(40, MACHINES["h200"], Machine()), document_tokens=4000)
@@ -76,6 +197,26 @@ def test_proposals():
     rate = best.mfu * 40 * MACHINES["h200"].peak_flops_per_s
     assert rate / best.tokens_per_s == pytest.approx(flops, rel=0.03)
     assert sum(best.memory.values()) * 40 > 18 * count.total
+
+
+def test_proposals_with_stages():
+    """With the engine that runs them, where another is configured; both kinds are there to compare."""
+    shared = [*TEXT_01, "model.num_layers=8", "recipe.global_batch_size=512"]
+    config, cluster = load_config(shared), Cluster(32, MACHINES["h100"], Machine())
+    plans = propose(config, cluster, 4000, engines=engines_with_stages(config))
+    assert {plan.grid.pp > 1 for plan in plans} == {False, True}
+    assert all(plan.fits and plan.step.global_batch_size == 512 for plan in plans)
+    best, staged = plans[0], next(plan for plan in plans if plan.grid.pp > 1)
+    assert best.tokens_per_s == max(plan.tokens_per_s for plan in plans)
+    # A configuration of these overrides is planned alike.
+    own = overrides_of(staged, config).split()
+    assert {"engine=fsdp", f"parallel.pp={staged.grid.pp}"} <= set(own)
+    assert plan_run(load_config([*shared, *own]), cluster, 4000).cost == staged.cost
+    # Nor is one faster that the search passed over.
+    for axes in ({"pp": 2, "tp": 8}, {"pp": 4, "ep": 8}, {"tp": 4, "ep": 16}, {"pp": 8, "tp": 2}, {"ep": 8}):
+        sizes = [f"parallel.{axis}={size}" for axis, size in axes.items()]
+        other = plan_run(load_config([*shared, "engine=fsdp", "data.num_streams=32", *sizes]), cluster, 4000)
+        assert not other.fits or other.tokens_per_s <= best.tokens_per_s
 
 
 def test_expert_weights_are_cut_beyond_their_number():
@@ -94,13 +235,18 @@ def test_the_command(capsys):
     tiny = ["model=tiny", "data.sequence_length=96", "recipe.global_batch_size=8", "recipe.micro_batch_size=1"]
     assert main([*tiny, "world_size=4", "--machine", "h200"]) == 0
     out = capsys.readouterr().out
-    assert "grids that fit" in out and "4 x h200" in out and "MFU" in out and "rank 0 of 4" in out
+    assert "the fastest first" in out and "4 x h200" in out and "MFU" in out and "rank 0 of 4" in out
     assert main(["model=tiny", "world_size=24", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["proposals"]) > 3 and told["compute_s"]["optimizer"] > 0
     assert main([*tiny, "world_size=4", "parallel.tp=2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parallel"]["tp"] == 2 and told["proposals"] == [] and told["traffic"]["tp"]["num_bytes"] > 0
+    staged = [*tiny, "world_size=6", "engine=fsdp", "parallel.pp=3", "data.num_streams=2"]
+    assert main([*staged, "model.num_layers=9", "model.layer_pattern=LLS"]) == 0
+    out = capsys.readouterr().out
+    assert "pp 3, dp 2" in out and "pipeline 2" in out and "waiting for other pipeline stages" in out
+    assert "traffic pp" in out and all(f"rank {rank} of 6" in out for rank in (0, 2, 5))
     assert main([*tiny, "world_size=2", "parallel.ep=2", "engine=deepspeed"]) == 0
     assert "engine=deepspeed" in (out := capsys.readouterr().out) and "built" not in out
     assert main(["model=proxy", "recipe.micro_batch_size=1", "recipe.global_batch_size=1"]) == 1
@@ -115,6 +261,12 @@ def test_the_command(capsys):
         (["model=text-01", "model.num_layers=8", "world_size=2"], "no grid fits"),
         (["--gpus-per-node", "x"], "--gpus-per-node='x': must be a whole number"),
         (["recipe.global_batch_size=3", "world_size=2", "parallel.tp=1"], "recipe.global_batch_size"),
+        (["world_size=2", "parallel.pp=2"], "parallel.pp=2: must be 1 with engine=zero1"),
+        (["world_size=3", "parallel.pp=2", "engine=fsdp"], "parallel.pp=2: must divide the number of processes, 3"),
+        (
+            ["world_size=4", "parallel.pp=4", "engine=fsdp", "recipe.global_batch_size=8"],
+            "parallel.pp=4: must be at most",
+        ),
     ],
 )
 def test_refusals(capsys, arguments, said):
