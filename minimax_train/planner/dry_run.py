@@ -7,10 +7,11 @@ import gc
 import time
 import warnings
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import debug
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minimax_train.config import Config
@@ -46,7 +47,9 @@ def dry_run(config: Config, world_size: int, rank: int = 0) -> tuple[float, int]
     finally:
         dist.destroy_process_group()
         # DTensor keeps shapes of this rank by mesh; another rank in this process, on a mesh alike, would take them.
-        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
+        # (As torch.distributed.tensor.debug does, whose import takes a second.)
+        cast(Any, DTensor)._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+        getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)()
 
 
 def held_bytes(engine: object) -> int:
