@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-NEEDS_APEX = "needs NVIDIA's apex with its CUDA extensions, built from source (docs/cluster.md); PyPI's apex is another"
+NEEDS_APEX = "needs NVIDIA's apex with its CUDA extensions, built from source (docs/engines.md); PyPI's apex is another"
 
 
 def has_apex(extension: str) -> bool:

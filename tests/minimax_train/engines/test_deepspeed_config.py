@@ -126,7 +126,7 @@ def test_without_a_compiler(tmp_path, monkeypatch):
 
 
 def test_what_a_rank_holds_and_receives(tmp_path):
-    """Two ranks in bfloat16: bytes a parameter as docs/cluster.md has them, and a bucket of all gradients."""
+    """Two ranks in bfloat16: bytes a parameter as docs/engines.md has them, and a bucket of all gradients."""
     layouts, grid = whole_layouts(tiny_run(tmp_path, *DIVISIBLE).model), GridSizes(2)
     numbers = sum(prod(layout.shape) for layout in layouts.values())
     for stage, held, received in ((0, 18, 4), (1, 6 + 6, 4 + 1), (2, 2 + 8, 3 * 4 + 1), (3, 1 + 8, 3 * (2 + 2 * 1))):
