@@ -1,5 +1,6 @@
 """Where there is no GPU, Triton kernels run through Triton's interpreter and tests marked ``gpu`` are skipped."""
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read when a kernel is defined, so before anything imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Garbage of earlier tests may own threads, as a process group of gloo does. A rank forked from here has none of them,
+# and would wait for them for ever, should its garbage collector find such an object.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_collection_modifyitems(items):
