@@ -133,7 +133,7 @@ class DeepSpeedEngine(AutogradEngine):
             early = int(zero.get("stage3_prefetch_bucket_size", 5e7))
             # Those of the last blocks, needed again before so many others, are not freed between their passes.
             late = int(zero.get("stage3_max_reuse_distance", 1e9)) // 2
-            gathered = min(total, blocks.pop("") + 2 * max(blocks.values()) + early + late)
+            gathered = min(total, blocks.pop("", 0) + 2 * max(blocks.values(), default=0) + early + late)
         weights = {"weights": share * compute.itemsize, "gathered weights": gathered * compute.itemsize}
         # A bucket is laid out anew to be reduced.
         return {**weights, "gradients": on_device, **states, "gradients being reduced": 2 * bucket}

@@ -219,6 +219,17 @@ def test_proposals_with_stages():
         assert not other.fits or other.tokens_per_s <= best.tokens_per_s
 
 
+@pytest.mark.parametrize("engine", [["deepspeed", "engine.stage=2"], ["deepspeed", "engine.stage=3"], ["megatron"]])
+def test_proposals_with_other_engines(engine):
+    batch = ["data.sequence_length=8192", "recipe.micro_batch_size=1", "recipe.global_batch_size=16"]
+    config = load_config(["model=medium", *batch, "data.num_streams=16", f"engine={engine[0]}", *engine[1:]])
+    plans = propose(config, Cluster(8, MACHINES["h100"], Machine()), document_tokens=4000)
+    assert all(plan.fits for plan in plans)
+    assert any(plan.grid.ep > 1 for plan in plans) == (engine[1:] != ["engine.stage=3"]), "which refuses it"
+    states = 18 * count_parameters(config.model).total  # bfloat16 weights, float32 gradients, master weights, moments
+    assert all(8 * sum(plan.memory.values()) > states for plan in plans)
+
+
 def test_expert_weights_are_cut_beyond_their_number():
     """Each of 2,048 ranks holds a 64th of what the ranks hold together that share an expert: nothing is padded."""
     config = load_config([*TEXT_01, "parallel.tp=8", "parallel.ep=32", "data.num_streams=256"])
