@@ -242,22 +242,18 @@ class DeepSpeedEngine(AutogradEngine):
     def _piece(self, name: str, whole: Tensor) -> Tensor:
         """What checkpoints have of a rank's part of a parameter from this rank."""
         layout = self.layouts[name]
-        rows, *others = layout.piece_shape(self.grid)
-        size, row = rows * prod(others), prod(others)
-        axis = layout.replicas(self.grid)
-        flat = whole.flatten()[self.grid.rank(axis) * size :][:size]
-        if self.grid.size(axis) > 1:
+        flat = whole.flatten()[layout.place(self.grid)]
+        if self.grid.size(layout.replicas(self.grid)) > 1:
             flat = flat.clone()
-        return layout.shard(self.grid, flat.reshape(flat.numel() // row, *others))
+        return layout.shard_flat(self.grid, flat)
 
     def _put_together(self, name: str, piece: Tensor) -> Tensor:
         """The inverse of :meth:`_piece`; by all ranks together."""
         layout, own = self.layouts[name], local(piece)
-        axis, start = layout.replicas(self.grid), 0
+        axis = layout.replicas(self.grid)
         if self.grid.size(axis) == 1:
             return own
         whole = torch.zeros(layout.part(self.grid), dtype=torch.float32, device=self.device)
-        start = self.grid.rank(axis) * prod(layout.piece_shape(self.grid))
-        whole.flatten()[start : start + own.numel()] = own.flatten()
+        whole.flatten()[layout.place(self.grid)] = own.flatten()
         dist.all_reduce(whole, group=self.grid.group(axis))
         return whole

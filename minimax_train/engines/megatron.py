@@ -106,9 +106,9 @@ class MegatronEngine(AutogradEngine):
         self._overlaps_gather = options.overlap_param_gather
         # Initial weights are drawn in float32, and rounded for computing.
         drawn: dict[str, Tensor] = {}
-        for name in self.layouts:
-            place = self._place(name)
-            drawn[name] = self._shaped(name, torch.zeros(place.stop - place.start, device=device))
+        for name, layout in self.layouts.items():
+            place = layout.place(grid)
+            drawn[name] = layout.shard_flat(grid, torch.zeros(place.stop - place.start, device=device))
             set_parameter(model, name, nn.Parameter(drawn[name]))
         initialize(model, config.seed)
         for name, layout in self.layouts.items():
@@ -265,29 +265,19 @@ class MegatronEngine(AutogradEngine):
         return {name: self._piece(name, kind) for name in self.parameters}
 
     def _piece(self, name: str, kind: str) -> Tensor:
-        owners, own = _owners(self.layouts[name]), self._own(name, kind)
-        return self._shaped(name, self._exchange(name, owners, own, self._owned(name), self._place(name)))
-
-    def _shaped(self, name: str, flat: Tensor) -> Tensor:
-        """The piece that checkpoints have of a parameter from this rank."""
-        layout = self.layouts[name]
-        return layout.shard(self.grid, flat.view(-1, *layout.piece_shape(self.grid)[1:]))
+        """What checkpoints have of a parameter from this rank."""
+        layout, own = self.layouts[name], self._own(name, kind)
+        piece = self._exchange(name, _owners(layout), own, self._owned(name), layout.place(self.grid))
+        return layout.shard_flat(self.grid, piece)
 
     def _write(self, kind: str, pieces: dict[str, Tensor]) -> None:
         for name, layout in self.layouts.items():
             piece = local(pieces[name]).flatten()
             axis, owned = layout.replicas(self.grid), self._owned(name)
-            self._own(name, kind).copy_(self._exchange(name, axis, piece, self._place(name), owned))
-
-    def _place(self, name: str) -> slice:
-        """Where in a rank's part of a parameter, laid flat, the piece lies that checkpoints have from this rank."""
-        layout, total = self.layouts[name], prod(self.layouts[name].part(self.grid))
-        size = prod(layout.piece_shape(self.grid))
-        start = min(self.grid.rank(layout.replicas(self.grid)) * size, total)
-        return slice(start, min(start + size, total))
+            self._own(name, kind).copy_(self._exchange(name, axis, piece, layout.place(self.grid), owned))
 
     def _owned(self, name: str) -> slice:
-        """Likewise the piece that this rank's optimizer has."""
+        """Where in a rank's part of a parameter, laid flat, the piece lies that this rank's optimizer has."""
         return self._optimizers[_owners(self.layouts[name])].owned(self.parameters[name])
 
     def _exchange(self, name: str, axis: str, piece: Tensor, has: slice, wants: slice) -> Tensor:

@@ -113,6 +113,16 @@ class ParameterLayout:
             return part
         return self._distributed(part, grid.layout(*axes, factors=cut), placements)
 
+    def place(self, grid: ProcessGrid) -> slice:
+        """Where this rank's stretch of :meth:`cut` lies in its part, laid flat."""
+        size, end = math.prod(self.piece_shape(grid)), math.prod(self.part(grid))
+        start = min(grid.rank(self.replicas(grid)) * size, end)
+        return slice(start, min(start + size, end))
+
+    def shard_flat(self, grid: ProcessGrid, stretch: Tensor) -> Tensor:
+        """:meth:`shard` of what lies at :meth:`place`, one axis."""
+        return self.shard(grid, stretch.view(-1, *self.piece_shape(grid)[1:]))
+
     def _distributed(self, part: Tensor, mesh: DeviceMesh, placements: list[Shard]) -> DTensor:
         strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         size = {"shape": torch.Size(self.shape), "stride": strides}
