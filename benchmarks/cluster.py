@@ -21,6 +21,7 @@ cannot run says why. What is not reached within ``--seconds`` is left out, and s
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -169,6 +170,7 @@ def run_worker(options: argparse.Namespace) -> None:
             if environment.rank == 0:
                 with options.json.open("a") as file:
                     file.write(json.dumps({**asdict(case), "shown": case.shown, **found}) + "\n")
+            gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

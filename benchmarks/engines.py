@@ -166,9 +166,10 @@ def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironmen
     if code == 0:
         found = json.loads(result.read_text()) if environment.rank == 0 else {}
     else:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        said = re.sub(r"^\[rank\d+\]: ", "", lines[-1]) if lines else f"exit status {code}"
-        found = {"error": f"ended after {options.seconds:.0f} s" if code is None else said}
+        lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in log.read_text().splitlines()]
+        lines = [line for line in lines if line.strip() and not re.match(r"\[W\d", line)]  # of libraries, as they end
+        said = lines[-1] if lines else f"exit status {code}"
+        found = {"error": f"ended after {options.seconds:.0f} s; it said last: {said}" if code is None else said}
     every: list[tuple[bool, dict[str, Any]]] = [(False, {})] * environment.world_size
     dist.all_gather_object(every, (process.returncode < 0, found))
     shutil.rmtree(folder, ignore_errors=True)

@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = measure([*options.overrides, *sizes, f"parallel.pp_schedule={schedule}"], options.steps)
             gc.collect()
             rows.append(found)
+        dist.destroy_process_group()
     else:
         for schedule, each in SCHEDULES.items():
             for ranks in options.ranks:

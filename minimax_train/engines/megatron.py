@@ -136,6 +136,7 @@ class MegatronEngine(AutogradEngine):
         }
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self.restore({"model": drawn})
+        drawn.clear()  # before what is free is looked at
         if self._overlaps_gather:
             self._wait_for_weights()
         largest = max(prod(layout.part(grid)) for layout in self.layouts.values())

@@ -257,7 +257,7 @@ def _start(name: str, folder: Path, own: Sequence[str]) -> Callable[..., tuple[i
                     **os.environ,
                     **environment,
                     "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(Path(__file__).parents[1]),
+                    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
                 },
             )
         return process.pid, process.poll

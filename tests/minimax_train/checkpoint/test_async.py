@@ -92,7 +92,7 @@ def test_what_is_saved_beside_training_is_the_state_of_its_step(tmp_path):
 @pytest.mark.parametrize("engine", ["zero1", "fsdp"])
 def test_what_a_gpu_saves_beside_training(tmp_path, engine):
     config = tiny_run(tmp_path, *QUIET, "recipe.steps=5", *ON_GPU, f"engine={engine}")
-    run_ranks(_train, 1, config, "cuda", start="spawn", device="cuda")
+    run_ranks(_train, 1, config, "cuda:0", start="spawn", device="cuda")
     _assert_right(tmp_path / "run")
 
 

@@ -57,7 +57,8 @@ def _check(folder, world, grids, device):
         by_case = dict(zip([(str(grid), graphs) for grid, graphs in cases], results, strict=True))
         for grid in map(str, grids):
             (expected, none, _), (steps, recorded, notes) = by_case[grid, False], by_case[grid, True]
-            assert none == 0 and recorded >= 2 and not notes, (grid, recorded, notes)
+            assert none == 0 and recorded >= 2, (grid, recorded)
+            assert not [note for note in notes if "CUDA graphs" in note], grid
             assert len(steps) == len(expected) == 6
             # bfloat16: sums of gradients in another order, and AdamW's first steps take the sign of rounding errors.
             for own, right in zip(steps, expected, strict=True):

@@ -13,11 +13,9 @@ from support.runs import model_config
 @pytest.mark.parametrize("recomputation", RECOMPUTATIONS)
 def test_gpu_graph_of_the_model(recomputation):
     """Forward and backward: loss, what else a forward pass returns, and every parameter's gradient."""
-    config = model_config(
-        hidden_size=96, head_dim=32, rotary_dim=16, expert_hidden_size=72, capacity_factor=1.1, layer_pattern="LS"
-    )
+    config = model_config(hidden_size=96, head_dim=32, rotary_dim=16, expert_hidden_size=72, capacity_factor=1.1)
     model = HybridModel(config).cuda()
-    model.set_recomputation([recomputation] * 2)
+    model.set_recomputation([recomputation] * config.num_layers)
     initialize(model, seed=3)
     model.bfloat16()
     tokens_T, labels_T = (torch.randint(300, (2000,), device="cuda") for _ in range(2))
