@@ -175,18 +175,18 @@ def main() -> int:
         print(f"{'':32}" + "".join(f"{column:>11}" for column in COLUMNS), flush=True)
     results: dict[str, Any] = {}
     for case, overrides in cases(options).items():
-        shown = f"{case[0]} {case[1]} x{case[2]} {case[3]}"
+        shown, why = f"{case[0]} {case[1]} x{case[2]} {case[3]}", ""
         route = minimax_train.model.experts.route
         forced = mock.patch.object(minimax_train.model.experts, "route", balanced(route))
         try:
             with forced if case[3] == "balanced" else nullcontext():
                 found = measure(options.steps, overrides, environment, device)
-        except torch.OutOfMemoryError:
-            found = {}
+        except torch.OutOfMemoryError as error:
+            found, why = {}, str(error).partition(" If reserved")[0]  # what follows is advice
         results[shown] = found
         if first:
             row = "".join(f"{found.get(column, float('nan')):11,.1f}" for column in COLUMNS)
-            print(f"{shown:32}{row if found else '  out of memory'}", flush=True)
+            print(f"{shown:32}{row if found else f'  {why}'}", flush=True)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
