@@ -6,7 +6,7 @@ runs the schedule's own table with the seconds of every stage.
 Per token of a rank a block reads and writes, besides its GEMMs and its attention (``AttentionCost``), so many numbers
 in the dtype of compute, forward and backward together, with D the hidden size and K the experts per token:
 
-    norms, residuals, router, and the sums of their gradients       53 D
+    norms, residuals, router, and the sums of their gradients       46 D
     permutation to the experts and back                             11 (K + 1) D
 
 They are fitted to whole steps, as the rates are (``machine.py``), and so contain the bandwidth that is not reached.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 from minimax_train.config import Config, ParallelConfig
 from minimax_train.engines.engine import DataParallelism, Transfer
@@ -29,7 +30,16 @@ from minimax_train.model.memory import RECOMPUTATIONS
 from minimax_train.parallel.cost import Line, Machine
 from minimax_train.parallel.grid import GridSizes
 from minimax_train.parallel.pipeline import BACKWARD, FORWARD, Pass, Table, table, timeline
-from minimax_train.planner.machine import DATA_PARALLEL_SHARE, HALF_RATE_WIDTH, MACHINES, TRANSFER_S, Rates
+from minimax_train.planner.machine import (
+    DATA_PARALLEL_SHARE,
+    GAPS_S,
+    HALF_RATE_WIDTH,
+    LAUNCH_S,
+    MACHINES,
+    TILE_ROWS,
+    TRANSFER_S,
+    Rates,
+)
 from minimax_train.recipe import StepPlan
 
 _ITEM = 2  # bytes of a number in bfloat16
@@ -142,6 +152,8 @@ def step_cost(
             given[BACKWARD] = given[BACKWARD] and rank_of[stage + 1] != rank
             if received := sum(given.values()):
                 layers["pp"] = transfer * received
+            device = StepCost(passes, layers).seconds
+            passes["waiting for the host"] = max(0.0, host_seconds(config, grid, part, recomputation) - device) * _BUSY
             for what, time in passes.items():
                 compute[what] = compute.get(what, 0.0) + time * number
             for axis, sent in layers.items():
@@ -167,6 +179,20 @@ def step_cost(
         return longest
     whole = passes_seconds(config.parallel, number, lambda one: seconds[one.kind, one.stage]) + max(tails)
     return replace(longest, bubble_s=whole - longest.work_s)
+
+
+def host_seconds(config: Config, grid: GridSizes, part: ModelPart, recomputation: Sequence[str]) -> float:
+    """To launch a micro-batch's forward and backward pass through a part of the model; 0 where it replays a CUDA graph."""
+    engine: Any = config.engine
+    taken = LAUNCH_S["launches"]
+    if engine.name == "zero1" and engine.cuda_graphs and grid.cp == 1:
+        return 0.0
+    if engine.name == "fsdp" and engine.reshards(grid):
+        taken += LAUNCH_S["gathers"]
+    elif engine.name == "deepspeed" and engine.zero()["stage"] >= 2:
+        taken += LAUNCH_S["reductions"]
+    again = sum(recomputation[layer] == "full" for layer in part.layers)
+    return taken * (len(part.layers) + again / 3)
 
 
 def equal_stages_seconds(parallel: ParallelConfig, micro_batches: int, seconds: float) -> float:
@@ -297,8 +323,9 @@ def _passes(
 
     head = gemm(2 * model.vocab_size * D, rates.dense_flops_per_s, min(D, model.vocab_size / grid.tp))
     # Of a layer; only attention and projections differ between layers.
-    experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp))
-    small = moved((53 + 11 * (K + 1)) * D)
+    rows = tokens * grid.ep * grid.etp * K / model.num_experts  # of an expert here
+    experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp)) * (1 + TILE_ROWS / 2 / rows)
+    small = moved((46 + 11 * (K + 1)) * D)
     dense = scores = attention = again = 0.0
     layers, attentions = len(part.layers), model.attentions
     for (kind, how), times in Counter((attentions[layer], recomputation[layer]) for layer in part.layers).items():
@@ -322,6 +349,7 @@ def _passes(
         "softmax attention": (1 + _BACKWARD) * scores,
         "lightning attention, SiLU, gate": attention,
         "norms, residuals, permutation": layers * small,
+        "gaps between kernels": layers * GAPS_S,
         "recomputation": again,
     }
 

@@ -48,6 +48,15 @@ ONE = [
     ("h100", WIDE, ROW, 1, 106.5, 34.0, "none"),
     ("h100", WIDE, ROW, 8, 773.6, 34.1, "none"),
     ("h100", MEDIUM, (131072, 1), 1, 1362.2, 67.6, "full"),
+    ("h100", MEDIUM, (131072, 1), 1, 1212.5, 72.3, "auto"),
+    ("h100", MEDIUM, (32768, 1), 1, 287.8, 75.3, "auto"),
+    ("h100", MEDIUM, (8192, 1), 8, 642.3, 60.4, "auto"),
+]
+# One H100, 8 micro-batches of one sequence: what else launches kernels waits for the host.
+ENGINES = [
+    (["engine=fsdp"], 1986.3, 55.4),
+    (["engine=deepspeed", "engine.stage=1"], 1202.8, 65.4),
+    (["engine=deepspeed", "engine.stage=2"], 1634.2, 62.5),
 ]
 # Two H200, one micro-batch on each data-parallel rank; milliseconds.
 TWO = [
@@ -59,7 +68,7 @@ TWO = [
 ]
 
 
-def planned(machine, model, row, micro_batches, world_size=1, recomputation="auto", **axes):
+def planned(machine, model, row, micro_batches, world_size=1, recomputation="auto", engine=(), **axes):
     length, rows = row
     dp = world_size // (axes.get("cp", 1) * axes.get("tp", 1))
     config = load_config(
@@ -71,6 +80,7 @@ def planned(machine, model, row, micro_batches, world_size=1, recomputation="aut
             "recipe.eval_interval=0",
             f"recipe.activation_checkpointing={recomputation}",
             *(f"parallel.{axis}={size}" for axis, size in axes.items()),
+            *engine,
         ]
     )
     return plan_run(config, Cluster(world_size, MACHINES[machine], Machine()), document_tokens=4000)
@@ -81,6 +91,13 @@ def test_one_gpu(machine, model, row, micro_batches, ms, gib, recomputation):
     plan = planned(machine, model, row, micro_batches, recomputation=recomputation)
     assert plan.fits
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.05)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
+
+
+@pytest.mark.parametrize("engine, ms, gib", ENGINES)
+def test_engines(engine, ms, gib):
+    plan = planned("h100", MEDIUM, (8192, 1), 8, engine=engine)
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.055)
     assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
 
 

@@ -169,12 +169,13 @@ def test_time_of_many_micro_batches():
 
 def test_time_and_traffic_of_stages():
     """Two ranks of half the layers each: what one of them computes, the bubble, and x and its gradients."""
-    one = _staged("recipe.global_batch_size=24", "recipe.activation_checkpointing=full", world=1, pp=1)
-    shared = ["recipe.global_batch_size=24", "recipe.activation_checkpointing=full"]
+    # So many tokens that no GPU waits for its host.
+    shared = ["recipe.micro_batch_size=32", "recipe.global_batch_size=768", "recipe.activation_checkpointing=full"]
+    one = _staged(*shared, world=1, pp=1)
     two = _staged("parallel.pp_layers=[8,8]", *shared, world=2, pp=2)
     for what in ("experts", "projections", "recomputation"):
         assert two.cost.compute_s[what] == pytest.approx(one.cost.compute_s[what] / 2)
-    handed_on = 24 * 8192 * one.config.model.hidden_size * 2
+    handed_on = 768 * 8192 * one.config.model.hidden_size * 2
     assert two.cost.traffic["pp"].num_bytes == handed_on
     four = _staged("parallel.pp_layers=[4,4,4,4]", "parallel.pp_schedule=interleaved_1f1b", *shared, world=2, pp=2)
     assert four.cost.traffic["pp"].num_bytes == 3 * handed_on  # each rank is given all but the first stage's x, or loss
@@ -184,6 +185,25 @@ def test_time_and_traffic_of_stages():
     assert two.cost.bubble_s == pytest.approx(layers / 2 / 24, rel=0.1)
     assert four.cost.bubble_s == pytest.approx(layers / 4 / 24, rel=0.2)
     assert 0.5 < two.cost.seconds / one.cost.seconds < 0.75
+
+
+def test_time_of_the_host():
+    """A micro-batch takes at least as long as the host's launches: more where weights are gathered or computed again, none
+    where a graph is replayed."""
+
+    def waits(*overrides, world=1, pp=1):
+        compute = _staged(
+            "recipe.micro_batch_size=1", "recipe.global_batch_size=8", *overrides, world=world, pp=pp
+        ).cost.compute_s
+        return compute["waiting for the host"]
+
+    plain, full = (waits(f"recipe.activation_checkpointing={kind}") for kind in ("none", "full"))
+    assert 0 < plain < full
+    stages = waits("recipe.activation_checkpointing=none", "parallel.pp_layers=[8,8]", world=2, pp=2)
+    assert 0 < stages < plain / 2  # half the layers, and no gathers
+    assert waits("recipe.activation_checkpointing=none", "engine.reshard_after_forward=true", world=2, pp=2) > stages
+    assert waits("engine=zero1") == 0 < waits("engine=zero1", "engine.cuda_graphs=false")
+    assert waits("engine=zero1", "parallel.cp=2", world=2) > 0
 
 
 def test_proposals():
