@@ -11,6 +11,8 @@ from setuptools import find_packages, setup
 _DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 # engine=megatron uses its classes one by one. 0.16.1 is the last for Python 3.11.
 _MEGATRON = "megatron-core>=0.16.1,<0.20; sys_platform == 'linux'"
+# minimax-report --wandb
+_WORKSPACE = "wandb-workspaces>=0.4.13,<0.5"
 
 setup(
     name="minimax-train",
@@ -45,6 +47,7 @@ setup(
         ],
         "debug": ["py-spy>=0.4"],
         "tensorboard": ["tensorboard>=2.18"],
+        "workspace": [_WORKSPACE],
         "deepspeed": [_DEEPSPEED],
         "megatron": [_MEGATRON],
         # Triton without a GPU: its interpreter runs the kernels. CUDA builds of torch bring their own.
@@ -57,6 +60,7 @@ setup(
             "s3fs",  # each release goes with the fsspec of its number
             "moto[server]>=5",
             "tensorboard>=2.18",
+            _WORKSPACE,
             _DEEPSPEED,
             _MEGATRON,
         ],

@@ -54,7 +54,7 @@ class MetricLog:
 
         def start() -> None:
             try:
-                _drop_later(run_dir / METRICS, first_step)
+                self.tokens = _drop_later(run_dir / METRICS, first_step)
                 self.lines, self.events = _Lines(run_dir / METRICS), _Lines(run_dir / EVENTS)
                 self.console = ConsoleReporter(total_steps, first_step)
                 self.wandb = _start_wandb(config, run_dir, run_config) if config.wandb != "off" else None
@@ -72,7 +72,9 @@ class MetricLog:
         self.lines.add({"step": step, **metrics})
         self.console.report(step, metrics)
         if self.wandb is not None:
-            self.wandb.log({"step": step, **metrics})
+            # W&B draws over tokens only what is logged with them. An evaluation lies where the record before it does.
+            self.tokens = metrics.get("tokens", self.tokens)
+            self.wandb.log({"step": step, "tokens": self.tokens, **metrics})
         if self.tensorboard is not None:
             try:
                 for name, value in metrics.items():
@@ -107,7 +109,7 @@ class MetricLog:
         """Drop the records of steps after this one, which are taken again."""
         if self.enabled:
             self.lines.close()
-            _drop_later(self.lines.path, step)
+            self.tokens = _drop_later(self.lines.path, step)
             self.lines = _Lines(self.lines.path)
 
     def holds(self, step: int, name: str) -> bool:
@@ -161,13 +163,18 @@ class MetricLog:
         self.close(0 if error is None else exit_status(error))
 
 
-def _drop_later(path: Path, last_step: int) -> None:
-    """Of a ``metrics.jsonl``, so that it holds each step once."""
+def _drop_later(path: Path, last_step: int) -> int:
+    """Of a ``metrics.jsonl``, so that it holds each step once.
+
+    Returns:
+        The tokens trained on at the last record that is left.
+    """
     records = read_records(path)
     kept = [record for record in records if record["step"] <= last_step]
     if len(kept) < len(records):
         note(f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again")
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return next((record["tokens"] for record in reversed(kept) if "tokens" in record), 0)
 
 
 class _Lines:

@@ -1,16 +1,18 @@
-"""The pictures of docs/seeing.md: the console as two terminals show a run's last record, and the report of some runs.
+"""The pictures of docs/seeing.md: the console as two terminals show a run's last record, the report of some runs, and
+a profiler trace.
 
     PYTHONPATH=tests/lib .venv/bin/python tests/lib/support/screenshots.py RUN [RUN...]
+    PYTHONPATH=tests/lib .venv/bin/python tests/lib/support/screenshots.py --trace RUN/traces/step-....json.gz
 
-Needs Chromium (``make browser``).
+The first needs Chromium (``make browser``). The second prints the table of shares as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from minimax_train.files import METRICS
 from minimax_train.metrics.console import ConsoleReporter, summarize
 from minimax_train.metrics.log import read_records
 from minimax_train.report.cli import main as report
+from support.traces import Trace, draw_trace
 
 PLOTS = Path(__file__).parents[3] / "docs/plots"
 
@@ -50,6 +53,16 @@ def page(runs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for columns in (60, 120):
-        console(Path(sys.argv[-1]), columns)
-    page(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN")
+    parser.add_argument("--trace", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.runs:
+        for columns in (60, 120):
+            console(Path(options.runs[-1]), columns)
+        page(options.runs)
+    if options.trace is not None:
+        trace = Trace.read(options.trace)
+        draw_trace(trace, PLOTS / "trace.svg")
+        for kind, share in trace.shares().items():
+            print(f"| {kind} | {share * trace.end:.1f} | {share:.1%} |")
