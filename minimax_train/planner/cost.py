@@ -182,7 +182,7 @@ def step_cost(
 
 
 def host_seconds(config: Config, grid: GridSizes, part: ModelPart, recomputation: Sequence[str]) -> float:
-    """To launch a micro-batch's forward and backward pass through a part of the model; 0 where it replays a CUDA graph."""
+    """To launch a micro-batch's passes through a part of the model; 0 where a CUDA graph of them is replayed."""
     engine: Any = config.engine
     taken = LAUNCH_S["launches"]
     if engine.name == "zero1" and engine.cuda_graphs and grid.cp == 1:

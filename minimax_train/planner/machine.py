@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Rates:
     """What kernels reach on a GPU in training steps, bfloat16.
 
-    Fitted to the whole steps of docs/results.md ("Training steps", "Engines"), of four models with 1 to 8 micro-batches:
-    27 of one GPU, which they give back within 6 %.
+    Fitted to the whole steps of docs/results.md ("Training steps", "Engines"), of four models with 1 to 8
+    micro-batches: 25 of one GPU, which they give back within 6 %.
 
     Attributes:
         memory_bytes: of the device that a process can allocate.
@@ -40,12 +40,12 @@ TILE_ROWS = 128
 """A GEMM computes so many rows at a time: half of that is lost, on average, for each expert."""
 
 GAPS_S = 0.18e-3
-"""Of a layer's forward and backward pass in a micro-batch: between its kernels, some 130, replayed from a CUDA graph."""
+"""Of a layer's forward and backward pass in a micro-batch: between its some 130 kernels, replayed from a CUDA graph."""
 
 LAUNCH_S = {"launches": 5.7e-3, "gathers": 4.1e-3, "reductions": 2.2e-3}
-"""What the host takes for a layer's forward and backward pass in a micro-batch where no CUDA graph is replayed: to launch
-its kernels; and where engines do so in every micro-batch, to gather its weights, or to reduce its gradients. The GPU
-waits where that takes longer than its own work. Fitted to ``medium`` on one H100 (docs/results.md, "Engines")."""
+"""What the host takes for a layer's forward and backward pass in a micro-batch where no CUDA graph is replayed: to
+launch its kernels; and where engines do so in every micro-batch, to gather its weights, or to reduce its gradients. The
+GPU waits where that takes longer than its own work. Fitted to ``medium`` on one H100 (docs/results.md, "Engines")."""
 
 TRANSFER_S = {"tp": 60e-6, "cp": 60e-6, "ep": 370e-6, "etp": 170e-6}
 """Added to every transfer of a layer, beyond latency and bytes: streams that wait for each other, kernels that share

@@ -188,8 +188,8 @@ def test_time_and_traffic_of_stages():
 
 
 def test_time_of_the_host():
-    """A micro-batch takes at least as long as the host's launches: more where weights are gathered or computed again, none
-    where a graph is replayed."""
+    """A micro-batch takes at least as long as the host's launches: more where weights are gathered or blocks computed
+    again, none where a graph is replayed."""
 
     def waits(*overrides, world=1, pp=1):
         compute = _staged(
