@@ -26,16 +26,19 @@ class TakenStep(NamedTuple):
     Attributes:
         number: of the step, from 1.
         tokens: that the run has trained on, this step included.
-        at: the host's clock when the device had been given all of it, less what evaluations and checkpoints took.
+        at: the host's clock when the device had been given all of it, less ``paused_s``.
+        paused_s: what evaluations and checkpoints have taken since the run began.
         plan: what it trained on, and how.
         totals, report: sums of all ranks, and what became of the step: on the host, once ``copied``.
         own_loss: this rank's part of the loss, likewise.
         norms_2G: as of :meth:`Engine.norms`, likewise; None of a step whose norms are not written.
+        copied: when the device is done with it; None where there is no GPU, whose steps are done when they are taken.
     """
 
     number: int
     tokens: int
     at: float
+    paused_s: float
     plan: StepPlan
     totals: StepSums
     report: StepReport
@@ -50,6 +53,13 @@ class TakenStep(NamedTuple):
     def wait(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
+
+    def seconds_since(self, earlier: TakenStep) -> float:
+        """From the end of a step before to the end of this one; both are done. By the device's clock where it has one:
+        the host may be late while the device has enough to do, and catch up."""
+        if self.copied is None or earlier.copied is None:
+            return self.at - earlier.at
+        return earlier.copied.elapsed_time(self.copied) / 1e3 - (self.paused_s - earlier.paused_s)
 
 
 def to_host(x: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ class Trainer:
         if config.data.has_validation and config.recipe.eval_interval:
             on_every_rank(self._open_evaluation)
         self.stage: str | None = None
-        # Seconds that evaluations and checkpoints have taken; of the step reported last, its time and what it was.
-        self.paused_s = 0.0
-        self.reported_at, self.reported = time.perf_counter(), (self.progress.step, self.progress.tokens)
+        self.paused_s = 0.0  # seconds that evaluations and checkpoints have taken
+        self.reported: TakenStep | None = None  # last; None from here or from a checkpoint that was gone back to
+        self.began_at, self.began = time.perf_counter(), (self.progress.step, self.progress.tokens)
         self.tracer = Tracer(config.logging, self.run_dir, device)
         self.left = TimeLeft(self.progress.tokens)
         self.log = MetricLog(
@@ -223,7 +223,8 @@ class Trainer:
             self.engine.go_back(state, last - progress.step)
         self.gone_back_to.append(progress.step)
         self.progress = Progress(progress.step, progress.tokens, policy=progress.policy)
-        self.reported_at, self.reported = time.perf_counter() - self.paused_s, (progress.step, progress.tokens)
+        self.reported = None
+        self.began_at, self.began = time.perf_counter() - self.paused_s, (progress.step, progress.tokens)
         self.left = TimeLeft(progress.tokens)
         self.guard.forget()
         self.log.go_back(progress.step)
@@ -288,9 +289,11 @@ class Trainer:
         self.progress.tokens += plan.tokens
         results = StepSums(*map(to_host, totals)), StepReport(*map(to_host, report)), to_host(sums.loss)
         norms_2G = None if norms_2G is None else to_host(norms_2G)
-        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-        now = time.perf_counter() - self.paused_s
-        taken = TakenStep(self.progress.step, self.progress.tokens, now, plan, *results, norms_2G, copied)
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        now, step, tokens = time.perf_counter() - self.paused_s, self.progress.step, self.progress.tokens
+        taken = TakenStep(step, tokens, now, self.paused_s, plan, *results, norms_2G, copied)
         self.guard.watch(taken, batches)
         return taken
 
@@ -339,9 +342,10 @@ class Trainer:
             per_expert=self.config.logging.expert_load,
         )
         balance = {"aux_loss": float(totals.aux_loss)} if model.aux_loss_coefficient > 0 else {}
-        steps, tokens = taken.number - self.reported[0], taken.tokens - self.reported[1]
-        elapsed = taken.at - self.reported_at
-        self.reported_at, self.reported = taken.at, (taken.number, taken.tokens)
+        before = self.began if self.reported is None else (self.reported.number, self.reported.tokens)
+        steps, tokens = taken.number - before[0], taken.tokens - before[1]
+        elapsed = taken.at - self.began_at if self.reported is None else taken.seconds_since(self.reported)
+        self.reported = taken
         # With those of an evaluation or a checkpoint that came after the report before.
         on_host, on_device = self.phases.take(), self.phases.take_device(taken.number)
         seconds = {f"seconds/{name}": value / steps for name, value in on_host.items()}

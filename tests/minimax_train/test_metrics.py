@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minimax_train.config import load_config
+from minimax_train.guard import TakenStep
 from minimax_train.metrics.left import TimeLeft
 from minimax_train.metrics.norms import GROUPS, group_of, norm_metrics
 from minimax_train.phases import PHASES
@@ -170,6 +171,27 @@ def test_events(run_of_three):
     source = (Path(__file__).parents[2] / "minimax_train/trainer.py").read_text()
     kinds = {*re.findall(r"log\.event\(\s*\"(\w+)\"", source), "stall", "stopped"}
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == kinds
+
+
+def test_a_step_takes_as_long_as_on_the_device():
+    """Whose clock counts, not the host's, which comes late and catches up; an evaluation between two steps does not."""
+
+    class At:
+        def __init__(self, ms):
+            self.ms = ms
+
+        def elapsed_time(self, later):
+            return later.ms - self.ms
+
+    def taken(number, host, paused_s, device_ms):
+        event = None if device_ms is None else At(device_ms)
+        return TakenStep(number, 10 * number, host - paused_s, paused_s, *[None] * 5, event)
+
+    first, late, next_one = taken(1, 1.0, 0.0, 1300), taken(2, 1.9, 0.0, 1600), taken(3, 2.0, 0.0, 1900)
+    assert [late.seconds_since(first), next_one.seconds_since(late)] == pytest.approx([0.3, 0.3])
+    evaluated = taken(4, 7.1, 5.0, 7200)
+    assert evaluated.seconds_since(next_one) == pytest.approx(0.3)
+    assert taken(2, 6.7, 5.0, None).seconds_since(taken(1, 1.0, 0.0, None)) == pytest.approx(0.7)
 
 
 def test_time_left_goes_by_the_last_reports(monkeypatch):
