@@ -18,6 +18,8 @@ compile DeepSpeedCPUAdam when they run for the first time on a machine, which ta
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import importlib.util
 import itertools
 import json
@@ -89,26 +91,29 @@ def measure(overrides: list[str], steps: int) -> dict[str, float] | None:
     config = load_config(overrides)
     config.check_world_size(environment.world_size)
     grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
-    trainer = Trainer(config, grid, device)
-    with closing(trainer.loader):
-        seconds, taken = timed(trainer, steps)
-        metrics = trainer.metrics(taken)
-        own = [metrics.get("peak_memory_gib", float("nan")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]
-        own.append(100 * profiled(trainer))
-    ranks: list[list[float]] = [[]] * environment.world_size
+    own = of_rank(Trainer(config, grid, device), steps)
+    gc.collect()  # communicators wait for the graphs that were captured with them
+    ranks: list[dict[str, float]] = [{}] * environment.world_size
     dist.all_gather_object(ranks, own)
     dist.destroy_process_group()
     if environment.rank:
         return None
-    memory, host, exposed = zip(*ranks, strict=True)
-    return {
-        "tokens/s": taken.plan.tokens / seconds,
-        "ms": 1e3 * seconds,
-        "GiB": max(memory),
-        "host": max(host),
-        "exposed %": statistics.mean(exposed),
-        "loss": metrics["loss"],
-    }
+    most = {column: max(rank[column] for rank in ranks) for column in ("GiB", "host")}
+    return own | most | {"exposed %": statistics.mean(rank["exposed %"] for rank in ranks)}
+
+
+def of_rank(trainer: Trainer, steps: int) -> dict[str, float]:
+    with closing(trainer.loader):
+        seconds, taken = timed(trainer, steps)
+        metrics = trainer.metrics(taken)
+        return {
+            "tokens/s": taken.plan.tokens / seconds,
+            "ms": 1e3 * seconds,
+            "GiB": metrics.get("peak_memory_gib", float("nan")),
+            "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "loss": metrics["loss"],
+            "exposed %": 100 * profiled(trainer),
+        }
 
 
 def timed(trainer: Trainer, steps: int) -> tuple[float, Any]:
@@ -159,17 +164,22 @@ def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironmen
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     if environment.world_size > 1:
         environ["MASTER_PORT"] = str(port)
-    command = [sys.executable, __file__, "--only", str(result), "--steps", str(options.steps), *overrides]
+    command = [sys.executable, __file__, "--only", str(result), "--steps", str(options.steps)]
+    command += ["--seconds", str(options.seconds), *overrides]
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         code = _wait(process, options.seconds)
     if code == 0:
         found = json.loads(result.read_text()) if environment.rank == 0 else {}
     else:
-        lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in log.read_text().splitlines()]
-        lines = [line for line in lines if line.strip() and not re.match(r"\[W\d", line)]  # of libraries, as they end
-        said = lines[-1] if lines else f"exit status {code}"
-        found = {"error": f"ended after {options.seconds:.0f} s; it said last: {said}" if code is None else said}
+        text = re.sub(r"^\[rank\d+\]: ?", "", log.read_text(), flags=re.MULTILINE)
+        if code is None:
+            stood = re.findall(r"most recent call first\):\n +(.*)", text)  # the main thread comes last
+            said = f"ended after {options.seconds:.0f} s; it stood in {stood[-1] if stood else 'its start'}"
+        else:  # without what libraries warn of as they end
+            lines = [line for line in text.splitlines() if line.strip() and not re.match(r"\[W\d", line)]
+            said = lines[-1] if lines else f"exit status {code}"
+        found = {"error": said}
     every: list[tuple[bool, dict[str, Any]]] = [(False, {})] * environment.world_size
     dist.all_gather_object(every, (process.returncode < 0, found))
     shutil.rmtree(folder, ignore_errors=True)
@@ -238,6 +248,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     if options.only:
+        faulthandler.dump_traceback_later(0.8 * options.seconds)
         found = measure(options.overrides, options.steps)
         if found is not None:
             options.only.write_text(json.dumps(found))
