@@ -7,7 +7,7 @@
 # Several:   scaling engines pipeline checkpoints cluster faults restart
 #
 # It uses GPUS of them, all by default; without parts it runs all of that line. Each part prints the end of its log, which
-# is in FOLDER with its JSON, and is ended after LIMIT seconds, 300 by default.
+# is in FOLDER with its JSON, and is ended after LIMIT seconds: 300 if not given, 600 of those that are made of many.
 set -uo pipefail
 out=${1:?usage: benchmarks/rerun.sh FOLDER [PART...]}; shift
 here=$(cd "$(dirname "$0")" && pwd)
@@ -42,7 +42,7 @@ part() {
         local split=("parallel.$axis=$gpus"); [[ $axis != dp ]] || split=()
         run "$axis" "${several[@]}" "$here/training.py" --models medium --micro-batches 1 --json "$out/$axis.json" "${split[@]}"
       done ;;
-    engines) run engines "${many[@]}" "$here/engines.py" --model medium --micro-batches 8 --steps 6 --seconds 150 --json "$out/engines.json" \
+    engines) LIMIT=${LIMIT:-600} run engines "${many[@]}" "$here/engines.py" --model medium --micro-batches 8 --steps 6 --seconds 150 --json "$out/engines.json" \
       --engines zero1 megatron fsdp deepspeed-1 deepspeed-2 deepspeed-3 ;;
     pipeline) run pipeline "${several[@]}" "$here/pipeline.py" --measure --steps 3 --json "$out/pipeline.json" "${staged[@]}" ;;
     checkpoints) run checkpoints "${many[@]}" "$here/checkpoints.py" --model medium --micro-batches 8 --methods async dcp-async \
@@ -59,10 +59,11 @@ part() {
             recipe.micro_batch_size=2 recipe.global_batch_size=2 recipe.steps=300 recipe.learning_rate=1e-3 \
             recipe.min_learning_rate=1e-4 recipe.warmup_steps=50 recipe.decay_steps=1 recipe.eval_interval=0 checkpoint.interval=0 \
             seed=$seed $how "run_dir=$out/losses-$name-$seed"
+          rm -rf "$out/losses-$name-$seed/checkpoints"
         done <<<$'zero1 engine=zero1\nfsdp engine=fsdp recipe.activation_checkpointing=full\nmoments engine=zero1 engine.moments=bfloat16'
       done ;;
-    cluster) LIMIT=600 run cluster python3 "$here/cluster.py" --seconds 580 --json "$out/cluster.json" --picture "$out/cluster.svg" ;;
-    faults) LINES_SHOWN=60 run faults env PYTHONPATH="$here/../tests/lib:${PYTHONPATH:-}" python3 "$here/../tests/lib/support/fault_drills.py" --device cuda ;;
+    cluster) LIMIT=${LIMIT:-600} run cluster python3 "$here/cluster.py" --seconds 580 --json "$out/cluster.json" --picture "$out/cluster.svg" ;;
+    faults) LINES_SHOWN=60 LIMIT=${LIMIT:-600} run faults env PYTHONPATH="$here/../tests/lib:${PYTHONPATH:-}" python3 "$here/../tests/lib/support/fault_drills.py" --device cuda --at-once 3 ;;
     restart) run restart env PYTHONPATH="$here/../tests/lib:${PYTHONPATH:-}" python3 "$here/../tests/lib/support/restart_time.py" --device cuda ;;
     *) echo "rerun.sh: unknown part '$1'" >&2; exit 2 ;;
   esac

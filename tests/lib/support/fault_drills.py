@@ -1,6 +1,7 @@
 """Faults struck into runs of two ranks: what each ends with, after how many seconds, and what is printed.
 
     PYTHONPATH=tests/lib python tests/lib/support/fault_drills.py [--device cuda] [--timeout 20] [--only killed ...]
+        [--at-once 9]
 
 Each run is ``minimax-train`` on every rank, started directly with torchrun's variables, so that rank 0 holds the store;
 of ``store`` a process of its own does. Exits with 1 if a fault is not told in its time, or not named.
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,24 +283,30 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--timeout", type=float, default=20.0, help="parallel.timeout_s")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
-    options, status = parser.parse_args(), 0
+    parser.add_argument("--at-once", type=int, default=1, help="so many runs")
+    options = parser.parse_args()
     from support.runs import ON_GPU
 
-    for name in options.only:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            own = arguments(folder, options.timeout, *(ON_GPU if options.device == "cuda" else []))
-            drill = Drill(FAULTS[name], folder, _start(name, folder, own))
-            while not drill.step():
-                time.sleep(0.05)
-            told = drill.finish()
-            problems = told.problems(FAULTS[name], options.timeout)
-            status |= bool(problems)
-            stacks = [str(path.relative_to(folder)) for path in sorted(folder.glob("run/stacks/*/*"))]
-        print(f"{name}: {told.seconds:.1f} s, exit statuses {told.statuses}, {len(told.lines)} lines of standard error")
-        print(*(f"    {line}" for line in told.lines[:12]), *(f"    stacks: {path}" for path in stacks), sep="\n")
-        print(*(f"    PROBLEM: {problem}" for problem in problems), sep="\n", flush=True)
-    return status
+    more = ON_GPU if options.device == "cuda" else []
+    with ThreadPoolExecutor(options.at_once) as threads:
+        every = [threads.submit(_drill, name, options.timeout, more) for name in options.only]
+        return int(not all([each.result() for each in every]))
+
+
+def _drill(name: str, timeout_s: float, more: Sequence[str]) -> bool:
+    """One of them, from its beginning to what is printed; whether all was as it should be."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        drill = Drill(FAULTS[name], folder, _start(name, folder, arguments(folder, timeout_s, *more)))
+        while not drill.step():
+            time.sleep(0.05)
+        told = drill.finish()
+        problems = told.problems(FAULTS[name], timeout_s)
+        stacks = [str(path.relative_to(folder)) for path in sorted(folder.glob("run/stacks/*/*"))]
+    lines = [f"{name}: {told.seconds:.1f} s, exit statuses {told.statuses}, {len(told.lines)} lines of standard error"]
+    lines += [f"    {line}" for line in [*told.lines[:12], *(f"stacks: {path}" for path in stacks)]]
+    print("\n".join([*lines, *(f"    PROBLEM: {problem}" for problem in problems)]), flush=True)
+    return not problems
 
 
 if __name__ == "__main__":
