@@ -44,7 +44,8 @@ from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.grid import divisors
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, engines_with_stages, overrides_of, plan_run, propose
+from minimax_train.planner.plan import Cluster, plan_run
+from minimax_train.planner.search import engines_with_stages, overrides_of, propose
 
 HERE = Path(__file__).parent
 PARTS = ("weak", "strong", "cp", "linear", "tp", "experts", "pp", "best", "layers")

@@ -46,11 +46,10 @@ from minimax_train.parallel.pipeline import (
     WEIGHTS,
     Pass,
     bubble,
-    stages_of_rank,
     table,
     timeline,
 )
-from minimax_train.parallelize import parts_of_rank
+from minimax_train.parallelize import parts_of_ranks
 from minimax_train.planner.cost import stage_costs
 from minimax_train.trainer import Trainer
 
@@ -68,14 +67,10 @@ def simulated(schedule: str, ranks: int, parts: int, micro_batches: int, seconds
 
 def planned(config: Config, weights: float) -> Seconds:
     """Of each stage by the planner's rates, its gradients of weights that share of it."""
-    costs, parallel, of_stage = stage_costs(config), config.parallel, dict[int, float]()
-    for rank in range(parallel.pp):
-        stages = stages_of_rank(parallel.pp_schedule, parallel.pp, parallel.stages_of_rank, rank)
-        for stage, part in zip(stages, parts_of_rank(config, rank), strict=True):
-            extra = costs.embedding * part.is_first + costs.head * part.is_last
-            of_stage[stage] = extra + sum(costs.layers[layer] for layer in part.layers)
+    costs, parts = stage_costs(config), [part for parts in parts_of_ranks(config) for part in parts]
+    of_stage = [costs.of(part) for part in sorted(parts, key=lambda part: part.layers.start)]
     share = {FORWARD: 1 / 3, BACKWARD: 2 / 3, WEIGHTS: weights}
-    if SCHEDULES[parallel.pp_schedule].splits:
+    if SCHEDULES[config.parallel.pp_schedule].splits:
         share[BACKWARD] -= weights
     return lambda one: of_stage[one.stage] * share[one.kind]
 

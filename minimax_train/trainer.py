@@ -28,13 +28,9 @@ from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.kernels.compile_cache import import_compilers
 from minimax_train.leave import Leave
-from minimax_train.metrics.flops import peak_flops_per_s, training_flops
-from minimax_train.metrics.left import TimeLeft
+from minimax_train.metrics.flops import peak_flops_per_s
 from minimax_train.metrics.log import MetricLog
-from minimax_train.metrics.norms import norm_metrics
-from minimax_train.metrics.origins import origin_metrics
-from minimax_train.metrics.ranks import host_memory_gib, slowest_ranks
-from minimax_train.metrics.router import router_metrics
+from minimax_train.metrics.step import StepMetrics
 from minimax_train.metrics.traces import Tracer
 from minimax_train.parallel.grid import SAME_SEQUENCES, ProcessGrid
 from minimax_train.parallelize import build_engine, whole_layouts
@@ -100,11 +96,8 @@ class Trainer:
         if config.data.has_validation and config.recipe.eval_interval:
             on_every_rank(self._open_evaluation)
         self.stage: str | None = None
-        self.paused_s = 0.0  # seconds that evaluations and checkpoints have taken
-        self.reported: TakenStep | None = None  # last; None from here or from a checkpoint that was gone back to
-        self.began_at, self.began = time.perf_counter(), (self.progress.step, self.progress.tokens)
+        self.step_metrics = StepMetrics(config, self.engine, self.phases, self.peak_flops_per_s, self.progress)
         self.tracer = Tracer(config.logging, self.run_dir, device)
-        self.left = TimeLeft(self.progress.tokens)
         self.log = MetricLog(
             config.logging,
             self.run_dir,
@@ -223,9 +216,7 @@ class Trainer:
             self.engine.go_back(state, last - progress.step)
         self.gone_back_to.append(progress.step)
         self.progress = Progress(progress.step, progress.tokens, policy=progress.policy)
-        self.reported = None
-        self.began_at, self.began = time.perf_counter() - self.paused_s, (progress.step, progress.tokens)
-        self.left = TimeLeft(progress.tokens)
+        self.step_metrics.restart(progress)
         self.guard.forget()
         self.log.go_back(progress.step)
         text = (
@@ -292,8 +283,8 @@ class Trainer:
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-        now, step, tokens = time.perf_counter() - self.paused_s, self.progress.step, self.progress.tokens
-        taken = TakenStep(step, tokens, now, self.paused_s, plan, *results, norms_2G, copied)
+        at, paused_s = self.step_metrics.clock(), self.step_metrics.paused_s
+        taken = TakenStep(self.progress.step, self.progress.tokens, at, paused_s, plan, *results, norms_2G, copied)
         self.guard.watch(taken, batches)
         return taken
 
@@ -328,56 +319,11 @@ class Trainer:
         Raises:
             TrainingError: when a loss, gradient or weight was not finite, in this step or since the last report.
         """
-        model = self.config.model
         with self.phases("report"):
             self.guard.check(taken.number)
             taken.wait()
-            totals = taken.totals
-        router = router_metrics(
-            totals.tokens_per_expert_LE,
-            entropy_L=totals.entropy_L,
-            dropped_L=totals.dropped_L,
-            experts_per_token=model.experts_per_token,
-            per_layer=self.config.logging.per_layer,
-            per_expert=self.config.logging.expert_load,
-        )
-        balance = {"aux_loss": float(totals.aux_loss)} if model.aux_loss_coefficient > 0 else {}
-        before = self.began if self.reported is None else (self.reported.number, self.reported.tokens)
-        steps, tokens = taken.number - before[0], taken.tokens - before[1]
-        elapsed = taken.at - self.began_at if self.reported is None else taken.seconds_since(self.reported)
-        self.reported = taken
-        # With those of an evaluation or a checkpoint that came after the report before.
-        on_host, on_device = self.phases.take(), self.phases.take_device(taken.number)
-        seconds = {f"seconds/{name}": value / steps for name, value in on_host.items()}
-        seconds |= {f"device_seconds/{name}": value / steps for name, value in on_device.items()}
-        memory = {"host_memory_gib": host_memory_gib(), **self.engine.figures(taken.plan)}
-        if dist.get_world_size() > 1:
-            used = memory.get("peak_memory_gib", memory["host_memory_gib"])
-            seconds |= slowest_ranks({**on_host, **on_device}, used, steps)
-        self.left.add(taken.tokens)
-        end = self.recipe.end(self.progress, self.progress.policy)[1]
-        flops = training_flops(model, taken.plan.tokens, float(totals.scores)) * steps / elapsed / dist.get_world_size()
-        mfu = {} if self.peak_flops_per_s is None else {"mfu": flops / self.peak_flops_per_s}
-        return {
-            "loss": float(totals.loss),
-            **origin_metrics(self.config.data.origins, totals.loss_by_origin_O, totals.targets_by_origin_O),
-            **balance,
-            **router,
-            "grad_norm": float(taken.report.gradient_norm),
-            **({} if taken.norms_2G is None else norm_metrics(taken.norms_2G)),
-            "learning_rate": taken.plan.learning_rate,
-            "tokens": taken.tokens,
-            "batch_tokens": taken.plan.tokens,
-            "sequence_length": taken.plan.sequence_length,
-            "rope_base": taken.plan.rope_base,
-            "tokens_per_second": tokens / elapsed,
-            "tflops_per_rank": flops / 1e12,
-            **mfu,
-            "seconds": elapsed / steps,
-            "seconds_left": self.left.seconds(end - taken.tokens),
-            **memory,
-            **seconds,
-        }
+        _, tokens = self.recipe.end(self.progress, self.progress.policy)
+        return self.step_metrics.of(taken, end=tokens)
 
     def evaluate(self, plan: StepPlan) -> dict[str, float]:
         """Loss on the held-out documents, of a run that evaluates."""
@@ -409,7 +355,7 @@ class Trainer:
         started = time.perf_counter()
         with self.phases(phase):
             yield
-        self.paused_s += time.perf_counter() - started
+        self.step_metrics.paused_s += time.perf_counter() - started
 
     def _tell_stage(self, plan: StepPlan) -> None:
         """Say which stage begins, in a run of several, and what has changed the number of steps."""
@@ -493,6 +439,9 @@ class Trainer:
             raise error
 
     def _restore(self, resumed: Folder | None, weights: Folder | None) -> Progress:
+        """Take over a checkpoint, or the weights of one, or neither."""
+        if resumed is None and weights is None:  # nor is a snapshot taken, for which some engines need memory
+            return Progress()
         state = self.engine.snapshot()
         if resumed is not None:
             progress = self.store.load(resumed, state)
@@ -502,9 +451,9 @@ class Trainer:
             except (KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{resumed}: damaged: no position in the training data: {error!r}") from error
             return progress
-        if weights is not None:
-            shapes = {name: layout.shape for name, layout in whole_layouts(self.config.model).items()}
-            strict = self.config.checkpoint.initial_weights_strict
-            load_weights(weights, state["model"], strict=strict, shapes=shapes)
-            self.engine.restore({"model": state["model"]})
+        assert weights is not None
+        shapes = {name: layout.shape for name, layout in whole_layouts(self.config.model).items()}
+        strict = self.config.checkpoint.initial_weights_strict
+        load_weights(weights, state["model"], strict=strict, shapes=shapes)
+        self.engine.restore({"model": state["model"]})
         return Progress()

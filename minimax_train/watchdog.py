@@ -50,6 +50,7 @@ from minimax_train.stacks import (
     write_own_stacks,
     write_stacks_of,
 )
+from minimax_train.verdict import SHOWN, shown_phase, shown_rank, verdict
 
 BACKSTOP = timedelta(seconds=30)
 """Of a collective, after ``parallel.timeout_s``: PyTorch's own end of a run, with none of this, comes later."""
@@ -66,7 +67,6 @@ _TELL_S = 2.0
 _GONE_S = 2.5
 _STORE_GONE_S = 5.0
 _STORE_KEPT_S = 2.0
-_SHOWN = 8
 
 
 class Watchdog:
@@ -181,7 +181,7 @@ class Watchdog:
 
     def _place(self, where: dict[str, Any]) -> str:
         idle = f" for {where['idle_s']:.0f} s" if where["idle_s"] > 2 * _LOOK_S else ""
-        return f"{_who(where)} is in {_phase(where)}, in {where['at']}{idle}"
+        return f"{shown_rank(where)} is in {shown_phase(where)}, in {where['at']}{idle}"
 
     def _folder(self, step: int) -> Path:
         return self._checkpoints.run_dir / "stacks" / f"step-{step:08d}"
@@ -303,7 +303,7 @@ class Watchdog:
         """Collect the answers, have the others looked at, and say what is wrong."""
         began, missing = time.monotonic(), list(range(self._size))
         while missing and time.monotonic() < began + _ANSWER_S:
-            if len(missing) <= _SHOWN and self._cannot_answer(missing):
+            if len(missing) <= SHOWN and self._cannot_answer(missing):
                 break
             time.sleep(0.1)
             if self._size - self._store.add("answers", 0) < len(missing):
@@ -364,7 +364,7 @@ class Watchdog:
             return f"has ended with status {process.exit_code >> 8}", ""
         seen = "is stopped (SIGSTOP)" if process.state in "Tt" else "does not answer"
         path = self._folder(step) / f"rank-{beat['rank']}.txt"
-        problem = write_stacks_of(beat["pid"], path, f"{_who(beat)} {seen} in {_phase(beat)}")
+        problem = write_stacks_of(beat["pid"], path, f"{shown_rank(beat)} {seen} in {shown_phase(beat)}")
         os.kill(beat["pid"], signal.SIGKILL)
         return seen, problem and f"no stacks of rank {beat['rank']}: {problem}"
 
@@ -392,7 +392,7 @@ class Watchdog:
                 seen, problem = self._look_from_outside(beat, self._phases.step)
             elif self._store_error:
                 seen = "has ended or cannot be reached"
-            line = f"{_who(beat)}, which holds the store, {seen}, last heartbeat in {_phase(beat)}"
+            line = f"{shown_rank(beat)}, which holds the store, {seen}, last heartbeat in {shown_phase(beat)}"
             notes += [problem] if problem else []
         self._say("; ".join([f"{line}{waits}", *notes]))
         os._exit(1)
@@ -400,46 +400,6 @@ class Watchdog:
     def _say(self, line: str) -> None:
         Output(sys.stdout).flush()
         to_stderr(f"{f'rank {self._rank}: ' if self._rank else ''}error: {line}; {self._checkpoints.to_go_on()}")
-
-
-def verdict(
-    alarm: dict[str, Any], answers: Sequence[dict[str, Any]], silent: Sequence[dict[str, Any]], timeout_s: float
-) -> str:
-    """What is wrong with a run, in a line.
-
-    Args:
-        alarm: who gave it (``judge``), ``why``, and if a collective failed, which (``failed``).
-        answers: where the ranks are that have answered.
-        silent: the last heartbeats of those that have not, with ``seen`` where somebody could look.
-    """
-    late, gone = alarm["why"] == "timeout", alarm["why"] == "gone"
-    # A host that cannot launch any more, for the device waits, is in none of the calls that wait.
-    waiting = [answer for answer in answers if answer["waits"] or (late and silent and answer["idle_s"] > timeout_s)]
-    busy = [answer for answer in answers if not answer["waits"]]
-    parts = []
-    if silent:
-        parts = [f"{_who(beat)} {_seen(beat)}, last heartbeat in {_phase(beat)}" for beat in silent]
-    elif late and waiting and busy:
-        least = min(answer["step"] for answer in busy)
-        behind = [answer for answer in busy if answer["step"] == least]
-        parts = [f"{_who(one)} is in {_phase(one)}, in {one['at']}, for {one['idle_s']:.0f} s" for one in behind]
-    elif late:
-        waiting, parts = list(answers), ["no rank goes on"]
-    elif gone:
-        parts = ["a rank's process has gone"]
-    told = [*parts[:_SHOWN], *([f"and {len(parts) - _SHOWN} more ranks"] if len(parts) > _SHOWN else [])]
-    if not late and not gone:
-        told.append(f"on rank {alarm['judge']} {alarm['failed']} failed: {alarm['why']}")
-    # Ranks that wait in the same place are told together.
-    places: dict[str, list[int]] = {}
-    for answer in waiting:
-        place = f"{_phase(answer)} in {answer['collective'] or answer['at']}"
-        places.setdefault(place, []).append(answer["rank"])
-    if places:
-        where = [f"{_ranks(ranks)} in {place}" for place, ranks in list(places.items())[:_SHOWN]]
-        limit = f" for {timeout_s:g} s (parallel.timeout_s)" if late else ""
-        told.append(f"waiting{limit}: {', '.join(where)}")
-    return "; ".join(told)
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -450,20 +410,3 @@ def _first_sentence(error: BaseException) -> str:
 def _is_there(beat: dict[str, Any]) -> bool:
     process = Process.find(beat["pid"])
     return process is not None and process.started == beat["started"] and process.state != "Z"
-
-
-def _who(beat: dict[str, Any]) -> str:
-    return f"rank {beat['rank']} (host {beat['host']}, process {beat['pid']})"
-
-
-def _phase(beat: dict[str, Any]) -> str:
-    return f"step {beat['step']} ({beat['phase']})" if beat["step"] else beat["phase"]
-
-
-def _seen(beat: dict[str, Any]) -> str:
-    return beat.get("seen") or beat.get("ended") or "does not answer"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:_SHOWN]))}{more}"

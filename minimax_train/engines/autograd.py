@@ -84,6 +84,17 @@ class AutogradEngine(Engine):
             self._outliers = Outliers(recipe.outlier_window, recipe.outlier_sigmas, device)
         self._outlier = torch.zeros((), dtype=torch.bool, device=device)  # whether the last step was one
 
+    def _weights_by_reader(self) -> dict[nn.Module, list[str]]:
+        """The modules to wait in until weights have arrived, and the names of these: each block, the final norm and the
+        model itself, which read them when they are called."""
+        # Those of embedding and head are read without a call of these modules.
+        readers = {"embedding.": self.model, "norm.": self.model.norm, "head.": self.model.norm}
+        readers |= {f"layers.{index}.": block for index, block in enumerate(self.model.layers)}
+        found: dict[nn.Module, list[str]] = {}
+        for prefix, module in readers.items():
+            found.setdefault(module, []).extend(name for name in self.parameters if name.startswith(prefix))
+        return found
+
     def _choose_recomputation(self, still_needed: int, *, apart: bool = False) -> None:
         """For a subclass to call when its states have their memory; arguments as of :class:`Recomputation`."""
         held, deferred = (None, ()) if self._stages is None else self._stages.held_layers()

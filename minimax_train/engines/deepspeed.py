@@ -2,8 +2,7 @@
 
 One of DeepSpeed's ZeRO optimizers for each set of ranks that hold the same parameters
 (:meth:`ParameterLayout.replicas`), so that the gradients of experts, and of what tp splits, are reduced over their own
-ranks. The engine runs forward and backward passes, takes the norm of the whole model's gradient and decides whether an
-update is held; DeepSpeed reduces gradients, keeps and updates float32 master weights and moments, and gathers weights.
+ranks.
 
     stage   a rank holds whole             sharded                             gradients are reduced
     0       weights, gradients, states                                         once a step
@@ -11,15 +10,13 @@ update is held; DeepSpeed reduces gradients, keeps and updates float32 master we
     2       weights                        states, gradients                   in every micro-batch
     3       those of a block at a time     states, gradients, weights          in every micro-batch
 
-DeepSpeed cuts the parameters of a group, laid end to end, in equal pieces; with stage 3 each parameter. For checkpoints
-they are brought into the form that all engines save, one parameter at a time (:meth:`ParameterLayout.cut`).
-
-The host waits for the device once a step, with stage 3 after every micro-batch too: DeepSpeed's optimizers are told by
-the host whether to update.
+DeepSpeed cuts the parameters of a group, laid end to end, in equal pieces; with stage 3 each parameter. With stage 3
+the host waits for the device after every micro-batch, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,26 +26,21 @@ from torch import Tensor, nn
 
 from minimax_train.data import MicroBatch
 from minimax_train.diagnosis import describe_non_finite, non_finite_outputs
-from minimax_train.engines.autograd import AutogradEngine
 from minimax_train.engines.deepspeed_config import DeepSpeedConfig, choose_accelerator
-from minimax_train.engines.engine import DataParallelism, StepReport, TransferSums
-from minimax_train.model import fill, initializers
+from minimax_train.engines.engine import DataParallelism, TransferSums
+from minimax_train.engines.external import ExternalEngine
 from minimax_train.model.sharding import local, set_parameter
-from minimax_train.parallel.grid import WORLD
 from minimax_train.recipe import StepPlan
 
 if TYPE_CHECKING:
     from minimax_train.engines.deepspeed_zero import ZeroOptimizer
     from minimax_train.engines.deepspeed_zero3 import Zero3Optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-class DeepSpeedEngine(AutogradEngine):
+class DeepSpeedEngine(ExternalEngine):
     """DeepSpeed's ZeRO optimizers around AdamW."""
 
     config_type = DeepSpeedConfig
-    on_meta = False
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
@@ -57,21 +49,14 @@ class DeepSpeedEngine(AutogradEngine):
 
         join_process_groups(device)
         options = cast(DeepSpeedConfig, config.engine)
-        self._zero, compute, rules = options.zero(), options.compute_dtype(device.type), initializers(model)
-        self._make_parameters(compute)
+        self._zero = options.zero()
+        self._make_parameters(options.compute_dtype(device.type))
         self.parameters = dict(model.named_parameters())
         self._optimizers = self._make_optimizers()
-        self._step = torch.zeros((), dtype=torch.float32, device=device)
-        # Initial weights are drawn in float32, a parameter at a time, and rounded for computing.
-        for name, layout in self.layouts.items():
-            drawn = self._piece(name, torch.zeros(layout.part(grid), device=device))
-            fill(drawn, rules[name], config.seed, name)
-            self._write("master", {name: drawn})
-        for optimizer in self._optimizers.values():
-            optimizer.update_lp_params()
+        self._draw_weights()
         needed = self.memory(config, self.layouts, grid, device.type)
-        still = ("gathered weights", "gradients being reduced") if self._zero["stage"] == 3 else ("gradients",)
-        self._choose_recomputation(sum(needed[what] for what in still))
+        still = "gathered weights" if self._zero["stage"] == 3 else "gradients"
+        self._choose_recomputation(needed[still] + needed["gradients being reduced"])
 
     def _make_parameters(self, compute: torch.dtype) -> None:
         """On the device, in the dtype of compute; with stage 3 a block at a time, of which the rank keeps its share."""
@@ -94,20 +79,25 @@ class DeepSpeedEngine(AutogradEngine):
             layout = self.layouts[name]
             decay = recipe.weight_decay * (len(layout.shape) >= 2)
             groups.setdefault(layout.replicas(self.grid), {}).setdefault(decay, {})[name] = parameter
-        shared: dict[str, Any] = {
-            "options": self._zero,
-            "clip": recipe.gradient_clip,
-            "betas": (recipe.adam_beta1, recipe.adam_beta2),
-            "eps": recipe.adam_eps,
+        from minimax_train.engines.deepspeed_zero import ZeroArguments, ZeroOptimizer
+
+        arguments = {
+            axis: ZeroArguments(
+                group,
+                self.grid.group(axis),
+                self._zero,
+                clip=recipe.gradient_clip,
+                betas=(recipe.adam_beta1, recipe.adam_beta2),
+                eps=recipe.adam_eps,
+            )
+            for axis, group in groups.items()
         }
-        if self._zero["stage"] == 3:
-            from minimax_train.engines.deepspeed_zero3 import Zero3Optimizer
+        if self._zero["stage"] < 3:
+            return {axis: ZeroOptimizer(each) for axis, each in arguments.items()}
+        from minimax_train.engines.deepspeed_zero3 import Zero3Optimizer
 
-            ((axis, group),) = groups.items()
-            return {axis: Zero3Optimizer(self.model, group, self.grid.group(axis), **shared)}
-        from minimax_train.engines.deepspeed_zero import ZeroOptimizer
-
-        return {axis: ZeroOptimizer(group, self.grid.group(axis), **shared) for axis, group in groups.items()}
+        ((axis, each),) = arguments.items()
+        return {axis: Zero3Optimizer(self.model, each)}
 
     @classmethod
     def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
@@ -115,7 +105,7 @@ class DeepSpeedEngine(AutogradEngine):
         zero, compute = options.zero(), options.compute_dtype(device_type)
         whole, shards = {name: prod(layout.part(grid)) for name, layout in layouts.items()}, 0
         for name, layout in layouts.items():
-            shards += -(-whole[name] // cls._pieces(zero, grid.size(layout.replicas(grid))))
+            shards += -(-whole[name] // cls._num_shards(zero, grid.size(layout.replicas(grid))))
         total, on_device = sum(whole.values()), 0 if zero["offload_optimizer"] else 4 * shards
         bucket = 4 * min(int(zero.get("reduce_bucket_size", 5e8)), total)
         states = {"master weights": on_device, "moments": 2 * on_device}
@@ -146,7 +136,7 @@ class DeepSpeedEngine(AutogradEngine):
         for layout in layouts.values():
             whole, ranks = prod(layout.part(grid)), grid.size(layout.replicas(grid))
             others = whole * (ranks - 1) / ranks
-            updated += -(-whole // cls._pieces(zero, ranks))
+            updated += -(-whole // cls._num_shards(zero, ranks))
             if zero["stage"] == 3:
                 transfers.add("gradients", world, micro_batches, 4 * others)
                 transfers.add("weights", world, 2 * micro_batches, compute.itemsize * others)
@@ -159,7 +149,7 @@ class DeepSpeedEngine(AutogradEngine):
         return DataParallelism(updated, transfers.all())
 
     @staticmethod
-    def _pieces(zero: dict[str, Any], ranks: int) -> int:
+    def _num_shards(zero: dict[str, Any], ranks: int) -> int:
         return ranks if zero["stage"] > 0 else 1
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
@@ -169,33 +159,22 @@ class DeepSpeedEngine(AutogradEngine):
         for optimizer in self._optimizers.values():
             optimizer.end_micro_batch(is_last)
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> StepReport:
-        with self.phases("optimizer"):
-            squares = []
-            for axis, optimizer in self._optimizers.items():
-                copies = self.grid.size(axis) // self._pieces(self._zero, self.grid.size(axis))
-                squares += [x.to(self.device) / copies for x in optimizer.squared_norms()]
-            norm = self._gradient_norm(squares)
-            self._freeze_unless(norm.isfinite())
-            held = self._held()
-            self._step += 1 - held
-            for optimizer in self._optimizers.values():
-                optimizer.update(learning_rate, norm, bool(held))
-            largest = torch.stack([x.largest().to(self.device) for x in self._optimizers.values()]).sum()
-            dist.all_reduce(largest, group=self.grid.group(WORLD))
-            self._freeze_unless(largest.isfinite())
-            return StepReport(norm, self._frozen == 0, self._outlier)
+    def _squares(self) -> Iterator[Tensor]:
+        for axis, optimizer in self._optimizers.items():
+            ranks = self.grid.size(axis)
+            copies = ranks // self._num_shards(self._zero, ranks)
+            yield from (x.to(self.device) / copies for x in optimizer.squared_norms())
 
-    def gradients(self) -> dict[str, Tensor]:
-        return self._read("gradient")
+    def _update(self, learning_rate: float, norm: Tensor, held: bool) -> None:
+        for optimizer in self._optimizers.values():
+            optimizer.update(learning_rate, norm, held)
 
     def norms(self) -> Tensor:
         return super().norms().to(self.device)  # of what may be in host memory
 
     def _gradients_and_weights(self):
         if self._zero["stage"] < 3:
-            return self.gradients(), {name: self._piece(name, p.detach()) for name, p in self.parameters.items()}
+            return self.gradients(), {name: self._cut(name, p.detach()) for name, p in self.parameters.items()}
         (optimizer,) = self._optimizers.values()
         shares = {k: {n: optimizer.share(p, k) for n, p in self.parameters.items()} for k in ("gradient", "master")}
         return shares["gradient"], shares["master"]
@@ -203,7 +182,7 @@ class DeepSpeedEngine(AutogradEngine):
     def diagnose(self, micro_batches, plan) -> str:
         with non_finite_outputs(self.model) as outputs:
             self.run(micro_batches, plan)
-        weights = self.parameters if self._zero["stage"] < 3 else self._read("master")
+        weights = self.parameters if self._zero["stage"] < 3 else self._pieces("master")
         return describe_non_finite(weights, self.gradients(), outputs)
 
     def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
@@ -213,47 +192,16 @@ class DeepSpeedEngine(AutogradEngine):
         shared = {name: self.grid.group(axis) for name, axis in axes.items() if self.grid.size(axis) > 1}
         return {name: (self.parameters[name].detach(), ranks) for name, ranks in shared.items()}
 
-    def snapshot(self) -> dict[str, Any]:
-        moments = {kind: self._read(kind) for kind in MOMENTS}
-        states = {n: {"step": self._step, **{kind: moments[kind][n] for kind in MOMENTS}} for n in self.parameters}
-        return {"model": self._read("master"), "optimizer": states}
+    def _round_masters(self) -> None:
+        for optimizer in self._optimizers.values():
+            optimizer.update_lp_params()
 
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        self._write("master", state["model"])
-        if "optimizer" in state:
-            for kind in MOMENTS:
-                self._write(kind, {name: moments[kind] for name, moments in state["optimizer"].items()})
-        for each in self._optimizers.values():
-            each.set_steps(int(self._step))
-            each.update_lp_params()
+    def _piece(self, name: str, kind: str) -> Tensor:
+        return self._cut(name, self._optimizer(name).read(self.parameters[name], kind))
 
-    def _read(self, kind: str) -> dict[str, Tensor]:
-        """Of all parameters, as checkpoints have it."""
-        return {name: self._piece(name, self._optimizer(name).read(p, kind)) for name, p in self.parameters.items()}
-
-    def _write(self, kind: str, pieces: dict[str, Tensor]) -> None:
-        for name, piece in pieces.items():
-            self._optimizer(name).write(self.parameters[name], kind, self._put_together(name, piece))
+    def _write(self, name: str, kind: str, piece: Tensor) -> None:
+        part = self._uncut(name, piece).view(self.layouts[name].part(self.grid))
+        self._optimizer(name).write(self.parameters[name], kind, part)
 
     def _optimizer(self, name: str) -> ZeroOptimizer | Zero3Optimizer:
         return self._optimizers[self.layouts[name].replicas(self.grid)]
-
-    def _piece(self, name: str, whole: Tensor) -> Tensor:
-        """What checkpoints have of a rank's part of a parameter from this rank."""
-        layout = self.layouts[name]
-        flat = whole.flatten()[layout.place(self.grid)]
-        if self.grid.size(layout.replicas(self.grid)) > 1:
-            flat = flat.clone()
-        return layout.shard_flat(self.grid, flat)
-
-    def _put_together(self, name: str, piece: Tensor) -> Tensor:
-        """The inverse of :meth:`_piece`; by all ranks together."""
-        layout, own = self.layouts[name], local(piece)
-        axis = layout.replicas(self.grid)
-        if self.grid.size(axis) == 1:
-            return own
-        whole = torch.zeros(layout.part(self.grid), dtype=torch.float32, device=self.device)
-        whole.flatten()[layout.place(self.grid)] = own.flatten()
-        dist.all_reduce(whole, group=self.grid.group(axis))
-        return whole

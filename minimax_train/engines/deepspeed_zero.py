@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import deepspeed.comm
@@ -34,14 +35,54 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
 
 
-def adamw(
-    groups: Mapping[float, Mapping[str, nn.Parameter]], betas: tuple[float, float], eps: float, *, offloads: bool
-) -> torch.optim.Optimizer:
-    """For the parameters of each weight decay; DeepSpeed puts its master weights in their place."""
-    params = [{"params": list(group.values()), "weight_decay": decay} for decay, group in groups.items()]
-    if offloads:
-        return DeepSpeedCPUAdam(params, lr=0.0, betas=betas, eps=eps)
-    return torch.optim.AdamW(params, lr=0.0, betas=betas, eps=eps, fused=True)
+@dataclass(frozen=True)
+class ZeroArguments:
+    """What an optimizer of any stage is made of.
+
+    Attributes:
+        groups: parameters by name, in the dtype of compute, for each weight decay.
+        ranks: that hold the same parameters.
+        options: ``zero_optimization`` of a DeepSpeed configuration.
+        clip: the norm from which on a gradient is scaled down; None for no limit.
+        betas, eps: AdamW's.
+    """
+
+    groups: Mapping[float, Mapping[str, nn.Parameter]]
+    ranks: dist.ProcessGroup
+    options: Mapping[str, Any]
+    clip: float | None
+    betas: tuple[float, float]
+    eps: float
+
+    @property
+    def names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for group in self.groups.values() for name, parameter in group.items()}
+
+    def adamw(self, zero: DeepSpeedZeroConfig) -> torch.optim.Optimizer:
+        """Of the parameters; DeepSpeed puts its master weights in their place."""
+        params = [{"params": list(group.values()), "weight_decay": decay} for decay, group in self.groups.items()]
+        if zero.offload_optimizer is not None:
+            return DeepSpeedCPUAdam(params, lr=0.0, betas=self.betas, eps=self.eps)
+        return torch.optim.AdamW(params, lr=0.0, betas=self.betas, eps=self.eps, fused=True)
+
+    def of_any_stage(self, zero: DeepSpeedZeroConfig, elements: int) -> dict[str, Any]:
+        """Of DeepSpeed's constructors, those that are alike.
+
+        Args:
+            elements: of all parameters.
+        """
+        return {
+            "timers": NoopTimer(),
+            "clip_grad": self.clip or 0.0,
+            "contiguous_gradients": zero.contiguous_gradients,
+            # The buffer holds a bucket, and the largest parameter goes without.
+            "reduce_bucket_size": min(zero.reduce_bucket_size, elements),
+            "reduce_scatter": zero.reduce_scatter,
+            "overlap_comm": bool(zero.overlap_comm),
+            "offload_optimizer_config": zero.offload_optimizer,
+            "gradient_accumulation_dtype": torch.float32,
+            "communication_data_type": torch.float32,
+        }
 
 
 class StatesByParameter:
@@ -50,7 +91,7 @@ class StatesByParameter:
 
     optimizer: Any
     ranks: dist.ProcessGroup
-    held: bool
+    held: bool  # of the update that is made
     norm: Tensor
 
     @property
@@ -107,44 +148,21 @@ class StatesByParameter:
 
 
 class ZeroOptimizer(StatesByParameter, DeepSpeedZeroOptimizer):
-    """Gradients of a step's micro-batches, summed over ranks; AdamW's update of float32 master weights.
+    """Gradients of a step's micro-batches, summed over ranks; AdamW's update of float32 master weights."""
 
-    Args:
-        groups: parameters by name, in the dtype of compute, for each weight decay.
-        ranks: that hold the same parameters.
-        options: ``zero_optimization`` of a DeepSpeed configuration.
-        clip: the norm from which on a gradient is scaled down; None for no limit.
-        betas, eps: AdamW's.
-    """
-
-    def __init__(
-        self, groups: Mapping[float, Mapping[str, nn.Parameter]], ranks: dist.ProcessGroup, *,
-        options: Mapping[str, Any], clip: float | None, betas: tuple[float, float], eps: float,
-    ) -> None:  # fmt: skip
-        self.held, self.norm, self.ranks = False, torch.zeros(()), ranks
-        self.stage, names = options["stage"], {p: name for group in groups.values() for name, p in group.items()}
-        numel = sum(p.numel() for p in names)
-        zero = DeepSpeedZeroConfig(**options)
-        shares = ranks
+    def __init__(self, arguments: ZeroArguments) -> None:
+        self.ranks, self.stage, names = arguments.ranks, arguments.options["stage"], arguments.names
+        zero, shards = DeepSpeedZeroConfig(**arguments.options), self.ranks
         if self.stage == 0:  # every rank is a set of its own, and gradients are summed here
-            shares = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            shards = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         super().__init__(
-            adamw(groups, betas, eps, offloads=zero.offload_optimizer is not None),
+            arguments.adamw(zero),
             names,
-            timers=NoopTimer(),
+            **arguments.of_any_stage(zero, sum(p.numel() for p in names)),
             optimizer_params={},
-            clip_grad=clip or 0.0,
-            contiguous_gradients=zero.contiguous_gradients,
-            # The buffer holds a bucket, and the largest parameter goes without.
-            reduce_bucket_size=min(zero.reduce_bucket_size, numel),
             use_multi_rank_bucket_allreduce=zero.use_multi_rank_bucket_allreduce,
             allgather_bucket_size=zero.allgather_bucket_size,
-            dp_process_group=shares,
-            reduce_scatter=zero.reduce_scatter,
-            overlap_comm=bool(zero.overlap_comm),
-            offload_optimizer_config=zero.offload_optimizer,
-            gradient_accumulation_dtype=torch.float32,
-            communication_data_type=torch.float32,
+            dp_process_group=shards,
             gradient_average=False,
             ignore_unused_parameters=zero.ignore_unused_parameters,
             partition_grads=self.stage == 2,

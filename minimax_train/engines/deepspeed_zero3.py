@@ -23,10 +23,9 @@ from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, r
 from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
-from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
-from minimax_train.engines.deepspeed_zero import StatesByParameter, adamw
+from minimax_train.engines.deepspeed_zero import StatesByParameter, ZeroArguments
 from minimax_train.model import HybridModel
 
 
@@ -49,49 +48,36 @@ def partition(module: nn.Module, ranks: dist.ProcessGroup, options: Mapping[str,
 
 
 class Zero3Optimizer(StatesByParameter, DeepSpeedZeroOptimizer_Stage3):
-    """As :class:`~minimax_train.engines.deepspeed_zero.ZeroOptimizer`, whose arguments it takes, for parameters that
+    """As :class:`~minimax_train.engines.deepspeed_zero.ZeroOptimizer`, for parameters that
     :func:`partition` has cut.
 
     Args:
         model: all of whose parameters these are.
     """
 
-    def __init__(
-        self, model: HybridModel, groups: Mapping[float, Mapping[str, nn.Parameter]], ranks: dist.ProcessGroup, *,
-        options: Mapping[str, Any], clip: float | None, betas: tuple[float, float], eps: float,
-    ) -> None:  # fmt: skip
-        self.held, self.norm, self.ranks = False, torch.zeros(()), ranks
-        names = {p: name for group in groups.values() for name, p in group.items()}
-        numel = sum(cast(Any, p).ds_numel for p in names)
+    def __init__(self, model: HybridModel, arguments: ZeroArguments) -> None:
+        self.ranks, names = arguments.ranks, arguments.names
         # PyTorch page-locks memory in powers of two: gradients of a sub-group should be just below one.
         largest = max(cast(Any, p).partition_numel() for p in names)
-        zero = DeepSpeedZeroConfig(**{"sub_group_size": max(1, 2**30 - largest), **options})
+        zero = DeepSpeedZeroConfig(**{"sub_group_size": max(1, 2**30 - largest), **arguments.options})
         for block in model.layers.children():
             set_z3_leaf_module(block, True)
         for parameter in (model.embedding.weight, model.head.weight):
             register_external_parameter(model, parameter)
         super().__init__(
             model,
-            adamw(groups, betas, eps, offloads=zero.offload_optimizer is not None),
+            arguments.adamw(zero),
             names,
-            timers=NoopTimer(),
+            **arguments.of_any_stage(zero, sum(cast(Any, p).ds_numel for p in names)),
             ds_config=None,
-            contiguous_gradients=zero.contiguous_gradients,
-            reduce_bucket_size=min(zero.reduce_bucket_size, numel),
             prefetch_bucket_size=zero.prefetch_bucket_size,
             max_reuse_distance=zero.max_reuse_distance,
             max_live_parameters=zero.max_live_parameters,
             param_persistence_threshold=zero.param_persistence_threshold,
-            dp_process_group=ranks,
-            reduce_scatter=zero.reduce_scatter,
-            overlap_comm=bool(zero.overlap_comm),
-            offload_optimizer_config=zero.offload_optimizer,
+            dp_process_group=self.ranks,
             offload_param_config=zero.offload_param,
             sub_group_size=zero.sub_group_size,
             offload_ratio=1.0,
-            clip_grad=clip or 0.0,
-            gradient_accumulation_dtype=torch.float32,
-            communication_data_type=torch.float32,
         )
         for master in self.masters:  # of which padding is not written to
             master.detach().zero_()

@@ -238,7 +238,9 @@ class Engine(ABC):
     @abstractmethod
     def snapshot(self) -> dict[str, Any]:
         """``{"model": ..., "optimizer": ...}`` by parameter name, in model space: what a checkpoint holds, loadable
-        on any grid. A checkpoint is loaded into the same tensors, and then handed to :meth:`restore`."""
+        on any grid. A checkpoint is loaded into the same tensors, and then handed to :meth:`restore`.
+
+        These are the tensors that training uses where the engine has them in this form, else copies on its device."""
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:

@@ -9,17 +9,15 @@ moments of this rank's piece of every bucket:
                   split the parameter
     experts       edp                                  edp
 
-The engine runs forward and backward passes, takes the norm of the whole model's gradient, and decides whether an
-update is held; for that the host waits for the device once a step.
-
-A rank's piece of a bucket begins and ends anywhere in a parameter. For checkpoints the pieces are brought into the form
-that all engines save (:meth:`ParameterLayout.cut`).
+A rank's piece of a bucket begins and ends anywhere in a parameter: what a snapshot has of it is a copy, but where one
+rank has all of a parameter's states.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -30,20 +28,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimax_train.data import MicroBatch
-from minimax_train.engines.autograd import AutogradEngine
-from minimax_train.engines.engine import DataParallelism, EngineConfig, StepReport, TransferSums
+from minimax_train.engines.engine import DataParallelism, EngineConfig, TransferSums
+from minimax_train.engines.external import ExternalEngine
 from minimax_train.engines.fused_adam import FUSED_ADAMS, find_fused_adam
 from minimax_train.errors import require, require_choice
 from minimax_train.fields import Range
-from minimax_train.model import initialize
-from minimax_train.model.sharding import ParameterLayout, local, set_parameter
-from minimax_train.parallel.grid import EXPERT, WORLD, AxisSizes
+from minimax_train.model.sharding import ParameterLayout, set_parameter
+from minimax_train.parallel.grid import EXPERT, AxisSizes
 from minimax_train.recipe import StepPlan
 
 if TYPE_CHECKING:
     from minimax_train.config import Config
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -91,11 +86,10 @@ class MegatronConfig(EngineConfig):
         require(device_type == "cuda", "engine.name", self.name, accepted)
 
 
-class MegatronEngine(AutogradEngine):
+class MegatronEngine(ExternalEngine):
     """Megatron-Core's data parallelism and distributed optimizer."""
 
     config_type = MegatronConfig
-    on_meta = False
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
@@ -104,13 +98,6 @@ class MegatronEngine(AutogradEngine):
         options, recipe = cast(MegatronConfig, config.engine), config.recipe
         compute = options.compute_dtype(device.type)
         self._overlaps_gather = options.overlap_param_gather
-        # Initial weights are drawn in float32, and rounded for computing.
-        drawn: dict[str, Tensor] = {}
-        for name, layout in self.layouts.items():
-            place = layout.place(grid)
-            drawn[name] = layout.shard_flat(grid, torch.zeros(place.stop - place.start, device=device))
-            set_parameter(model, name, nn.Parameter(drawn[name]))
-        initialize(model, config.seed)
         for name, layout in self.layouts.items():
             parameter = nn.Parameter(torch.zeros(layout.part(grid), dtype=compute, device=device))
             cast(Any, parameter).allreduce = not _is_expert(layout)  # what Megatron-Core tells experts by
@@ -134,9 +121,7 @@ class MegatronEngine(AutogradEngine):
             )
             for axis, buffers in (("dp_cp", self._ddp.buffers), ("edp", self._ddp.expert_parallel_buffers))
         }
-        self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self.restore({"model": drawn})
-        drawn.clear()  # before what is free is looked at
+        self._draw_weights()
         if self._overlaps_gather:
             self._wait_for_weights()
         largest = max(prod(layout.part(grid)) for layout in self.layouts.values())
@@ -177,18 +162,14 @@ class MegatronEngine(AutogradEngine):
         """Wait for a block's weights before it is called. Megatron-Core's own hooks wait for those of a module that is
         called itself, and blocks read weights of modules that are not."""
         self._ddp.disable_forward_pre_hook(param_sync=False)
-        # The model reads the weights of embedding and head without a call of these modules.
-        users = {"embedding.": self.model, "norm.": self.model.norm, "head.": self.model.norm}
-        users |= {f"layers.{index}.": block for index, block in enumerate(self.model.layers)}
-        for prefix, user in users.items():
-            held = [p for name, p in self.parameters.items() if name.startswith(prefix)]
-            groups = list(dict.fromkeys(self._ddp.param_to_bucket_group[p] for p in held))
+        for module, names in self._weights_by_reader().items():
+            groups = list(dict.fromkeys(self._ddp.param_to_bucket_group[self.parameters[name]] for name in names))
 
             def wait(*_: Any, groups: list[Any] = groups) -> None:
                 for group in groups:
                     group.finish_param_sync()
 
-            user.register_forward_pre_hook(wait)
+            module.register_forward_pre_hook(wait)
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         if is_first:
@@ -210,50 +191,30 @@ class MegatronEngine(AutogradEngine):
             dist.all_reduce(flat, group=self.grid.group("tp"))
             torch._foreach_copy_(summed, list(flat.split([g.numel() for g in summed])))
 
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> StepReport:
-        with self.phases("optimizer"):
-            gradients = [self._own(name, "gradient") for name in self.parameters]
-            copies = [self._copies.get(name, 1) for name in self.parameters]
-            norms = torch._foreach_norm(gradients)
-            norm = self._gradient_norm(x.double().square() / n for x, n in zip(norms, copies, strict=True))
-            self._freeze_unless(norm.isfinite())
-            held = self._held()
-            self._step += 1 - held
-            if not held:
-                for optimizer in self._optimizers.values():
-                    optimizer.update(learning_rate, self._clip_factor(norm))
-                if not self._overlaps_gather:
-                    self._ddp.start_param_sync()
-            largest = torch.stack([x.largest() for x in self._optimizers.values()]).sum().to(self.device)
-            dist.all_reduce(largest, group=self.grid.group(WORLD))
-            self._freeze_unless(largest.isfinite())
-            return StepReport(norm, self._frozen == 0, self._outlier)
+    def _squares(self) -> Iterator[Tensor]:
+        norms = torch._foreach_norm([self._own(name, "gradient") for name in self.parameters])
+        copies = (self._copies.get(name, 1) for name in self.parameters)
+        return (norm.double().square() / n for norm, n in zip(norms, copies, strict=True))
+
+    def _update(self, learning_rate: float, norm: Tensor, held: bool) -> None:
+        if held:
+            return
+        for optimizer in self._optimizers.values():
+            optimizer.update(learning_rate, self._clip_factor(norm))
+        if not self._overlaps_gather:
+            self._ddp.start_param_sync()
 
     def evaluate(self, micro_batches, plan) -> float:
         if self._overlaps_gather:  # now, for a rank may have no micro-batch
             self._ddp.start_param_sync(force_sync=True)
         return super().evaluate(micro_batches, plan)
 
-    def gradients(self) -> dict[str, Tensor]:
-        return self._read("gradient")
-
     def _gradients_and_weights(self):
-        return tuple({name: self._own(name, kind) for name in self.parameters} for kind in ("gradient", "param"))
-
-    def snapshot(self) -> dict[str, Any]:
-        moments = {kind: self._read(kind) for kind in MOMENTS}
-        states = {n: {"step": self._step, **{kind: moments[kind][n] for kind in MOMENTS}} for n in self.parameters}
-        return {"model": self._read("param"), "optimizer": states}
+        return tuple({name: self._own(name, kind) for name in self.parameters} for kind in ("gradient", "master"))
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        self._write("param", state["model"])
-        if "optimizer" in state:
-            for kind in MOMENTS:
-                self._write(kind, {name: moments[kind] for name, moments in state["optimizer"].items()})
+    def _round_masters(self) -> None:
         for optimizer in self._optimizers.values():
-            optimizer.set_steps(int(self._step))
             optimizer.round_master()
         self._ddp.start_param_sync(force_sync=True)
 
@@ -261,34 +222,17 @@ class MegatronEngine(AutogradEngine):
         """What this rank's optimizer has of a parameter, one axis, in place; empty where another rank has it."""
         return self._optimizers[_owners(self.layouts[name])].own(self.parameters[name], kind)
 
-    def _read(self, kind: str) -> dict[str, Tensor]:
-        """Of all parameters, as checkpoints have it."""
-        return {name: self._piece(name, kind) for name in self.parameters}
-
     def _piece(self, name: str, kind: str) -> Tensor:
-        """What checkpoints have of a parameter from this rank."""
-        layout, own = self.layouts[name], self._own(name, kind)
-        piece = self._exchange(name, _owners(layout), own, self._owned(name), layout.place(self.grid))
-        return layout.shard_flat(self.grid, piece)
+        axis = _owners(self.layouts[name])
+        return self._cut(name, self._part(name, axis, self._own(name, kind), self._owned(name)))
 
-    def _write(self, kind: str, pieces: dict[str, Tensor]) -> None:
-        for name, layout in self.layouts.items():
-            piece = local(pieces[name]).flatten()
-            axis, owned = layout.replicas(self.grid), self._owned(name)
-            self._own(name, kind).copy_(self._exchange(name, axis, piece, layout.place(self.grid), owned))
+    @torch.no_grad()
+    def _write(self, name: str, kind: str, piece: Tensor) -> None:
+        self._own(name, kind).copy_(self._uncut(name, piece)[self._owned(name)])
 
     def _owned(self, name: str) -> slice:
         """Where in a rank's part of a parameter, laid flat, the piece lies that this rank's optimizer has."""
         return self._optimizers[_owners(self.layouts[name])].owned(self.parameters[name])
-
-    def _exchange(self, name: str, axis: str, piece: Tensor, has: slice, wants: slice) -> Tensor:
-        """Elements of a rank's part of a parameter, laid flat, out of the pieces that an axis's ranks have of it; by
-        all of them together. A copy, float32."""
-        whole = torch.zeros(prod(self.layouts[name].part(self.grid)), dtype=torch.float32, device=self.device)
-        whole[has] = piece
-        if self.grid.size(axis) > 1:
-            dist.all_reduce(whole, group=self.grid.group(axis))
-        return whole[wants].clone()
 
 
 def _is_expert(layout: ParameterLayout) -> bool:

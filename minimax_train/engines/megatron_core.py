@@ -109,13 +109,13 @@ class ShardedAdamW(DistributedOptimizer):
         return slice(found.start, found.end)
 
     def own(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """Of these elements ``gradient``, ``param`` (the master weights), ``exp_avg`` or ``exp_avg_sq``, in place."""
+        """Of these elements ``gradient``, ``master``, ``exp_avg`` or ``exp_avg_sq``, in place."""
         if kind == "gradient":
             return cast(Any, parameter).main_grad.view(-1)[self.owned(parameter)]
         if parameter not in self._shards:
             return self._nothing
         shard = self._shards[parameter]
-        return shard.detach() if kind == "param" else self.optimizer.state[shard][kind]
+        return shard.detach() if kind == "master" else self.optimizer.state[shard][kind]
 
     def update(self, learning_rate: float, scale: Tensor) -> None:
         """AdamW, and the new weights into the buffers, from where they are gathered.

@@ -120,7 +120,7 @@ def held_layers(
     counts, before, after = _held_stages(schedule, ranks, len(parts), rank)
     own = stages_of_rank(schedule, ranks, len(parts), rank)
     stage_of = {i: stage for stage, part in zip(own, parts, strict=True) for i in part.layers}
-    stages = [stage_of.get(layer, -1) for layer in range(num_layers)]
+    stages = [stage_of.get(layer, -1) for layer in range(num_layers)]  # -1, of another rank: 0 in all counts
     layers = [counts[stage] for stage in stages]
     return layers, [(before[stage], after[stage]) for stage in stages] if SCHEDULES[schedule].splits else []
 
@@ -128,14 +128,14 @@ def held_layers(
 @lru_cache(1024)
 def _held_stages(schedule: str, ranks: int, parts: int, rank: int) -> tuple[Counter[int], Counter[int], Counter[int]]:
     splits = SCHEDULES[schedule].splits
-    # The longest group of micro-batches; a split schedule holds no more with more.
+    # Most is held of the longest group of micro-batches there is; by a schedule that splits, of 2 for each rank.
     orders = table(schedule, ranks, parts, 2 * ranks - (not splits))
     before, after = deferred(orders, rank) if splits else (Counter[int](), Counter[int]())
     return held(orders, rank), before, after
 
 
 class _Run:
-    """One way of micro-batches through the stages."""
+    """The micro-batches of a step, or of an evaluation, on their way through this rank's stages."""
 
     def __init__(self, stages: Stages, batches: Sequence[MicroBatch], plan: StepPlan) -> None:
         self._stages, self._engine, self._batches, self._plan = stages, stages._engine, batches, plan

@@ -200,11 +200,8 @@ class Zero1Engine(AutogradEngine):
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
-        # The model reads the weights of embedding and head without a call of these modules.
-        users = {"embedding.": model, "norm.": model.norm, "head.": model.norm}
-        users |= {f"layers.{index}.": block for index, block in enumerate(model.layers)}
-        for prefix, user in users.items():
-            self._wait_before(user, prefix)
+        for module, names in self._weights_by_reader().items():
+            self._wait_before(module, names)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
@@ -255,9 +252,8 @@ class Zero1Engine(AutogradEngine):
             transfers.add("weights", world, 1, others * part * compute.itemsize)
         return DataParallelism(updated, transfers.all())
 
-    def _wait_before(self, module: nn.Module, prefix: str) -> None:
-        """Wait for the weights whose names begin so when a module is called."""
-        names = [name for name in self.parameters if name.startswith(prefix)]
+    def _wait_before(self, module: nn.Module, names: list[str]) -> None:
+        """Wait for these weights when a module is called."""
         gathering = self._gathering
 
         def wait(*_: Any) -> None:

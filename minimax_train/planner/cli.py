@@ -17,7 +17,8 @@ from minimax_train.parallel.cost import Machine
 from minimax_train.planner.cost import DOCUMENT_TOKENS
 from minimax_train.planner.dry_run import dry_run
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import BEST, Cluster, RunPlan, engines_with_stages, overrides_of, plan_run, propose
+from minimax_train.planner.plan import Cluster, RunPlan, plan_run
+from minimax_train.planner.search import BEST, engines_with_stages, overrides_of, propose
 from minimax_train.recipe import Progress, Recipe
 
 _WORLD = "world_size="

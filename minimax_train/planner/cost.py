@@ -277,6 +277,11 @@ class StageCosts:
     embedding: float
     head: float
 
+    def of(self, part: ModelPart) -> float:
+        """Of a stage."""
+        ends = self.embedding * part.is_first + self.head * part.is_last
+        return ends + sum(self.layers[layer] for layer in part.layers)
+
 
 def stage_costs(config: Config) -> StageCosts:
     """By the rates of an H100; of documents of :data:`DOCUMENT_TOKENS`, or as long as a packed sequence."""

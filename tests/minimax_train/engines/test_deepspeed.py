@@ -1,54 +1,39 @@
 """``engine=deepspeed`` against ``engine=zero1`` on one rank: grids, bfloat16, and states in host memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from minimax_train.parallel.grid import ProcessGrid
-from minimax_train.trainer import Trainer
+from minimax_train.engines.deepspeed import DeepSpeedEngine
 from support.compare import relative_error
 from support.conformance import freeing, import_deepspeed
-from support.distributed import TIMEOUT, run_ranks
-from support.runs import DIVISIBLE, ON_GPU, tiny_run, weights_of
+from support.distributed import run_ranks
+from support.memory import Held
+from support.runs import ON_GPU, tiny_run
+from support.two_steps import SIZES, NaiveAdamW, build_trainer, take_two_steps
 
-SIZES = [*DIVISIBLE, "model.num_layers=2", "model.layer_pattern=LS", "model.aux_loss_coefficient=0.5"]
-SIZES += ["recipe.global_batch_size=8", "recipe.micro_batch_size=1", "data.num_streams=4", "recipe.gradient_clip=0.5"]
-SIZES += ["logging.norms=1"]
 OFFLOAD, FULL = "engine.offload_optimizer=true", "recipe.activation_checkpointing=full"
 
 
-class NaiveCPUAdam(torch.optim.Optimizer):
-    """AdamW in place of DeepSpeed's, which takes minutes to compile."""
-
-    def __init__(self, groups, lr, betas, eps):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+class NaiveCPUAdam(NaiveAdamW):
+    """In place of DeepSpeed's, which takes minutes to compile; steps are counted in states."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state, (beta1, beta2) = self.state[p], group["betas"]
-                state["step"] += 1
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                state["exp_avg"].lerp_(p.grad, 1 - beta1)
-                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
-                m, v = (
-                    state["exp_avg"] / (1 - beta1 ** state["step"]),
-                    state["exp_avg_sq"] / (1 - beta2 ** state["step"]),
-                )
-                p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+                self.state[p]["step"] += 1
+                self.update(p, group, self.state[p]["step"])
 
 
 def _two_steps(_, configs, device="cpu"):
-    """Of each: losses and gradient norms; weights; figures."""
     found = []
     for config in configs:
-        grid = ProcessGrid.create(device, TIMEOUT, **config.parallel.sizes)
-        trainer = Trainer(config, grid, torch.device(device, torch.cuda.current_device() if device == "cuda" else None))
+        trainer = build_trainer(config, device)
         held = _held_after_the_blocks(trainer.engine)
-        taken = [trainer.metrics(trainer.train_step()) for _ in range(2)]
+        found.append(take_two_steps(trainer))
         assert not any(held)
-        numbers = [step[key] for step in taken for key in ("loss", "grad_norm")]
-        found.append((numbers, weights_of(trainer), taken[-1]))
         trainer.loader.close()
     return found
 
@@ -65,15 +50,6 @@ def _held_after_the_blocks(engine):
 
             engine.model.norm.register_forward_pre_hook(look)
     return held
-
-
-@pytest.fixture(scope="module")
-def right(tmp_path_factory):
-    """By precision."""
-    names = ("float32", "bfloat16")
-    folder = tmp_path_factory.mktemp("one")
-    configs = [tiny_run(folder / n, *SIZES, "engine=zero1", f"engine.precision={n}") for n in names]
-    return dict(zip(names, run_ranks(_two_steps, 1, configs)[0], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -106,14 +82,37 @@ def test_steps_are_those_of_one_rank(right, tmp_path, monkeypatch, world, cases)
     import_deepspeed()
     monkeypatch.setattr("minimax_train.engines.deepspeed_zero.DeepSpeedCPUAdam", NaiveCPUAdam)
     for results in run_ranks(_two_steps, world, configs):
-        for (precision, *_), (numbers, weights, metrics) in zip(cases, results, strict=True):
-            expected_numbers, expected, theirs = right[precision]
-            assert numbers == pytest.approx(expected_numbers, rel=1e-5)
-            norms = {name: value for name, value in theirs.items() if "_norm/" in name}
-            # Of weights as they compute, rounded.
-            assert len(norms) == 14 and {name: metrics[name] for name in norms} == pytest.approx(norms, rel=4e-3)
-            for name, weight in weights.items():
-                assert relative_error(weight, expected[name]) < 1e-4, name
+        for (precision, *_), found in zip(cases, results, strict=True):
+            # Weights' norms are of weights as they compute, rounded.
+            found.check(right[precision], of_norms=4e-3)
+
+
+def _needed(_, config):
+    """Bytes that the engine, when it is built, says that it will need beside activations; and those that it holds more
+    when all gradients of a step's last micro-batch are there."""
+    choose, ends = DeepSpeedEngine._choose_recomputation, []
+    with (
+        Held() as held,
+        mock.patch.object(DeepSpeedEngine, "_choose_recomputation", autospec=True, side_effect=choose) as chosen,
+        mock.patch(
+            "minimax_train.engines.deepspeed_zero.ZeroOptimizer.end_micro_batch", lambda *_: ends.append(held.now)
+        ),
+    ):
+        trainer = build_trainer(config, "cpu")
+        built, plan = held.now, trainer.plan()
+        trainer.engine.run(trainer.next_batches(plan), plan)
+    trainer.loader.close()
+    return chosen.call_args.args[1], ends[-1] - built
+
+
+def test_what_is_left_for_activations(tmp_path):
+    """Gradients, and the buffer in which they are reduced, are there only in a backward pass."""
+    sizes = ["model.hidden_size=80", "model.expert_hidden_size=200", "recipe.eval_interval=0"]
+    config = tiny_run(tmp_path, *SIZES, *sizes, "engine=deepspeed", "engine.stage=1", "engine.precision=bfloat16")
+    config.check_world_size(1)
+    import_deepspeed()
+    ((said, held),) = run_ranks(_needed, 1, config)
+    assert held == pytest.approx(said, rel=0.05)
 
 
 @pytest.mark.gpu
@@ -129,8 +128,8 @@ def test_in_host_memory(tmp_path, offload):
         config.check_world_size(1)
         ranks = run_ranks(_two_steps, 1, [config], "cuda", device="cuda", start="spawn", timeout_s=600)
         found.append(ranks[0][0])
-    (numbers, weights, metrics), on_gpu = found
-    assert numbers == pytest.approx(on_gpu[0], rel=1e-3)
-    for name, weight in weights.items():
-        assert relative_error(weight, on_gpu[1][name]) < 1e-3, name
-    assert metrics["peak_memory_gib"] < on_gpu[2]["peak_memory_gib"]
+    in_host_memory, on_gpu = found
+    assert in_host_memory.numbers == pytest.approx(on_gpu.numbers, rel=1e-3)
+    for name, weight in in_host_memory.states["master"].items():
+        assert relative_error(weight, on_gpu.states["master"][name]) < 1e-3, name
+    assert in_host_memory.metrics["peak_memory_gib"] < on_gpu.metrics["peak_memory_gib"]

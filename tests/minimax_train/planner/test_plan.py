@@ -18,7 +18,8 @@ from minimax_train.planner.cli import main
 from minimax_train.planner.cost import equal_stages_seconds, passes_seconds
 from minimax_train.planner.dry_run import dry_run, held_bytes
 from minimax_train.planner.machine import MACHINES
-from minimax_train.planner.plan import Cluster, engines_with_stages, overrides_of, plan_run, propose
+from minimax_train.planner.plan import Cluster, plan_run
+from minimax_train.planner.search import engines_with_stages, overrides_of, propose
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
