@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
-import importlib.util
 import itertools
 import json
 import os
@@ -53,12 +52,11 @@ _OFFLOAD = "engine.offload_optimizer=true"
 ENGINES = {
     "zero1": ["engine=zero1"],
     "fsdp": ["engine=fsdp"],
+    "megatron": ["engine=megatron"],
     **{f"deepspeed-{stage}": ["engine=deepspeed", f"engine.stage={stage}"] for stage in range(4)},
     **{f"deepspeed-{stage}-offload": ["engine=deepspeed", f"engine.stage={stage}", _OFFLOAD] for stage in (1, 2, 3)},
     "deepspeed-3-offload-all": ["engine=deepspeed", "engine.stage=3", _OFFLOAD, "engine.offload_param=true"],
 }
-if importlib.util.find_spec("minimax_train.engines.megatron"):
-    ENGINES["megatron"] = ["engine=megatron"]
 COLUMNS = {"tokens/s": ",.0f", "ms": ",.1f", "GiB": ".1f", "host": ".1f", "exposed %": ".1f", "loss": ".4f"}
 WARM_UP = 3
 

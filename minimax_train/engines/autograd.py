@@ -207,7 +207,8 @@ class AutogradEngine(Engine):
             return squares_2G.sqrt()
 
     def _gradients_and_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """By parameter name, shards of this rank: every element is on one rank, or as many as ``_copies`` says."""
+        """By parameter name, shards of this rank, or the norms of these: every element is on one rank, or as many as
+        ``_copies`` says."""
         return self.gradients(), self.parameters
 
     def totals(self, sums: StepSums) -> StepSums:

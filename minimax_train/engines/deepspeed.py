@@ -174,7 +174,9 @@ class DeepSpeedEngine(ExternalEngine):
 
     def _gradients_and_weights(self):
         if self._zero["stage"] < 3:
-            return self.gradients(), {name: self._cut(name, p.detach()) for name, p in self.parameters.items()}
+            # DeepSpeed gives copies of gradients, which are not all held at a time: the norm of each stands for it.
+            norms = {name: local(self._piece(name, "gradient")).norm() for name in self.parameters}
+            return norms, {name: self._cut(name, p.detach()) for name, p in self.parameters.items()}
         (optimizer,) = self._optimizers.values()
         shares = {k: {n: optimizer.share(p, k) for n, p in self.parameters.items()} for k in ("gradient", "master")}
         return shares["gradient"], shares["master"]

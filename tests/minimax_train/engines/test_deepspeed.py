@@ -115,6 +115,26 @@ def test_what_is_left_for_activations(tmp_path):
     assert held == pytest.approx(said, rel=0.05)
 
 
+def _of_norms(_, config):
+    """Bytes that norms by group take beside what a step holds, and those of all gradients."""
+    with Held() as held:
+        trainer = build_trainer(config, "cpu")
+        plan = trainer.plan()
+        trainer.engine.run(trainer.next_batches(plan), plan)
+        before = held.most = held.now
+        trainer.engine.norms()
+    trainer.loader.close()
+    return held.most - before, sum(4 * x.numel() for x in trainer.engine.parameters.values())
+
+
+def test_norms_hold_one_gradient_at_a_time(tmp_path):
+    config = tiny_run(tmp_path, *SIZES, "model.num_layers=8", "engine=deepspeed", "engine.stage=1")
+    config.check_world_size(1)
+    import_deepspeed()
+    ((more, gradients),) = run_ranks(_of_norms, 1, config)
+    assert more < gradients / 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", [[OFFLOAD], ["engine.stage=3", OFFLOAD, "engine.offload_param=true"]], ids=str)
 def test_in_host_memory(tmp_path, offload):

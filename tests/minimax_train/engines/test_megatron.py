@@ -118,6 +118,27 @@ def test_nothing_is_held_twice(tmp_path, world):
         assert saved == begun or world > 1
 
 
+def _held(_, config):
+    """Bytes before a save, and after it."""
+    with on_cpu(), Held() as held:
+        trainer = build_trainer(config, "cpu")
+        for _ in range(2):
+            trainer.metrics(trainer.train_step())
+        gc.collect()
+        before = held.now
+        trainer.save(trainer.plan(), must_succeed=True)
+        gc.collect()
+        return before, held.now
+
+
+def test_a_save_keeps_nothing(tmp_path):
+    """Of several ranks the state is a copy."""
+    sizes = ["model.num_layers=24", "model.hidden_size=80", "recipe.eval_interval=0", "recipe.steps=9"]
+    config = tiny_run(tmp_path, *sizes, "engine=megatron", "engine.precision=bfloat16")
+    for before, after in run_ranks(_held, 2, config):
+        assert after < 1.05 * before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
