@@ -153,7 +153,7 @@ class Config:
         best = self.checkpoint.keep_best
         require(evaluates or best == 0, "checkpoint.keep_best", best, accepted)
         holds_replicas = ENGINES[self.engine.name].replicas is not Engine.replicas
-        accepted = f"must be 0 with engine={self.engine.name}, which holds no weight twice"
+        accepted = f"must be 0 with engine={self.engine.name}, which compares no weights"
         every = self.parallel.check_replicas
         require(holds_replicas or every == 0, "parallel.check_replicas", every, accepted)
         stages = Recipe(self).stages
