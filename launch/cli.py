@@ -3,14 +3,14 @@ whether the machines are fit for it."""
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, OneLineParser
 from minimax_train.launch import preflight, slurm
 from minimax_train.launch.options import read_overrides
 
@@ -20,6 +20,8 @@ Start a run on this machine with torchrun, one process per visible GPU (one wher
 the newest checkpoint in run_dir if there is one. What comes before `--` goes to torchrun: --max-restarts=3 starts all
 processes again when one has failed. --preflight has the machine look at itself first: unfit, it starts nothing."""
 PREFLIGHT = "--preflight"
+SEPARATED = "options come before --, overrides after it"
+_OF_TRAIN = ("--config-dir", "--cfg")
 SCRIPT = Path(__file__).with_name("torchrun.sh")
 
 
@@ -43,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(OneLineParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help says what there is\n")
+        overrides = message.startswith("unrecognized") and re.search(r" [^- ][^ ]*=", message)
+        super().error(f"{message}; {SEPARATED}" if overrides else message)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -59,6 +62,9 @@ def _local(arguments: list[str]) -> int:
         print(LOCAL)
         return 0
     options, overrides = _split(arguments) if "--" in arguments else ([], arguments)
+    foreign = [each for each in overrides if each.startswith("-") and not each.startswith(_OF_TRAIN)]
+    if foreign:
+        raise ConfigError(f"{foreign[0]}: {SEPARATED}")
     if PREFLIGHT in options:
         options.remove(PREFLIGHT)
         if status := preflight.look_here(read_overrides(overrides)):

@@ -40,5 +40,14 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # By default SIGUSR1 would end torchrun, and the run with it, at once.
 options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${defaults[@]}" "${options[@]}")
-minimax-train --cfg "$@" >/dev/null # refuses a bad configuration once, before any process is started
+
+# A bad configuration is refused once, before any process is started, also for their number where numbers give it.
+all=" ${options[*]} "
+first=() processes="" nodes=1
+[[ $all =~ .*\ --?nproc[-_]per[-_]node[=\ ]([^\ ]+) ]] && processes=${BASH_REMATCH[1]}
+[[ $all =~ .*\ --?nnodes[=\ ]([^\ ]+) ]] && nodes=${BASH_REMATCH[1]}
+if [[ "$processes $nodes" =~ ^[1-9][0-9]{0,5}\ [1-9][0-9]{0,5}$ ]]; then
+  first=(RANK=0 "WORLD_SIZE=$((processes * nodes))" LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1)
+fi
+env "${first[@]}" minimax-train --cfg "$@" >/dev/null
 exec torchrun "${options[@]}" --no-python minimax-train "$@"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from minimax_train.compose import PACKAGED
 from minimax_train.config import Config, load_config, to_yaml
 from minimax_train.deterministic import use_deterministic_algorithms
-from minimax_train.errors import ConfigError, Interrupted, Saved, TrainingError, exit_status, require
+from minimax_train.errors import ConfigError, Interrupted, OneLineParser, Saved, TrainingError, exit_status, require
 from minimax_train.first_rank import on_first_rank
 from minimax_train.leave import Leave
 from minimax_train.metrics.console import Output, to_stderr
@@ -28,7 +27,8 @@ from minimax_train.startup import Startup
 
 USAGE = """
 Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
-experiment. Run by itself it is a run of one process; under torchrun or srun, one process per device.
+experiment. Run by itself it is a run of one process; under torchrun or srun, one process per device. Groups with
+several files: {groups}. --cfg shows every key; docs/cluster.md (Settings) says where each is explained.
 """
 
 
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop, 3 for one that
     is saved and goes on when it is started again (on its next stage's process grid, or after a signal), 130 and 143 for
     one that a signal ended without."""
-    parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=USAGE, allow_abbrev=False)
+    usage = USAGE.format(groups="; ".join(_choices()))
+    parser = OneLineParser("minimax-train", description="Pretrain a hybrid model.", epilog=usage, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
     parser.add_argument("--config-dir", action="append", default=[], help=own)
@@ -46,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         environment = _environment()
         config = load_config(options.overrides, config_dirs=options.config_dir)
+        launched = environment.init_method is not None
+        # With other grids, its newest checkpoint says which: in run.
+        if (launched or not options.cfg) and not config.has_other_grids:
+            config.check_world_size(environment.world_size)
         if options.cfg:
             Output(sys.stdout).write(to_yaml(config))
             return 0
-        if not config.has_other_grids:  # else its newest checkpoint says which grid: in run
-            config.check_world_size(environment.world_size)
     except ConfigError as error:
         error.on_all_ranks = True
         return _fail(error, environment.rank)
@@ -69,9 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help says what there is\n")
+def _choices() -> Iterator[str]:
+    """The packaged groups of which a run picks one of several files: ``model=medium|proxy|...``."""
+    for folder in sorted(PACKAGED.iterdir()):
+        files = sorted(path.stem for path in folder.glob("*.yaml"))
+        if len(files) > 1:
+            yield f"{folder.name}={'|'.join(files)}"
 
 
 def _environment() -> ProcessEnvironment:

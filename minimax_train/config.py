@@ -281,11 +281,12 @@ class Config:
                     stage.check_batch(batch, dp)
                     number = batch // (stage.sequence_length * stage.micro_batch_size * dp)
                     each = SCHEDULES[parallel.pp_schedule].micro_batches if parallel.pp > 1 else 1
-                    accepted = f"must be at most {number}, the micro-batches of a step on each of {ranks}"
+                    more = "; a smaller recipe.micro_batch_size or a larger batch gives more"
+                    accepted = f"must be at most {number}, the micro-batches of a step on each of {ranks}{more}"
                     if each > 1:
                         accepted = (
                             f"must be at most {number // each} with parallel.pp_schedule={parallel.pp_schedule}, which "
-                            f"takes {each} micro-batches for each: a step has {number} on each of {ranks}"
+                            f"takes {each} micro-batches for each: a step has {number} on each of {ranks}{more}"
                         )
                     require(each * parallel.pp <= number, "parallel.pp", parallel.pp, accepted)
         accepted = f"must be a multiple of the {ranks}; with it, {divisors(streams)} of them would do"
@@ -460,6 +461,24 @@ def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
     parent, _, name = key.rpartition(".")
     if key in RENAMED_KEYS:
         return f"{given}: renamed: use {RENAMED_KEYS[key]}"
-    close = difflib.get_close_matches(name, fields, n=1)
-    hint = f" Did you mean {f'{parent}.{close[0]}'.lstrip('.')}?" if close else ""
+    hint = f" Did you mean {meant}?" if (meant := _meant(parent, name, fields)) else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
+
+
+def _meant(parent: str, name: str, fields: Iterable[str]) -> str | None:
+    """The key that an unknown one may stand for: of the same name in another group, or spelled alike."""
+    elsewhere: dict[str, list[str]] = {}
+    for group, what in fields_of(Config).items():
+        if not dataclasses.is_dataclass(what.kind):
+            continue
+        for key in fields_of(what.kind):
+            elsewhere.setdefault(key, []).append(f"{group}.{key}")
+    for engine, kind in ENGINES.items():
+        for key in fields_of(kind.config_type).keys() - fields_of(EngineConfig).keys():
+            elsewhere.setdefault(key, []).append(f"engine.{key} with engine={engine}")
+    if name in elsewhere:
+        return " or ".join(elsewhere[name])
+    if close := difflib.get_close_matches(name, fields, n=1):
+        return f"{parent}.{close[0]}".lstrip(".")
+    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
+    return " or ".join(elsewhere[close[0]]) if close else None

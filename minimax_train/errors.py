@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import NoReturn
+
 # Exit status of a process that SIGTERM or SIGUSR1 ended without saving: 128 and SIGTERM, as a shell has it.
 LEFT = 143
 
@@ -37,6 +40,13 @@ class Saved(TrainingError):
 
 class GridChange(Saved):
     """The next stage of the run has another process grid: the message says which."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses options and arguments in one line, as everything else that a user can mend is refused. Exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help says what there is\n")
 
 
 def exit_status(error: BaseException) -> int:

@@ -29,7 +29,7 @@ from minimax_train.checkpoint.retention import (
 )
 from minimax_train.checkpoint.store import PROGRESS, CheckpointStore, find_checkpoint, folder_of, owner_of
 from minimax_train.config import read_config
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, OneLineParser, require
 from minimax_train.fields import Field, fields_of
 from minimax_train.files import CHECKPOINTS, CONFIG, METRICS
 from minimax_train.metrics.console import note, to_stderr
@@ -43,7 +43,7 @@ _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 0; 1 where something is damaged or apart, or cannot be read; 2 for what is not a run
     or a checkpoint."""
-    parser = argparse.ArgumentParser("minimax-checkpoint", description="Look at what a run has saved.")
+    parser = OneLineParser("minimax-checkpoint", description="Look at what a run has saved.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, paths) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)

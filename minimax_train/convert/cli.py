@@ -14,7 +14,7 @@ from minimax_train.convert.jobs import WORKERS
 from minimax_train.convert.layouts import LAYOUTS, MINIMAX
 from minimax_train.convert.shards import parse_size
 from minimax_train.convert.to_hf import to_hf
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, OneLineParser, require
 from minimax_train.files import TOKENIZER
 
 KEEP = "keep"
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "minimax-convert",
         description="Convert checkpoints to and from Hugging Face folders: transformers' MiniMaxForCausalLM and the "
         "original layout of MiniMax-Text-01.",

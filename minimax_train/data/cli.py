@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from minimax_train.config import Config, load_config
 from minimax_train.data.show_command import show_mixture
 from minimax_train.data.tokenize import tokenize
-from minimax_train.errors import ConfigError, TrainingError, exit_status, require
+from minimax_train.errors import ConfigError, OneLineParser, TrainingError, exit_status, require
 from minimax_train.metrics.console import Output, to_stderr
 
 _EPILOG = "Overrides are those of minimax-train, such as data=files; --help behind a command says what it takes."
@@ -19,7 +19,7 @@ _EPILOG = "Overrides are those of minimax-train, such as data=files; --help behi
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for what cannot be done as it was asked for, 1 for what had to stop."""
     commands = "; ".join(f"{name}: {command.__doc__}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser("minimax-data", description="Data without training.", epilog=_EPILOG)
+    parser = OneLineParser("minimax-data", description="Data without training.", epilog=_EPILOG)
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="overrides and options")
     options = parser.parse_args(arguments)
@@ -61,7 +61,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"show": _show, "tokenize
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"minimax-data {command}", description=description, allow_abbrev=False)
+    parser = OneLineParser(f"minimax-data {command}", description=description, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, and output=PREFIX")
     parser.add_argument("--config-dir", action="append", default=[], help="a folder of your own configuration groups")
     return parser
@@ -71,12 +71,12 @@ def _configured(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tu
     """The configuration that the overrides give, ``output``, and the options."""
     options = parser.parse_intermixed_args(arguments)
     named = [override for override in options.overrides if override.startswith("output=")]
+    config = load_config([each for each in options.overrides if each not in named], config_dirs=options.config_dir)
     output = os.path.abspath(os.path.expanduser(named[-1].partition("=")[2])) if named else ""
     accepted = "must name where the files go: output=PREFIX"
     fits = bool(named) and output.isprintable() and not named[-1].endswith(("/", "="))
     require(fits, "output", named[-1].partition("=")[2] if named else "", accepted)
-    overrides = [override for override in options.overrides if override not in named]
-    return load_config(overrides, config_dirs=options.config_dir), output, options
+    return config, output, options
 
 
 def _cores() -> int:

@@ -17,7 +17,7 @@ from minimax_train.data.pictures import plot_lengths, plot_mixture
 from minimax_train.data.show import Report, SourceReport, StageReport, show
 from minimax_train.data.tokenizer import prepare_tokenizer
 from minimax_train.data.windows import WINDOW
-from minimax_train.errors import require
+from minimax_train.errors import OneLineParser, require
 from minimax_train.files import replace_text
 from minimax_train.metrics.console import Output
 
@@ -50,7 +50,7 @@ def show_mixture(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Look at a mixture without training: what the recipe takes out of the data, and what packing does."
-    parser = argparse.ArgumentParser("minimax-data show", description=description, allow_abbrev=False)
+    parser = OneLineParser("minimax-data show", description=description, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as minimax-train takes them")
     parser.add_argument("--config-dir", action="append", default=[], help="a folder of your own configuration groups")
     tokens = (

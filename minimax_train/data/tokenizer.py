@@ -280,7 +280,9 @@ def _save_named(name: str, directory: Path) -> None:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        raise ConfigError(f"data.tokenizer={name!r}: cannot be loaded: {type(error).__name__}: {error}") from error
+        where = "" if os.path.isdir(name) else "no folder here, and as a name on the Hugging Face hub it "
+        cause = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"data.tokenizer={name!r}: {where}cannot be loaded: {cause}") from error
     if tokenizer is None or tokenizer.eos_token is None:
         raise ConfigError(f"data.tokenizer={name!r}: has no end-of-text token, which must end every document")
     tokenizer.save_pretrained(directory)

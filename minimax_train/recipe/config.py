@@ -133,6 +133,8 @@ class RecipeConfig:
             the reported steps, reaches twice what they are.
         critical_batch_tokens, critical_batch_exponent: the critical batch size in tokens is ``critical_batch_tokens *
             loss ** -critical_batch_exponent``, loss in nats (Kaplan et al. 2020, arXiv 2001.08361, equation 1.4).
+        adam_beta1, adam_beta2, adam_eps: AdamW's decay rates of its two moments, and what is added to the root of the
+            second.
         weight_decay: decoupled (AdamW), for matrices; norm weights are not decayed.
         gradient_clip: largest L2 norm of the whole model's gradient; null for no limit.
         outliers: what becomes of a step whose loss or gradient norm is more than ``outlier_sigmas`` standard deviations

@@ -365,8 +365,12 @@ class Recipe:
         with_warmup = f"with recipe.warmup_steps={self.warmup_steps} " if index == 0 and self.warmup_steps else ""
         accepted = f"{with_warmup}must fit in {stage.length}"
         if stage.decay_steps:
-            fits = (self.warmup_steps if index == 0 else 0) + stage.decay_steps <= end[0] - began[0]
-            require(fits, f"{stage.path}.decay_steps", stage.decay_steps, accepted)
+            warmup, steps = self.warmup_steps if index == 0 else 0, end[0] - began[0]
+            shorter = warmup if warmup < steps else steps // 4
+            of_both = f"recipe.warmup_steps={shorter} {stage.path}.decay_steps={steps - shorter}"
+            does = of_both if shorter < warmup else f"{steps - warmup}"
+            fits = warmup + stage.decay_steps <= steps
+            require(fits, f"{stage.path}.decay_steps", stage.decay_steps, f"{accepted}; {does} would do")
         if stage.decay_tokens:
             require(stage.decay_tokens <= end[1] - warm[1], f"{stage.path}.decay_tokens", stage.decay_tokens, accepted)
         fits = stage.transition_tokens <= end[1] - began[1]

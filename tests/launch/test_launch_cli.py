@@ -37,7 +37,7 @@ def _directives(script):
         (["--exclude=a b"], "--exclude: 'a b': must be names of nodes as Slurm lists them"),
         (["--container-mounts=/a:/b"], "--container-mounts='/a:/b': needs --container"),
         (["--node=2"], "unrecognized arguments: --node=2; --help"),
-        (["model=tiny"], "unrecognized arguments: model=tiny"),
+        (["model=tiny"], "unrecognized arguments: model=tiny; options come before --, overrides after it; --help"),
         (
             ["--", "--nodes=2"],
             "--nodes=2: must be an override (key=value) or --config-dir; other options come before --",
@@ -59,6 +59,13 @@ def test_refused_in_one_line(capsys, arguments, error):
     told = capsys.readouterr()
     assert status == 2 and told.out == ""
     assert told.err.startswith("error: ") and told.err.count("\n") == 1 and error in told.err
+
+
+@pytest.mark.parametrize("arguments", [["--nproc-per-node=2", "model=tiny"], ["model=tiny", "--preflight"]])
+def test_options_of_torchrun_without_the_dashes_that_end_them(capsys, arguments):
+    assert main(["local", *arguments]) == 2
+    (option,) = (each for each in arguments if each.startswith("-"))
+    assert capsys.readouterr().err == f"error: {option}: options come before --, overrides after it\n"
 
 
 def test_a_script_says_what_was_asked(capsys, tmp_path):

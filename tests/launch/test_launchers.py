@@ -64,6 +64,33 @@ def test_a_bad_override_is_refused_before_torchrun_starts(tmp_path):
     assert "Did you mean recipe.steps?" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "override", "message"),
+    [
+        (["--nproc-per-node=2"], "parallel.cp=4", "parallel.cp=4: must divide the number of processes, 2"),
+        (["--nproc_per_node", "3"], "data.num_streams=8", "recipe.global_batch_size=8: "),
+        (["--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=a:1"], "recipe.micro_batch_size=1", "batch_size=8: "),
+        ([], "parallel.cp=2", "parallel.cp=2: must divide the number of processes, 1"),
+    ],
+)
+def test_a_number_of_processes_that_does_not_fit_is_refused_before_torchrun_starts(
+    tmp_path, monkeypatch, options, override, message
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = _start("torchrun.sh", [*options, "--", override], tmp_path)
+    assert result.returncode == 2 and message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_a_number_of_processes_that_torchrun_finds_out_is_left_to_it(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "torchrun").write_text("#!/usr/bin/env bash\nexit 7\n")
+    (tools / "torchrun").chmod(stat.S_IRWXU)
+    for options in (["--nproc-per-node=gpu"], ["--nnodes=1:4", "--nproc-per-node=2"]):
+        assert _start("torchrun.sh", [*options, "--", "parallel.tp=2"], tmp_path, tools).returncode == 7
+
+
 def test_processes_that_are_started_again_have_a_store_of_their_own(tmp_path):
     """In the old one is what the processes before left: why they ended, and where they met."""
     tools = tmp_path / "tools"

@@ -10,8 +10,11 @@ import sys
 import pytest
 import yaml
 
+from minimax_train.checkpoint import cli as checkpoint_cli
 from minimax_train.cli import main
 from minimax_train.config import load_config, read_config, save_config
+from minimax_train.convert import cli as convert_cli
+from minimax_train.data import cli as data_cli
 from minimax_train.errors import ConfigError
 from support.runs import overrides
 
@@ -25,6 +28,14 @@ from support.runs import overrides
         ),
         ("recipie.steps=1", r"there is no key 'recipie'.*Did you mean recipe\?"),
         ("+model.extra=1", r"there is no key 'extra' in model"),
+        ("steps=1", r"steps=1: there is no key.*Did you mean recipe.steps\?"),
+        ("interval=1", r"Did you mean checkpoint.interval or logging.interval\?"),
+        ("recipe.sequence_length=64", r"there is no key.* in recipe. Did you mean data.sequence_length\?"),
+        ("data.seq_length=64", r"Did you mean data.sequence_length\?"),
+        ("seq_length=64", r"Did you mean data.sequence_length\?"),
+        ("engine.stage=3", r"Did you mean engine.stage with engine=deepspeed\?"),
+        ("engine=fsdp engine.cuda_graphs=true", r"Did you mean engine.cuda_graphs with engine=zero1\?"),
+        ("parallel.tensor_parallel=2", r"in parallel. Accepted: tp, "),
         ("recipe.steps=many", r"recipe.steps=many: .*accepted: int"),
         ("recipe.steps=1.5", r"recipe.steps=1.5: .*accepted: int"),
         ("model=tinny", r"(?s)model/tinny.*tiny"),
@@ -37,7 +48,12 @@ from support.runs import overrides
         ("recipe.micro_batch_size=3", r"recipe.micro_batch_size=3: must divide recipe.global_batch_size=8"),
         (
             "recipe.warmup_steps=250",
-            r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300",
+            r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300; 50 would do$",
+        ),
+        (
+            "recipe.steps=10",
+            r"recipe.decay_steps=100: with recipe.warmup_steps=20 must fit in recipe.steps=10; "
+            r"recipe.warmup_steps=2 recipe.decay_steps=8 would do$",
         ),
         ("data.sequence_length=0", r"data.sequence_length=0: must be between 1 and 2147483647$"),
         ("kernels.softmax=fast", r"kernels.softmax='fast': must be one of auto"),
@@ -161,6 +177,35 @@ def test_configuration_is_printed_and_own_folder_searched(tmp_path, capsys):
     assert (printed["recipe"]["steps"], printed["seed"]) == (123, 9)
     assert main(["--cfg", "--config-dir", str(tmp_path / "none")]) == 2
     assert "--config-dir" in capsys.readouterr().err
+
+
+def test_help_names_the_files_of_each_group(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "engine=deepspeed|fsdp|megatron|zero1; " in told and "model=medium|proxy|small|text-01|tiny; " in told
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (main, ["--multirun", "seed=1,2"]),
+        (checkpoint_cli.main, ["prune", "runs/a", "--keep=-1"]),
+        (checkpoint_cli.main, ["diff", "runs/a"]),
+        (convert_cli.main, ["to-hf", "runs/a", "hf", "--dtype=float16"]),
+        (data_cli.main, ["shwo"]),
+        (data_cli.main, ["show", "--token=5"]),
+        (data_cli.main, ["tokenize", "--workers=5"]),
+    ],
+)
+def test_options_are_refused_in_one_line(capsys, command, arguments):
+    try:
+        status = command(arguments)
+    except SystemExit as end:
+        status = end.code
+    told = capsys.readouterr().err
+    assert status == 2 and told.startswith("error: ") and told.endswith("; --help says what there is\n")
+    assert told.count("\n") == 1
 
 
 def test_options_may_stand_among_overrides(tmp_path, capsys):

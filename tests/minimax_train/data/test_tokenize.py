@@ -163,6 +163,7 @@ def test_a_run_on_the_tokens_is_the_run_on_the_text(tmp_path, texts):
 
 def test_what_is_refused(tmp_path, texts, capsys):
     assert "output='': must name where the files go" in refused(capsys, *arguments(tmp_path)[:-1])
+    assert "ouput=x: there is no key" in refused(capsys, *arguments(tmp_path)[:-1], "ouput=x")
     assert "--num-workers='0': must be between 1" in refused(capsys, *arguments(tmp_path, "--num-workers", "0"))
     assert "data.train_files=['/no']: matches no file" in refused(
         capsys, *arguments(tmp_path, "data.train_files=[/no]")

@@ -147,6 +147,9 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"data.tokenizer='.*empty': cannot be loaded") as caught:
         prepare_tokenizer(DataConfig(tokenizer=str(tmp_path / "empty")), 400, tmp_path / "run")
     assert caught.value.__cause__ is not None
+    missing = str(tmp_path / "tokens/web-tokenzier")
+    with pytest.raises(ValueError, match=r"web-tokenzier': no folder here, and .* hub it cannot be loaded"):
+        prepare_tokenizer(DataConfig(tokenizer=missing), 400, tmp_path / "run")
     with pytest.raises(ValueError, match="no tokenizer in"):
         load_tokenizer(tmp_path)
 
