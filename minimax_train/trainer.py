@@ -126,7 +126,8 @@ class Trainer:
         if self.is_over:
             self.log.say(f"all {self.progress.step} steps were taken before: nothing is left to train")
         held_out = [] if self.evaluation is None else self.evaluation.notes
-        for note in [*self.recipe.notes, *self.notes, *held_out]:
+        untraced = self.tracer.beyond(self.recipe.total_steps(self.progress, self.progress.policy))
+        for note in [*self.recipe.notes, *self.notes, *held_out, *untraced]:
             self.log.say(note)
         self._say_notes()
         late: TakenStep | None = None

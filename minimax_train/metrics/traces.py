@@ -23,6 +23,11 @@ class Tracer:
         self._rank, self._folder, self._device = dist.get_rank(), run_dir / TRACES, device
         self._steps = set(map(int, config.profile_steps)) if str(self._rank) in config.profile_ranks else set()
 
+    def beyond(self, steps: int) -> list[str]:
+        """What there is to say of steps to be traced that a run of so many does not have."""
+        late = sorted(step for step in self._steps if step > steps)
+        return [f"logging.profile_steps={late}: no trace, the run ends after step {steps}"] if late else []
+
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around a step. Where it is traced, the host waits for the device at its end."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
 
 from minimax_train.config import Config, load_config
 from minimax_train.engines import ENGINES
-from minimax_train.errors import ConfigError, require
+from minimax_train.errors import ConfigError, OneLineParser, require
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model.config import count_parameters
@@ -35,7 +34,7 @@ the first step of the recipe. docs/planner.md says how well.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 0 for a plan that fits, 1 for one that does not, 2 for what cannot run at all."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "minimax-plan", description="Memory, speed and traffic of a run, before it has GPUs.", epilog=_EPILOG
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="and world_size=N: how many GPUs")

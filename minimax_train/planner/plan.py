@@ -11,6 +11,7 @@ from typing import Any
 from minimax_train.config import Config
 from minimax_train.engines import ENGINES
 from minimax_train.engines.stages import held_layers
+from minimax_train.errors import require
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model import ModelConfig, ModelPart
@@ -24,6 +25,7 @@ from minimax_train.model.memory import (
 from minimax_train.model.sharding import ParameterLayout
 from minimax_train.parallel.cost import Machine
 from minimax_train.parallel.grid import GridSizes
+from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.parallelize import parts_of_ranks, whole_layouts
 from minimax_train.planner.cost import RankWork, StepCost, step_cost
 from minimax_train.planner.machine import OVERHEAD_BYTES, Rates
@@ -213,6 +215,9 @@ def plan_run(config: Config, cluster: Cluster, document_tokens: float, parameter
         memory = states[rank] | {kept: activations.peak(tokens, kinds)}
         ranks.append(RankPlan(tuple(parts), memory, activations))
     micro_batches = step.micro_batches(grid.size("dp"))
+    if grid.pp > 1:  # of a grid that is none of the recipe's own, whose batches nobody has looked at
+        most = micro_batches // SCHEDULES[config.parallel.pp_schedule].micro_batches
+        require(grid.pp <= most, "parallel.pp", grid.pp, f"must be at most {most}, for {micro_batches} micro-batches")
     work = [parameters.work(config, grid, parts, micro_batches) for parts in every]
     return RunPlan(
         config,

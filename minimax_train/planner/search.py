@@ -224,7 +224,9 @@ class _Search:
         if self._micro_batches is not None:
             recipe = dataclasses.replace(recipe, global_batch_size=self._batch(grid))
         try:
-            own = config_on(dataclasses.replace(config, data=data, recipe=recipe), _on(pipeline, grid))
+            own, parallel = dataclasses.replace(config, data=data, recipe=recipe), _on(pipeline, grid)
+            # Of one grid all stages must run on it; with grids of their own they keep these.
+            own = config_on(own, parallel) if config.has_other_grids else dataclasses.replace(own, parallel=parallel)
             plan = plan_run(own, self._cluster, self._document_tokens, self._parameters)
         except ConfigError as error:
             self.refused = self.refused or error

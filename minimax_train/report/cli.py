@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minimax_train.errors import ConfigError
+from minimax_train.errors import ConfigError, OneLineParser
 from minimax_train.files import replace_text
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.report.page import page
@@ -17,7 +16,7 @@ from minimax_train.report.workspace import save
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a folder that is no run, or a page or a workspace that cannot be written."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "minimax-report", description="Draw runs side by side, while they train or after, as one HTML page."
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run_dir of a run")

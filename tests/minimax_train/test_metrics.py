@@ -162,6 +162,18 @@ def test_traces_are_of_the_chosen_steps_and_ranks(run_of_three):
             assert f'"name": "{name}"' in trace, name
 
 
+def _untraced(grid, config):
+    return Trainer(config, grid, torch.device("cpu")).tracer.beyond(3)
+
+
+def test_steps_that_are_not_there_are_not_traced_in_silence(tmp_path):
+    config = tiny_run(tmp_path, "logging.profile_steps=[2,99,7]", "logging.profile_ranks=[1]")
+    assert run_ranks(_untraced, 2, config) == [
+        [],
+        ["logging.profile_steps=[7, 99]: no trace, the run ends after step 3"],
+    ]
+
+
 def test_events(run_of_three):
     events = _records(run_of_three / "events.jsonl")
     assert [event["event"] for event in events] == ["start", "checkpoint", "done"]

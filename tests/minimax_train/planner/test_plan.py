@@ -207,6 +207,16 @@ def test_time_of_the_host():
     assert waits("engine=zero1", "parallel.cp=2", world=2) > 0
 
 
+def test_proposals_for_a_recipe_of_stages():
+    """Every stage can run on them: those of more ranks than a later stage has micro-batches are left out."""
+    config = load_config(["model=text-01", "model.num_layers=8", "recipe=minimax-01"])
+    plans = propose(config, Cluster(2048, MACHINES["h100"], Machine()), 4000, engines=engines_with_stages(config))
+    assert len(plans) >= 10 and any(plan.grid.pp > 1 for plan in plans)
+    # Batches grow from 16.8 M tokens; the last stages have 1 M tokens in a sequence, and 128 of these in a batch.
+    for plan in plans:
+        assert 128 % plan.grid.size("dp") == 0 and 128 // plan.grid.size("dp") >= plan.grid.pp
+
+
 def test_proposals():
     config = load_config([*TEXT_01, "model.num_layers=8"])
     plans = propose(config, Cluster(40, MACHINES["h200"], Machine()), document_tokens=4000)
