@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 38
 _MOST_POINTS = 500
 _TICKS = 5
 _DOT = 3
+_CHARACTER = 7  # no digit of a tick is wider
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def draw(title: str, x_name: str, curves: Sequence[Curve], marks: Sequence[Mark]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at_y(y)}" y2="{at_y(y)}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at_y(y) + 4}" text-anchor="end">{_number(y)}</text>')
     for x in _ticks(low_x, high_x, integer=all(x == int(x) for x in xs)):
-        parts.append(
-            f'<text class="tick" x="{at_x(x)}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(x)}</text>'
-        )
+        label = _number(x)
+        middle = min(at_x(x), WIDTH - _CHARACTER * len(label) / 2)  # not beyond the edge
+        parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{label}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_name)}</text>')
     # An SVG of its own cuts off what lies outside.
     x, y, width, height = _LEFT - _DOT, _TOP, WIDTH - _LEFT - _RIGHT + 2 * _DOT, HEIGHT - _TOP - _BOTTOM + _DOT

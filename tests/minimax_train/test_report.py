@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimax_train.report.charts import thin
+from minimax_train.report.charts import Curve, draw, thin
 from minimax_train.report.cli import main
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
@@ -73,7 +73,9 @@ def _open(page, width, *more):
 @pytest.mark.parametrize("width", [1300, 600])
 def test_the_page_in_a_browser(report, width):
     page = report / f"probe-{width}.html"
-    page.write_text((report / "report.html").read_text().replace("</body>", PROBE))
+    points = [(0.0, 1e-4), (4e-4, 3e-4)]  # the last tick is at the edge
+    long_labels = draw("long labels", "hours", [Curve(i, f"{run}: x", points) for i, run in enumerate(("one", "two"))])
+    page.write_text((report / "report.html").read_text().replace("</body>", long_labels + PROBE))
     dom = _open(page, width, "--dump-dom")
     text = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)[1]
     for name, letter in (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
