@@ -19,6 +19,7 @@ cached plans, and staging memory that is pinned and shared. On a GPU steps are t
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import shutil
@@ -46,6 +47,7 @@ from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.run_lock import release_lock
 from minimax_train.trainer import Trainer
 
+METHODS = ("async", "sync", "dcp", "dcp-async")
 COLUMNS = ("extra s", "longest", "during %", "blocked s", "written s", "GB", "GB/s", "steps")
 
 
@@ -167,7 +169,7 @@ def methods(trainer: Trainer, names: list[str], folder: Path) -> Iterator[dict[s
 
         return is_complete, target
 
-    found = {"async": lambda: ours(False), "sync": lambda: ours(True), "dcp": plain, "dcp-async": beside}
+    found = dict(zip(METHODS, (lambda: ours(False), lambda: ours(True), plain, beside), strict=True))
     try:
         yield {name: found[name] for name in names}
     finally:
@@ -181,7 +183,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=8, help="a step and rank, of 4 sequences of 8,192 tokens")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--run-dir", type=Path, help="a new folder on the disk that is measured")
-    parser.add_argument("--methods", nargs="+", default=["async", "sync", "dcp", "dcp-async"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
@@ -216,6 +218,8 @@ def main() -> int:
     dist.barrier()
     if grid.is_first:
         shutil.rmtree(run_dir)
+    del trainer, grid
+    gc.collect()  # communicators wait for the graphs that were captured with them
     dist.destroy_process_group()
     return 0
 

@@ -166,7 +166,7 @@ def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironmen
     command += ["--seconds", str(options.seconds), *overrides]
     with open(log, "w") as output:
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
-        code = _wait(process, options.seconds)
+        code = _wait(process, options.seconds, result)
     if code == 0:
         found = json.loads(result.read_text()) if environment.rank == 0 else {}
     else:
@@ -186,22 +186,26 @@ def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironmen
     return every[failed[0][1]][1] if failed else every[0][1]
 
 
-def _wait(process: subprocess.Popen, limit_s: float, grace_s: float = 10.0) -> int | None:
-    """For all ranks' processes; where one has failed, the others are ended soon. None if they took too long."""
-    started, failed_at = time.monotonic(), None
+def _wait(process: subprocess.Popen, limit_s: float, result: Path, grace_s: float = 10.0) -> int | None:
+    """For all ranks' processes, which are ended soon where one has failed, or the result is there. Their exit status, 0
+    with a result; None if they took too long."""
+    started, over_at = time.monotonic(), None
     while True:
-        code = process.poll()
-        state = torch.tensor([code is None, bool(code), time.monotonic() - started > limit_s], dtype=torch.int32)
+        code, late = process.poll(), time.monotonic() - started > limit_s
+        state = torch.tensor([code is None, bool(code), late, result.exists()], dtype=torch.int32)
         dist.all_reduce(state, dist.ReduceOp.MAX)
-        is_running, has_failed, is_late = state.tolist()
+        is_running, has_failed, is_late, is_there = state.tolist()
         if not is_running:
             return code
-        if has_failed and failed_at is None:
-            failed_at = time.monotonic()
-        if is_late or (failed_at is not None and time.monotonic() - failed_at > grace_s):
+        if (has_failed or is_there) and over_at is None:
+            over_at = time.monotonic()
+        is_over = over_at is not None and time.monotonic() - over_at > grace_s
+        if is_late or is_over:
             process.kill()  # nothing happens to one that has ended
             process.wait()
-            return None if is_late else process.returncode
+            if is_there and not has_failed:
+                return 0
+            return process.returncode if is_over else None
         time.sleep(0.2)
 
 

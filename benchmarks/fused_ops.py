@@ -21,6 +21,8 @@ from timing import extra_memory, gemm, gemm_rate, times, times_in_turns
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from minimax_train.apex import has_apex
+from minimax_train.engines.fused_adam import find_fused_adam
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.experts import (
@@ -190,7 +192,7 @@ def _both_directions(
 
 
 def norm(rate: float) -> list[dict]:
-    rows = []
+    rows, names = [], ["triton", "torch", *(["apex"] if has_apex("fused_layer_norm_cuda") else [])]
     _header("norm", "implementation", "forward ms (share of the copy rate)", "backward")
     for T, D in NORMS:
         x, second, weight = _randn(T, D), _randn(T, D), torch.ones(D, device="cuda", dtype=torch.bfloat16)
@@ -209,7 +211,7 @@ def norm(rate: float) -> list[dict]:
             ),
         }
         for kind, (leaves, tensors, run) in kinds.items():
-            runs = {name: lambda r=run, n=name: r(n) for name in ("triton", "torch")}
+            runs = {name: lambda r=run, n=name: r(n) for name in names}
             moved = tuple(count * x.nbytes for count in tensors)
             rows += _both_directions("norm", f"{kind}, {T} x {D}", runs, leaves, moved, rate)
     return rows
@@ -328,6 +330,11 @@ def adamw(rate: float) -> list[dict]:
             "triton, norm": (4, partial(squared_norm, grad)),
             "torch, norm": (4, partial(torch._foreach_norm, [grad])),
         }
+        if (fused_adam := find_fused_adam("apex")) is not None:
+            parameter = torch.nn.Parameter(master)
+            parameter.grad = grad
+            runs["apex, fused"] = 28, fused_adam([parameter], lr=1e-4, weight_decay=0.1).step
+            del parameter
         for name, (size, run) in runs.items():
             ms = times(run)
             share = size * N / (ms * 1e-3) / rate

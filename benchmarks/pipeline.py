@@ -195,7 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = measure([*options.overrides, *sizes, f"parallel.pp_schedule={schedule}"], options.steps)
             gc.collect()
             rows.append(found)
-        dist.destroy_process_group()
     else:
         for schedule, each in SCHEDULES.items():
             for ranks in options.ranks:
@@ -212,8 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for number in options.micro_batches
                     if number >= each.micro_batches * ranks
                 ]
-    if not first:
-        return 0
+    if first:
+        show(rows, options)
+    if options.measure:
+        dist.destroy_process_group()
+    return 0
+
+
+def show(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     columns = ("theory", "simulated", *(["measured"] if options.measure else []))
     print(f"{'schedule':18}{'ranks':>6}{'micro-batches':>15}" + "".join(f"{name + ' %':>14}" for name in columns))
     for row in rows:
@@ -223,7 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("  ms of a pass:", ", ".join(f"{name} {ms:.1f}" for name, ms in row["passes_ms"].items()))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

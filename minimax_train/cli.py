@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,9 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
                 raise
     finally:
         release_lock(Path(config.run_dir))
+    # NCCL's communicators are not taken down before the CUDA graphs that were captured with them.
+    del trainer
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """`minimax-train` as a user meets it: overrides, refusals, exit status."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from minimax_train.checkpoint import cli as checkpoint_cli
@@ -16,6 +18,8 @@ from minimax_train.config import load_config, read_config, save_config
 from minimax_train.convert import cli as convert_cli
 from minimax_train.data import cli as data_cli
 from minimax_train.errors import ConfigError
+from minimax_train.model import HybridModel
+from support.commands import minimax_train
 from support.runs import overrides
 
 
@@ -344,3 +348,18 @@ def test_empty_and_corrupt_data(tmp_path, content, message):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "bad.jsonl" in result.stderr
+
+
+def test_no_model_is_left_when_process_groups_are_taken_down(tmp_path):
+    """NCCL's communicators would wait for its CUDA graphs."""
+
+    def count():
+        (tmp_path / "models").write_text(str(sum(isinstance(x, HybridModel) for x in gc.get_objects())))
+
+    def prepare():
+        torch.distributed.destroy_process_group = count
+
+    arguments = overrides(tmp_path, "recipe.steps=2", "recipe.warmup_steps=1", "recipe.decay_steps=1")
+    finished = minimax_train(tmp_path, *arguments, prepare=prepare)
+    assert finished.status == 0, finished.err
+    assert (tmp_path / "models").read_text() == "0"
