@@ -16,7 +16,6 @@ gpus=${GPUS:-$(python3 -c 'import torch; print(torch.cuda.device_count())')}
 several=(python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus")
 many=("${several[@]}"); ((gpus > 1)) || many=(python3)
 
-medium_rows=(data.sequence_length=8192 recipe.micro_batch_size=4 recipe.eval_interval=0 checkpoint.interval=0)
 # Stages of equal layers, whose passes keep a GPU busy.
 staged=(model=small model.num_layers=16 model.layer_pattern=LLLS model.hidden_size=2048 model.num_heads=16
   model.num_kv_heads=2 model.head_dim=128 model.num_experts=8 model.expert_hidden_size=4096 model.vocab_size=4096
@@ -48,8 +47,8 @@ part() {
     checkpoints) run checkpoints "${many[@]}" "$here/checkpoints.py" --model medium --micro-batches 8 --methods async dcp-async \
       --json "$out/checkpoints.json" ;;
     offload) run offload minimax-train model=medium model.num_experts=46 engine=deepspeed engine.stage=3 \
-      engine.offload_optimizer=true "${medium_rows[@]}" data.num_streams=32 recipe.global_batch_size=32 \
-      checkpoint.async_save=false "run_dir=$out/offload" ;;
+      engine.offload_optimizer=true data.sequence_length=8192 data.num_streams=32 recipe.micro_batch_size=4 \
+      recipe.global_batch_size=32 recipe.eval_interval=0 checkpoint.interval=0 checkpoint.async_save=false "run_dir=$out/offload" ;;
     losses)
       local seed name how
       for seed in 1 2; do

@@ -91,8 +91,7 @@ class Saver:
         """
         if not self._planner.take(state):
             self._planner.plan()
-        size = lay_out(self._planner.tensors())[2]
-        self._planner.forget()
+        size = lay_out(self._planner.hand_over())[2]
         needed, available = dict[str, int](), dict[str, int]()
         for host, of_rank, free in on_every_rank(lambda: (socket.gethostname(), size, available_memory())):
             needed[host] = needed.get(host, 0) + of_rank
@@ -210,8 +209,7 @@ class Saver:
 
     def _run(self, step: int, asynchronous: bool, progress: str, config: str) -> Generator[None, None, Outcome]:
         """The course of a save on this rank; where it has to wait, it yields."""
-        draft, tensors, told = self._store.draft(step), self._planner.tensors(), self._told
-        self._planner.forget()
+        draft, tensors, told = self._store.draft(step), self._planner.hand_over(), self._told
         rank, size = dist.get_rank(), dist.get_world_size()
         assert told is not None
         if asynchronous:

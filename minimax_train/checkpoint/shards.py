@@ -70,13 +70,12 @@ class SavePlanner:
         ranks = _DistWrapper(None, use_dist=True, coordinator_rank=0)
         self.items = ranks.reduce_scatter("plan", self._planner.create_local_plan, global_plan).items
 
-    def forget(self) -> None:
-        """The state, of which an engine may have made copies; the plan stays."""
+    def hand_over(self) -> list[Tensor]:
+        """This rank's parts of the state that was taken, in the order of the items, where the engine keeps them. The
+        planner keeps nothing of it: an engine may have made copies."""
+        tensors = [cast(Tensor, self._planner.resolve_data(item)).detach() for item in self.items]
         self._planner.state_dict = {}
-
-    def tensors(self) -> list[Tensor]:
-        """This rank's parts of the state that was taken, in the order of the items, where the engine keeps them."""
-        return [cast(Tensor, self._planner.resolve_data(item)).detach() for item in self.items]
+        return tensors
 
 
 def write_shards(folder: Folder, rank: int, items: Sequence[WriteItem], tensors: Sequence[Tensor]) -> Written:
