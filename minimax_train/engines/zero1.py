@@ -39,7 +39,7 @@ from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
 from minimax_train.model.sharding import Cut, ParameterLayout, local, set_parameter
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
-from minimax_train.parallel.grid import WORLD, ProcessGrid
+from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid
 from minimax_train.recipe import StepPlan
 
 ALIGNMENT = 64  # of a parameter, in elements: GEMMs and TMA want 16 bytes, memory 128
@@ -64,6 +64,10 @@ class Zero1Config(EngineConfig):
         super().__post_init__()
         require_choice("engine.name", self.name, ("zero1",))
         require_choice("engine.moments", self.moments, ("float32", "bfloat16"))
+
+    def captures(self, grid: AxisSizes) -> bool:
+        """Whether a micro-batch on such a grid of GPUs is captured, where its kernels can be."""
+        return self.cuda_graphs and grid.size("cp") == 1
 
 
 class ParameterShards:
@@ -209,7 +213,8 @@ class Zero1Engine(AutogradEngine):
         self._choose_recomputation(largest, apart=options.cuda_graphs)
         self._graphs = None
         if options.cuda_graphs and device.type == "cuda":
-            if (cp := grid.size("cp")) > 1:
+            if not options.captures(grid):
+                cp = grid.size("cp")
                 self.notes.append(f"no CUDA graphs with parallel.cp={cp}: the host plans each micro-batch's exchanges")
             elif dist.get_world_size() > 1 and "cuda:nccl" not in dist.get_backend_config():
                 self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
