@@ -1,14 +1,14 @@
 """How the whole step scales over the GPUs of a machine, in one command.
 
-    python benchmarks/cluster.py [--ranks 1 2 4 8] [--parts dp cp ...] [--seconds 600] [--json FILE] [--picture FILE]
+    python benchmarks/cluster.py [--ranks 1 2 4 8] [--parts weak ...] [--seconds 600] [--json FILE] [--picture FILE]
 
 Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the trainer's own steps on live text.
 
     weak      data parallelism, 4 sequences of 8,192 tokens on every GPU
     strong    data parallelism, 32 such sequences on all GPUs together
-    cp        one packed sequence of 131,072 tokens per GPU, shared by all of them
+    axes      4 sequences per GPU: shared by all of them (tp, cp), or the experts divided (ep, etp)
+    cp        one packed sequence of 131,072 tokens per GPU, shared by all of them, documents of fewer than 16,384
     linear    the same on all GPUs, by each way for lightning attention to cross ranks
-    tp        4 sequences per GPU, shared by all of them
     experts   a slice of text-01 at full width, each split of the experts, with 1, 2 and 4 token groups
     pp        pipeline stages, 8 micro-batches
     best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches, for each pipeline stage
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from drawing import save, subplots
-from training import MODELS, measure
+from training import MODELS, endless, measure
 
 from minimax_train.config import load_config
 from minimax_train.errors import ConfigError
@@ -48,8 +48,9 @@ from minimax_train.planner.plan import Cluster, plan_run
 from minimax_train.planner.search import engines_with_stages, overrides_of, propose
 
 HERE = Path(__file__).parent
-PARTS = ("weak", "strong", "cp", "linear", "tp", "experts", "pp", "best", "layers")
+PARTS = ("weak", "strong", "axes", "cp", "linear", "experts", "pp", "best", "layers")
 DOCUMENT_TOKENS = 4000  # mean length of documents that minimax-plan assumes
+LONGEST = 16384  # tokens of a document in long sequences, which would else be hard to compare
 SEQUENCES, MICRO_BATCHES = 4, 8
 
 
@@ -66,6 +67,7 @@ class Case:
         micro_batches: on a data-parallel rank.
         dp: data-parallel ranks.
         overrides: of the grid and the engine.
+        longest: documents have fewer tokens than this.
     """
 
     part: str
@@ -76,6 +78,7 @@ class Case:
     micro_batches: int
     dp: int
     overrides: tuple[str, ...] = ()
+    longest: int | None = None
 
     @property
     def shown(self) -> str:
@@ -91,9 +94,8 @@ class Case:
             f"data.num_streams={batch}",
             f"recipe.micro_batch_size={self.sequences}",
             f"recipe.global_batch_size={batch}",
-            f"recipe.steps={10**6}",
             "recipe.learning_rate=1e-5",
-            "recipe.min_learning_rate=1e-6",
+            *endless(self.longest),
             "recipe.eval_interval=0",
             "checkpoint.interval=0",
             *self.overrides,
@@ -105,19 +107,23 @@ def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iter
     n, model, tokens = ranks, options.model, options.tokens
     dense = Case(part, model, n, tokens, SEQUENCES, 1, n)
     shared = replace(dense, dp=1)
+    long = replace(shared, tokens=options.long_tokens * n, sequences=1, longest=LONGEST)
     if part == "weak":
         yield dense
     elif part == "strong":
         yield replace(dense, micro_batches=MICRO_BATCHES // n)
     elif part == "cp":
-        split = () if n == 1 else (f"parallel.cp={n}",)
-        yield replace(shared, tokens=options.long_tokens * n, sequences=1, overrides=split)
+        yield replace(long, overrides=() if n == 1 else (f"parallel.cp={n}",))
     elif part == "linear" and n == most > 1:
         for method in ("lasp_plus", "scan", "ring"):
-            split = (f"parallel.cp={n}", f"parallel.linear_cp={method}")
-            yield replace(shared, tokens=options.long_tokens * n, sequences=1, overrides=split)
-    elif part == "tp":
-        yield replace(shared, sequences=SEQUENCES * n, overrides=() if n == 1 else (f"parallel.tp={n}",))
+            yield replace(long, overrides=(f"parallel.cp={n}", f"parallel.linear_cp={method}"))
+    elif part == "axes" and n == 1:
+        yield dense
+    elif part == "axes":
+        for axis in ("tp", "cp"):
+            yield replace(shared, sequences=SEQUENCES * n, overrides=(f"parallel.{axis}={n}",))
+        for axis in ("ep", "etp"):
+            yield replace(dense, overrides=(f"parallel.{axis}={n}",))
     elif part == "experts":
         sliced = replace(dense, model=options.slice)
         if n == 1:
@@ -211,7 +217,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
 def draw(results: list[dict[str, Any]], picture: Path) -> None:
     """Tokens/s per GPU over the number of GPUs, of one GPU's; planned ones dashed."""
     figure, (axis,) = subplots(1, 1, (6, 4))
-    for index, part in enumerate(("weak", "strong", "cp", "tp", "experts", "pp")):
+    for index, part in enumerate(("weak", "strong", "axes", "cp", "experts", "pp")):
         points: dict[int, dict[str, Any]] = {}
         for r in results:  # the fastest on each number of GPUs
             if r["part"] == part and r.get("tokens/s", 0) > points.get(r["ranks"], {}).get("tokens/s", 0):

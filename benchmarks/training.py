@@ -1,13 +1,15 @@
 """Whole training steps: the trainer's own loop on live data, its rate, and where the time goes.
 
     python benchmarks/training.py [--models small medium slice] [--lengths 8192 32768] [--micro-batches 1 8]
-        [--routing real balanced] [--steps 8] [--json FILE] [overrides]
+        [--routing real balanced] [--longest 16384] [--steps 8] [--json FILE] [overrides]
     torchrun --nproc-per-node 2 benchmarks/training.py --models medium parallel.cp=2
 
 Each case is a ``Trainer`` as ``minimax-train`` makes it, with its loader, clipping and metrics; without evaluation and
 checkpoints. ``--rows`` packed sequences of 8,192 tokens make a micro-batch, or as many tokens of longer ones. ``slice``
 is text-01 at full width: one lightning and one softmax layer, 8 experts, a vocabulary of 32,000. *Balanced* routing
-gives every expert as many assignments as any other, whatever the router says. After warm-up the steps are timed
+gives every expert as many assignments as any other, whatever the router says. Documents are the standard library's
+files, of some 4,000 tokens; the few of 100,000 and more make long sequences hard to compare, so ``--longest`` leaves
+out those of so many tokens and more. After warm-up the steps are timed
 without a profiler, then three more are profiled: "busy" is the share of their time in which a kernel other than a
 collective's runs, "launches" are kernels a step. FLOPs are the library's own count (``metrics/flops.py``).
 """
@@ -132,6 +134,15 @@ def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
     return {"busy %": 100 * busy / (reached - computing[0][0]), "launches": len(kernels) / steps}
 
 
+def endless(longest: int | None) -> list[str]:
+    """Overrides of a run that does not end, on documents of fewer than so many tokens."""
+    if longest is None:
+        return [f"recipe.steps={10**6}", "recipe.min_learning_rate=1e-6"]
+    lengths = [f"data.medium_length={longest}", f"data.long_length={longest + 1}", "recipe.stages.all.lengths.short=1"]
+    unset = [f"recipe.{key}=null" for key in ("steps", "min_learning_rate", "decay_steps")]
+    return [*lengths, *unset, f"recipe.stages.all.steps={10**6}"]
+
+
 def cases(options: argparse.Namespace) -> dict[tuple, list[str]]:
     """Name of each case and its overrides."""
     found, world_size = {}, ProcessEnvironment.detect().world_size
@@ -145,9 +156,8 @@ def cases(options: argparse.Namespace) -> dict[tuple, list[str]]:
             f"recipe.micro_batch_size={rows}",
             f"recipe.global_batch_size={rows * count * world_size}",
             f"data.num_streams={max(8, rows * world_size)}",
-            f"recipe.steps={10**6}",
             "recipe.learning_rate=1e-5",
-            "recipe.min_learning_rate=1e-6",
+            *endless(options.longest),
             "recipe.eval_interval=0",
             "checkpoint.interval=0",
             *options.overrides,
@@ -162,6 +172,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--routing", nargs="+", choices=["real", "balanced"], default=["real"])
     parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--longest", type=int, help="documents have fewer tokens than this")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")

@@ -8,6 +8,9 @@ in the call.
 
 Everything is captured in the order in which it runs, and each graph is replayed as soon as it is captured: what a call
 is given is real, and the recorded pass counts.
+
+Transfers of a graph must be done when it ends. Those that are to go on beside the graphs are calls as well, which start
+them between two graphs and wait for them between two others (:meth:`Recording.between`).
 """
 
 from __future__ import annotations
@@ -15,12 +18,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+Value = TypeVar("Value")
+
+
+class Latest(Generic[Value]):
+    """Something on the host that differs between replays: a function that :func:`uncaptured` wraps, given this, gets
+    the value that was set last when it is called.
+
+    Attributes:
+        value: to be set before each replay.
+    """
+
+    value: Value
+
+
+def latest(x: Value | Latest[Value]) -> Value:
+    """The value, of a :class:`Latest` too."""
+    return x.value if isinstance(x, Latest) else x
 
 
 class Recording:
@@ -28,14 +49,16 @@ class Recording:
 
     Args:
         pool: graph memory pool, shared by recordings that do not run at the same time and begin on the same stream.
+        has_calls: whether there will be calls. Without any all is one graph, and so are transfers.
     """
 
     current: Recording | None = None
     """The one that is being made or replayed."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool, self._steps = pool, list[Callable[[], None]]()
+    def __init__(self, pool: Any, *, has_calls: bool) -> None:
+        self._pool, self.has_calls, self._steps = pool, has_calls, list[Callable[[], None]]()
         self._joins: list[Callable[[], object]] = []
+        self._waiting: list[Callable[[], None]] = []
         self.is_calling = False
         """Whether a call is being made, between two graphs."""
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -54,6 +77,7 @@ class Recording:
                 self.resume()
                 run()
                 self.pause()
+                self._make_waiting()
         except BaseException:
             self._abandon(stream)
             raise
@@ -78,14 +102,29 @@ class Recording:
     def call(self, run: Callable[[], None], again: Callable[[], None]) -> None:
         """Make a call between two graphs; ``again`` makes it in a replay."""
         self.pause()
+        self._make_waiting()
+        self._make(run, again)
+        self.resume()
+
+    def between(self, run: Callable[[], None]) -> None:
+        """Make a call, in replays too, where the graph ends that is being captured."""
+        self._waiting.append(run)
+
+    def _make_waiting(self) -> None:
+        for run in self._waiting:
+            self._make(run, run)
+        self._waiting.clear()
+
+    def _make(self, run: Callable[[], None], again: Callable[[], None]) -> None:
         self._call(run)
         self._steps.append(lambda: self._call(again))
-        self.resume()
 
     def _call(self, run: Callable[[], None]) -> None:
         self.is_calling = True
-        run()
-        self.is_calling = False
+        try:
+            run()
+        finally:
+            self.is_calling = False
 
     def forget(self) -> None:
         """Let go of the graphs: its steps refer to the recording, which would keep them."""
@@ -124,14 +163,15 @@ def uncaptured(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Args:
         function: of a tensor, whose result is a tensor of the same shape and dtype, and of others, some of which may
-            be parameters, whose gradients it adds up as autograd does.
+            be parameters, whose gradients it adds up as autograd does. What differs between replays and is not on the
+            device it is given as :class:`Latest`.
     """
 
     @wraps(function)
     def call(*args: Any, **options: Any) -> Tensor:
         recording = Recording.current
         if recording is None:
-            return function(*args, **options)
+            return function(*map(latest, args), **options)
         # Autograd is not shown parameters: their gradients are added up in the call, and no other comes.
         shown = [_Parameter(x) if _is_parameter(x) else x for x in args]
         return _Uncaptured.apply(recording, lambda *tensors: function(*tensors, **options), *shown)
@@ -151,7 +191,7 @@ class _Call:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._function = function
         self._inputs: list[Any] = []
-        self._out: Tensor | None = None
+        self._edge: Any = None
 
     def forward(self, args: list[Any], needs_gradient: list[bool], out: Tensor) -> None:
         self._inputs = [
@@ -159,14 +199,15 @@ class _Call:
         ]
         # Replays know nothing of recomputation: what the call keeps is kept, whatever hooks the recorded pass has.
         with torch.set_grad_enabled(any(needs_gradient)), saved_tensors_hooks(Tensor.detach, lambda x: x):
-            self._out = self._function(*(x.x if isinstance(x, _Parameter) else x for x in self._inputs))
-        out.copy_(self._out.detach())
+            result = self._function(*(x.x if isinstance(x, _Parameter) else latest(x) for x in self._inputs))
+        if result.requires_grad:  # of the result no more is kept than its own op keeps
+            self._edge = get_gradient_edge(result)
+        out.copy_(result.detach())
 
     def backward(self, d_out: Tensor, gradients: list[Tensor | None]) -> None:
-        out, inputs = self._out, self._inputs
-        self._out, self._inputs = None, []
-        assert out is not None
-        torch.autograd.backward(out, d_out)
+        edge, inputs = self._edge, self._inputs
+        self._edge, self._inputs = None, []
+        torch.autograd.backward((edge,), (d_out,))
         for x, gradient in zip(inputs, gradients, strict=True):
             if gradient is not None:
                 gradient.zero_() if x.grad is None else gradient.copy_(x.grad)

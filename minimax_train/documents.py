@@ -110,7 +110,8 @@ class Documents(Derived):
 class DeviceDocuments(Documents):
     """Documents whose lengths only the device knows, in static memory: those of a CUDA graph, filled before a replay.
 
-    There are always N; the last may be empty. What is derived from the lengths is computed on the device, and kept
+    There are always N; the last may be empty. Where they are parts of documents, only the device knows their first
+    positions too. What is derived from the lengths is computed on the device, and kept
     until the next :meth:`fill` or :meth:`forget`. Call one of them before a capture, and ``forget`` after it: what a
     graph does not compute itself its replays would read as it was for an earlier fill, and what it does compute is in
     memory that other graphs may share.
@@ -119,10 +120,12 @@ class DeviceDocuments(Documents):
         cu_seqlens_cpu: has no values: reading one is an error.
         tokens: tokens of all documents together.
         longest: tokens of the longest document there may be.
+        first_positions_N: position of each document's first token, int32.
     """
 
     tokens: int
     longest: int
+    first_positions_N: Tensor
 
     @classmethod
     def of_shape(
@@ -136,27 +139,30 @@ class DeviceDocuments(Documents):
         if num_documents < 1 or num_documents * max_length < num_tokens:
             raise ValueError(f"{num_documents} documents of at most {max_length} tokens cannot hold {num_tokens}")
         cu_seqlens = torch.arange(num_documents + 1).mul_(max_length).clamp_(max=num_tokens).int()
-        return cls(to_device(cu_seqlens, device), cu_seqlens.to("meta"), (0,) * num_documents, num_tokens, max_length)
+        on_device, first_positions_N = (to_device(x, device) for x in (cu_seqlens, torch.zeros_like(cu_seqlens[1:])))
+        return cls(on_device, cu_seqlens.to("meta"), (), num_tokens, max_length, first_positions_N)
 
     def fill(self, documents: Documents) -> None:
         """Take over another batch's documents, in the order of the device's work; the host does not wait.
 
         Args:
-            documents: whole ones, known to the host.
+            documents: those that the host knows.
 
         Raises:
-            ValueError: for too many documents, a longer one, other tokens, or parts of documents.
+            ValueError: for too many documents, a longer one, or other tokens.
         """
         count, tokens, longest = len(documents), documents.num_tokens, documents.max_length
-        fits = count <= len(self) and longest <= self.longest and tokens == self.tokens
-        if not fits or any(documents.first_positions):
+        if count > len(self) or longest > self.longest or tokens != self.tokens:
             raise ValueError(
-                f"{count} documents of {tokens} tokens, the longest of {longest}: must be at most {len(self)} whole "
-                f"ones of {self.tokens} tokens, the longest of at most {self.longest}"
+                f"{count} documents of {tokens} tokens, the longest of {longest}: must be at most {len(self)} of "
+                f"{self.tokens} tokens, the longest of at most {self.longest}"
             )
         padded = torch.full((len(self) + 1,), tokens, dtype=torch.int32)
         padded[: count + 1] = documents.cu_seqlens_cpu
         self.cu_seqlens.copy_(to_device(padded, self.device))
+        first_positions = torch.zeros(len(self), dtype=torch.int32)
+        first_positions[:count] = torch.tensor(documents.first_positions)
+        self.first_positions_N.copy_(to_device(first_positions, self.device))
         self.forget()
 
     def forget(self) -> None:
@@ -183,4 +189,4 @@ class DeviceDocuments(Documents):
     def _positions(self) -> Tensor:
         tokens_T = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
         document_T = torch.searchsorted(self.cu_seqlens[1:], tokens_T, right=True)
-        return (tokens_T - self.cu_seqlens[document_T]).long()
+        return (tokens_T + (self.first_positions_N - self.cu_seqlens[:-1])[document_T]).long()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimax_train.capture import Latest, latest
 from minimax_train.data.packing import PackedSequence
 from minimax_train.documents import IGNORE_INDEX, Documents, to_device
 from minimax_train.parallel.context.layout import SequenceLayout, SequenceShard
@@ -30,7 +31,8 @@ class MicroBatch:
         num_sequences: packed sequences, one after the other on the token axis.
         num_scores: pairs of tokens that a causal attention looks at in the whole sequences, also if these are shared.
         num_targets: labels that are not ``IGNORE_INDEX``, on the host: what a summed loss is divided by. May be 0.
-        shard: which of their tokens these are, when context-parallel ranks share them; None when they are all.
+        shard: which of their tokens these are, when context-parallel ranks share them; None when they are all. In a
+            CUDA graph, that of the latest replay.
     """
 
     tokens_T: Tensor
@@ -40,7 +42,7 @@ class MicroBatch:
     num_sequences: int
     num_targets: int
     num_scores: int
-    shard: SequenceShard | None = None
+    shard: SequenceShard | Latest[SequenceShard] | None = None
 
     @classmethod
     def concatenate(cls, sequences: Sequence[PackedSequence]) -> MicroBatch:
@@ -76,7 +78,7 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device; the copy to a GPU does not hold up the host."""
-        shard = self.shard and self.shard.to(device)
+        shard = None if self.shard is None else latest(self.shard).to(device)
         return replace(
             self,
             tokens_T=to_device(self.tokens_T, device),

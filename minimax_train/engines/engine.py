@@ -65,6 +65,10 @@ class EngineConfig:
             ConfigError: naming the key to change.
         """
 
+    def calls_attention(self, grid: AxisSizes) -> bool:
+        """Whether on GPUs the host calls the attention between CUDA graphs, which keeps what it reads."""
+        return False
+
     def compute_dtype(self, device_type: str) -> torch.dtype:
         if self.precision == "auto":
             return torch.bfloat16 if device_type == "cuda" else torch.float32

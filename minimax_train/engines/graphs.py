@@ -3,9 +3,9 @@
 A graph replays the kernels it was captured from, with the same arguments. So everything that differs between
 micro-batches must be in device memory, at addresses that stay: tokens, labels, and documents, whose number and longest
 length are bounded (:class:`minimax_train.documents.DeviceDocuments`). For each bound there is a recording
-(``capture.py``): one graph, but for what the host must plan anew each time, the transfers of expert parallelism, which
-it calls between two graphs. All share one memory pool, since no two run at the same time, and nothing is kept in it
-from one replay to the next.
+(``capture.py``): one graph, but for what the host must plan anew each time, the experts of expert parallelism and the
+attention of context parallelism, which it calls between two graphs. All share one memory pool, since no two run at the
+same time, and nothing is kept in it from one replay to the next.
 
 The first micro-batch of a shape runs without a graph: it compiles kernels, and computes what they cache.
 """
@@ -18,9 +18,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minimax_train.capture import Recording
+from minimax_train.capture import Latest, Recording, latest
 from minimax_train.data import MicroBatch
 from minimax_train.documents import DeviceDocuments
+from minimax_train.parallel.context.layout import SequenceShard
 from minimax_train.phases import Phases
 from minimax_train.recipe import StepPlan
 
@@ -40,18 +41,20 @@ class MicroBatchGraphs:
         run: forward and backward pass of a micro-batch, given its step's plan. What it computes it leaves in tensors
             that stay where they are.
         phases: marks replays as ``graph``.
+        has_calls: whether ``run`` has calls between graphs.
         note: told why micro-batches run without a graph, where they do.
     """
 
     def __init__(
         self, run: Callable[[MicroBatch, StepPlan], None], device: torch.device, phases: Phases,
-        note: Callable[[str], None],
+        note: Callable[[str], None], *, has_calls: bool,
     ) -> None:  # fmt: skip
-        self._run, self._phases, self._note, self._works = run, phases, note, True
+        self._run, self._phases, self._note, self._works, self._has_calls = run, phases, note, True, has_calls
         self._stream = torch.cuda.Stream(device)
         self._shape: Hashable = None
         self._tensors: tuple[Tensor, ...] = ()
         self._documents: dict[int, DeviceDocuments] = {}
+        self._shard = Latest[SequenceShard]()
         self._recordings: dict[Hashable, Recording] = {}
         self._pool = None
 
@@ -75,7 +78,7 @@ class MicroBatchGraphs:
             with self._phases("graph"):
                 self._on_stream(recording.replay)
             return
-        recording = Recording(self._pool)
+        recording = Recording(self._pool, has_calls=self._has_calls)
         try:
             if warms_up:
                 self._on_stream(lambda: self._run(inputs, plan))
@@ -124,4 +127,7 @@ class MicroBatchGraphs:
         documents.fill(batch.documents)
         tokens_T, labels_T, origins_T = self._tensors
         inputs = replace(batch, tokens_T=tokens_T, labels_T=labels_T, origins_T=origins_T, documents=documents)
+        if batch.shard is not None:
+            self._shard.value = latest(batch.shard)
+            inputs = replace(inputs, shard=self._shard)
         return inputs, documents

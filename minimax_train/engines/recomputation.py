@@ -55,6 +55,7 @@ class Recomputation:
             config.model,
             config.engine.compute_dtype(device.type).itemsize,
             **{axis: grid.size(axis) for axis in ("tp", "ep", "etp")},
+            attention_is_called=config.engine.calls_attention(grid),
             held=held,
             deferred=deferred,
         )

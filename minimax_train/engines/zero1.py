@@ -8,8 +8,7 @@ where they are, and the optimizer goes over all parameters in one pass:
     micro-batches   gradients are added up in float32, on this rank
     reduce-scatter  of the step's gradients, each as soon as the last micro-batch has added to it
     AdamW           on this rank's shards, which also rounds the new weights to the dtype of compute
-    all-gather      of the weights, beside the next forward pass: a block waits for its own (with expert parallelism,
-                    whose calls of the host no transfer of a CUDA graph outlasts, the first block for all)
+    all-gather      of the weights, beside the next forward pass: a block waits for its own
 
 None of these tensors ever moves, which a CUDA graph of a micro-batch needs (``graphs.py``).
 
@@ -19,8 +18,9 @@ Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -52,8 +52,9 @@ class Zero1Config(EngineConfig):
     Attributes:
         moments: dtype of AdamW's moments: ``float32`` or ``bfloat16``, which takes 4 bytes a parameter less.
         cuda_graphs: on a GPU, capture a micro-batch's forward and backward pass in a CUDA graph and replay it: the host
-            launches one graph instead of thousands of kernels. What cannot be captured runs without, and the log
-            says so: so far context parallelism, and on a GPU whose kernels ask the host for lengths.
+            launches one graph instead of thousands of kernels; with expert or context parallelism some hundred, between
+            which it calls what it must plan. What cannot be captured runs without, and the log says so: ``full``
+            recomputation with either of these, and kernels that ask the host for lengths.
     """
 
     name: str = "zero1"
@@ -65,9 +66,22 @@ class Zero1Config(EngineConfig):
         require_choice("engine.name", self.name, ("zero1",))
         require_choice("engine.moments", self.moments, ("float32", "bfloat16"))
 
-    def captures(self, grid: AxisSizes) -> bool:
-        """Whether a micro-batch on such a grid of GPUs is captured, where its kernels can be."""
-        return self.cuda_graphs and grid.size("cp") == 1
+    def captures(self, grid: AxisSizes, recomputation: Sequence[str]) -> bool:
+        """Whether a micro-batch on such a grid of GPUs is captured, where its kernels can be.
+
+        Args:
+            recomputation: of the layers on the rank. Computed again, a call between two graphs would be made twice, and
+                nothing of the first forgotten.
+        """
+        return self.cuda_graphs and not (has_calls(grid) and "full" in recomputation)
+
+    def calls_attention(self, grid: AxisSizes) -> bool:
+        return self.cuda_graphs and grid.size("cp") > 1
+
+
+def has_calls(grid: AxisSizes) -> bool:
+    """Whether the host must plan exchanges within a micro-batch."""
+    return grid.size("ep") > 1 or grid.size("cp") > 1
 
 
 class ParameterShards:
@@ -153,27 +167,52 @@ def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
 
 
 class _Transfers:
-    """Transfers under way, by parameter, each waited for once; those begun while a graph is captured, in it."""
+    """Transfers under way, by parameter, each waited for once.
+
+    While a micro-batch is captured as one graph, they are part of it. Where it is many, the host starts them between
+    two and waits for them between two others, in every replay.
+    """
 
     def __init__(self) -> None:
         self._pending: dict[str, Pending] = {}
 
-    def add(self, name: str, pending: Pending) -> None:
-        self._pending[name] = pending
-        if (recording := Recording.current) is not None:
-            # Begun in a graph, it must be done when that ends; begun in a call of the host, when that ends.
-            if recording.is_calling:
-                self.wait(name)
-            else:
-                recording.join(lambda: self.wait(name))
+    def start(self, name: str, begin: Callable[[], Pending]) -> None:
+        def run() -> None:
+            self._pending[name] = begin()
 
-    def wait(self, name: str) -> None:
-        if (pending := self._pending.pop(name, None)) is not None:
-            pending.wait()
+        if (recording := _of_device_only()) is None:
+            run()
+        elif recording.has_calls:
+            recording.between(run)
+        else:
+            run()
+            recording.join(lambda: self._wait([name]))
+
+    def wait(self, names: Sequence[str]) -> None:
+        recording = _of_device_only()
+        if recording is None or not recording.has_calls:
+            self._wait(names)
+        elif any(name in self._pending for name in names):
+            recording.call(lambda: self._wait(names), lambda: self._wait(names))
 
     def wait_all(self) -> None:
-        for name in list(self._pending):
-            self.wait(name)
+        """At the end of a micro-batch."""
+        recording = _of_device_only()
+        if recording is None or not recording.has_calls:
+            self._wait(list(self._pending))
+        else:
+            recording.between(lambda: self._wait(list(self._pending)))
+
+    def _wait(self, names: Sequence[str]) -> None:
+        for name in names:
+            if (pending := self._pending.pop(name, None)) is not None:
+                pending.wait()
+
+
+def _of_device_only() -> Recording | None:
+    """The recording in whose graph what is launched now is captured."""
+    recording = Recording.current
+    return None if recording is None or recording.is_calling else recording
 
 
 class Zero1Engine(AutogradEngine):
@@ -183,7 +222,8 @@ class Zero1Engine(AutogradEngine):
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)
-        options: Zero1Config = config.engine
+        self._options: Zero1Config = config.engine
+        options = self._options
         self._groups = _make_groups(model, self.layouts, options, grid, device)
         self._group_of = {name: group for group in self._groups.values() for name in group.shapes}
         self._is_sharded = any(group.ranks.size > 1 for group in self._groups.values())
@@ -201,25 +241,27 @@ class Zero1Engine(AutogradEngine):
             group.round_master()
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
         self._gathering, self._reducing, self._summed = _Transfers(), _Transfers(), set[str]()
+        self._gathers_in_graph = self._is_told = False
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
-        for module, names in self._weights_by_reader().items():
+        readers = self._weights_by_reader()
+        self._read_first = readers.pop(model)
+        for module, names in readers.items():
             self._wait_before(module, names)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
         largest = self.memory(config, self.layouts, grid, device.type)["one parameter's gradient"]
         self._choose_recomputation(largest, apart=options.cuda_graphs)
-        self._graphs = None
+        self._graphs, self._has_calls = None, has_calls(grid)
         if options.cuda_graphs and device.type == "cuda":
-            if not options.captures(grid):
-                cp = grid.size("cp")
-                self.notes.append(f"no CUDA graphs with parallel.cp={cp}: the host plans each micro-batch's exchanges")
-            elif dist.get_world_size() > 1 and "cuda:nccl" not in dist.get_backend_config():
+            if dist.get_world_size() > 1 and "cuda:nccl" not in dist.get_backend_config():
                 self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
             else:
-                self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
+                self._graphs = MicroBatchGraphs(
+                    self._sum_gradients, device, phases, self.notes.append, has_calls=self._has_calls
+                )
 
     @classmethod
     def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
@@ -261,17 +303,15 @@ class Zero1Engine(AutogradEngine):
         """Wait for these weights when a module is called."""
         gathering = self._gathering
 
-        def wait(*_: Any) -> None:
-            for name in names:
-                gathering.wait(name)
-
-        module.register_forward_pre_hook(wait)
+        module.register_forward_pre_hook(lambda *_: gathering.wait(names))
 
     def _gather_weights(self) -> None:
-        """Start to take over the other ranks' new weights, in the order in which the forward pass needs them."""
+        """Start to take over the other ranks' new weights, in the order in which the forward pass needs them, and wait
+        for the first."""
         for name in self.parameters:
             if (group := self._group_of[name]).ranks.size > 1:
-                self._gathering.add(name, group.gather(name))
+                self._gathering.start(name, partial(group.gather, name))
+        self._gathering.wait(self._read_first)
 
     def _sharded(self, kind: str) -> dict[str, Tensor]:
         """Every parameter's shard of a kind of tensor, in its global shape."""
@@ -299,22 +339,36 @@ class Zero1Engine(AutogradEngine):
 
     def _reduce(self, name: str) -> None:
         if self._is_last and (group := self._group_of[name]).ranks.size > 1:
-            self._reducing.add(name, group.reduce(name))
+            self._reducing.start(name, partial(group.reduce, name))
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
-        # Computed again, a call between two graphs would be made twice, and nothing of the first forgotten.
-        twice = self.grid.size("ep") > 1 and "full" in self._recomputation.kinds(plan)
-        if self._graphs is None or twice:
+        graphs = self._graphs if self._captures(plan) else None
+        # In one graph for all, the transfers are part of it.
+        self._gathers_in_graph = graphs is not None and not self._has_calls
+        if not self._gathers_in_graph:
+            self._gather_new_weights()
+        if graphs is None:
             self._sum_gradients(batch, plan)
         else:
-            self._graphs.run(batch, plan, self._is_first, self._is_last)
+            graphs.run(batch, plan, self._is_first, self._is_last)
         self._is_stale = False
+
+    def _captures(self, plan: StepPlan) -> bool:
+        captures = self._options.captures(self.grid, self._recomputation.kinds(plan))
+        if self._graphs is not None and not captures and not self._is_told:
+            self._is_told = True
+            self.notes.append("no CUDA graphs where blocks that hold calls of the host are computed again (full)")
+        return captures
+
+    def _gather_new_weights(self) -> None:
+        if self._is_first and self._is_sharded:
+            self._gather_weights()
 
     def _sum_gradients(self, batch: MicroBatch, plan: StepPlan) -> None:
         self._summed.clear()
-        if self._is_first and self._is_sharded:
-            self._gather_weights()
+        if self._gathers_in_graph:
+            self._gather_new_weights()
         self._forward_backward(batch, plan)
         self._gathering.wait_all()
         for name in self.parameters:

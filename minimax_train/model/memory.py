@@ -8,7 +8,8 @@ numbers of the dtype of compute, with D the hidden size, W = heads x head dim, K
     qkv, gate, attention's output; q, k, v, o     5 W               2 W + 2 key-value heads x head dim
     gate and up of the experts                    2 K F             2 K F
     ---------------------------------------------------------------------------------------------------
-    and with ``none`` also what is cheap:
+    and with ``none`` also what is cheap (of the attention with ``selective`` too, where the host calls it between
+    CUDA graphs: what it reads is kept):
     both norms' outputs                           2 D               2 D
     SiLU's q, k and v, the gated norm's output    4 W               0
 
@@ -49,6 +50,7 @@ class ActivationMemory:
         tp, ep, etp: sizes of these axes of the process grid.
         held: of how many micro-batches the rank holds each layer's activations at a time, 0 of a layer that is on
             another pipeline stage; None for one of every layer.
+        attention_is_called: whether the host calls the attention between CUDA graphs.
         deferred: under a schedule that makes gradients of weights later, when most of them wait: of how many
             micro-batches the rank holds each layer's activations, and of how many what those gradients are made of.
     """
@@ -58,6 +60,7 @@ class ActivationMemory:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    attention_is_called: bool = False
     held: Sequence[int] | None = None
     deferred: Sequence[tuple[int, int]] = ()
 
@@ -113,6 +116,8 @@ class ActivationMemory:
         numbers += self._dispatched * D
         if recomputation == "none":
             numbers += 2 * D + attention.cheap
+        elif self.attention_is_called:
+            numbers += attention.cheap
         # Probabilities, of the loss for balance too; each assignment's expert, and its weight twice.
         router = 2 * _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)
         scalars = _FLOAT32 * (2 + attention.float32)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minimax_train.capture import Latest
 from minimax_train.documents import Documents
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.kernels.deferral import begin_layer
@@ -165,7 +166,7 @@ class HybridModel(nn.Module):
         labels_T: Tensor | None = None,
         *,
         num_sequences: int = 1,
-        shard: SequenceShard | None = None,
+        shard: SequenceShard | Latest[SequenceShard] | None = None,
         rope_base: float | None = None,
         part: int = 0,
         x_TD: Tensor | None = None,

@@ -15,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_train.documents import Documents, to_device
+from minimax_train.capture import Latest, latest
+from minimax_train.documents import Documents
 from minimax_train.model.ranks import ModelRanks
 from minimax_train.parallel.context.layout import SequenceShard
 
@@ -69,22 +71,36 @@ class TokenSpans:
     _pools: dict[str, TokenPools] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, documents: Documents, shard: SequenceShard | None, num_sequences: int, ranks: ModelRanks) -> TokenSpans:
+    def of(
+        cls,
+        documents: Documents,
+        shard: SequenceShard | Latest[SequenceShard] | None,
+        num_sequences: int,
+        ranks: ModelRanks,
+    ) -> TokenSpans:
         """Those of a micro-batch; arguments as of :meth:`minimax_train.model.model.HybridModel.forward`.
 
-        Without a shard all is made on the device: a CUDA graph may compute it.
+        All is made on the device, and depends on no document: a CUDA graph may compute it.
         """
         if shard is None:
             return cls._of_whole(documents.num_tokens, documents.device, num_sequences, ranks)
-        sequence_length, tp = shard.whole.num_tokens // num_sequences, ranks.tp
-        tokens_T = shard.global_tokens_T.chunk(tp.size)[tp.rank]
-        key_T = tokens_T // shard.chunk_size * num_sequences + tokens_T // sequence_length
-        key_P, span_T = key_T.unique_consecutive(return_inverse=True)
+        shard = latest(shard)
+        sequence_length, tp, size = shard.whole.num_tokens // num_sequences, ranks.tp, shard.chunk_size
+        here = tp.local_range(len(shard.mine) * size)
+        pieces = []  # of chunks, on the whole axis
+        for chunk in shard.mine:
+            place = chunk.place * size
+            start, end = max(here.start, place), min(here.stop, place + size)
+            if start < end:
+                pieces.append((chunk.start + start - place, chunk.start + end - place))
+        num_spans = sum((end - 1) // sequence_length - start // sequence_length + 1 for start, end in pieces)
+        tokens_T = torch.cat([torch.arange(*piece, device=documents.device) for piece in pieces])
+        key_T = tokens_T // size * num_sequences + tokens_T // sequence_length
+        span_T = F.pad((key_T[1:] != key_T[:-1]).cumsum(0), (1, 0))
+        key_P = key_T.new_empty(num_spans).scatter_(0, span_T, key_T)
         place_P = key_P // num_sequences * tp.size + tp.rank
-        host = (span_T, key_P % num_sequences, place_P)
-        span_T, sequence_P, place_P = (to_device(x, documents.device) for x in host)
         num_places = len(shard.chunks) * tp.size
-        return cls(ranks, span_T, sequence_P, place_P, num_places, num_sequences, sequence_length)
+        return cls(ranks, span_T, key_P % num_sequences, place_P, num_places, num_sequences, sequence_length)
 
     @classmethod
     def _of_whole(

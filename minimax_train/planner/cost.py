@@ -185,7 +185,7 @@ def host_seconds(config: Config, grid: GridSizes, part: ModelPart, recomputation
     """To launch a micro-batch's passes through a part of the model; 0 where a CUDA graph of them is replayed."""
     engine: Any = config.engine
     taken = LAUNCH_S["launches"]
-    if engine.name == "zero1" and engine.captures(grid):
+    if engine.name == "zero1" and engine.captures(grid, [recomputation[layer] for layer in part.layers]):
         return 0.0
     if engine.name == "fsdp" and engine.reshards(grid):
         taken += LAUNCH_S["gathers"]

@@ -260,6 +260,7 @@ def rank_activations(
         tp=grid.tp,
         ep=grid.ep,
         etp=grid.etp,
+        attention_is_called=config.engine.calls_attention(grid),
         held=held,
         deferred=deferred,
     )

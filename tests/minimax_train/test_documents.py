@@ -26,6 +26,14 @@ def test_every_fill_gives_the_positions_of_its_documents():
         assert held.cu_seqlens.data_ptr() == memory
 
 
+def test_parts_of_documents_go_on_where_they_were_cut():
+    held = DeviceDocuments.of_shape(num_documents=6, num_tokens=15, max_length=15, device=DEVICE)
+    for lengths, firsts in [([7, 5, 3], [40, 0, 2]), ([2, 13], [0, 9]), ([15], [0]), ([1, 1, 4, 9], [3, 0, 0, 77])]:
+        held.fill(Documents.from_lengths(lengths, DEVICE, first_positions=firsts))
+        expected = [p for length, first in zip(lengths, firsts, strict=True) for p in range(first, first + length)]
+        assert held.positions_T.tolist() == expected
+
+
 def test_the_first_documents_fit_the_bounds():
     held = DeviceDocuments.of_shape(num_documents=5, num_tokens=20, max_length=9, device=DEVICE)
     assert held.cu_seqlens.tolist() == [0, 9, 18, 20, 20, 20]
@@ -39,13 +47,12 @@ def test_the_first_documents_fit_the_bounds():
         Documents.from_lengths([5, 5, 5, 5]),
         Documents.from_lengths([11, 9]),
         Documents.from_lengths([10, 9]),
-        Documents.from_lengths([10, 10], first_positions=[3, 0]),
     ],
-    ids=["too many", "too long", "other tokens", "parts"],
+    ids=["too many", "too long", "other tokens"],
 )
 def test_documents_that_do_not_fit_are_refused(documents):
     held = DeviceDocuments.of_shape(num_documents=3, num_tokens=20, max_length=10, device=DEVICE)
     before = held.cu_seqlens.tolist()
-    with pytest.raises(ValueError, match="at most 3 whole ones of 20 tokens, the longest of at most 10"):
+    with pytest.raises(ValueError, match="at most 3 of 20 tokens, the longest of at most 10"):
         held.fill(documents)
     assert held.cu_seqlens.tolist() == before

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from minimax_train.capture import uncaptured
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.silu import silu_qkv
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 # Transformers and the original model leave this norm at its default epsilon, whatever the others use.
 NORM_EPS = 1e-6
+
+
+# The host plans the exchanges of each micro-batch.
+_shared_attention = uncaptured(lightning_attention_cp)
 
 
 @cache
@@ -71,7 +76,7 @@ class LightningAttention(nn.Module):
             return lightning_attention(*inputs, context.documents, implementation=self.implementation)[0]
         assert ranks.cp is not None
         options = {"method": ranks.cp_methods.get("linear_cp", AUTO), "implementation": self.implementation}
-        return lightning_attention_cp(*inputs, context.shard, ranks.cp, **options)
+        return _shared_attention(*inputs, context.shard, ranks.cp, **options)
 
     def initializers(self) -> dict[str, Initializer]:
         D, K = self.config.hidden_size, self.config.head_dim

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from minimax_train.capture import uncaptured
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.rope import rotate_heads
 from minimax_train.kernels.softmax import softmax_attention
@@ -23,6 +24,10 @@ from minimax_train.parallel.context.softmax import METHODS, softmax_attention_cp
 
 if TYPE_CHECKING:
     from minimax_train.model.config import ModelConfig
+
+
+# The host plans the exchanges of each micro-batch.
+_shared_attention = uncaptured(softmax_attention_cp)
 
 
 class SoftmaxAttention(nn.Module):
@@ -58,7 +63,7 @@ class SoftmaxAttention(nn.Module):
             return softmax_attention(*inputs, context.documents, **options)[0]
         assert self.ranks.cp is not None
         method = self.ranks.cp_methods.get("softmax_cp", AUTO)
-        return softmax_attention_cp(*inputs, context.shard, self.ranks.cp, method=method, **options)
+        return _shared_attention(*inputs, context.shard, self.ranks.cp, method=method, **options)
 
     def initializers(self) -> dict[str, Initializer]:
         D, K, beta = self.config.hidden_size, self.config.head_dim, self.config.initial_gain

@@ -24,7 +24,7 @@ STAGES = [
     "recipe.stages.long.rope_base=5000",
     "recipe.learning_rate=3e-3",
 ]
-GRIDS = [{}, {"tp": 2}, {"etp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}]
+GRIDS = [{}, {"tp": 2}, {"etp": 2}, {"ep": 2}, {"cp": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}]
 
 
 def _train(_, runs):

@@ -1,13 +1,16 @@
 """The spans of a rank's tokens, made on the device, against a count of them one by one."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minimax_train.documents import DeviceDocuments
+from minimax_train.capture import Latest
+from minimax_train.documents import DeviceDocuments, Documents
 from minimax_train.model.pools import TokenSpans
 from minimax_train.model.ranks import ModelRanks
+from minimax_train.parallel.context.layout import SequenceLayout
 from minimax_train.parallel.tensor import TensorParallel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,3 +33,36 @@ def test_spans_without_context_parallelism(num_tokens, num_sequences, tp):
         assert (spans.num_sequences, spans.sequence_length) == (num_sequences, length)
         seen += len(mine)
     assert seen == num_tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "cp", "tp", "num_sequences", "length"),
+    [("zigzag", 2, 1, 3, 28), ("zigzag", 3, 2, 2, 60), ("contiguous", 4, 3, 1, 36), ("contiguous", 2, 1, 5, 6)],
+)
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_spans_with_context_parallelism(kind, cp, tp, num_sequences, length, in_graph):
+    total, layout = num_sequences * length, SequenceLayout(kind, cp)
+    whole = Documents.from_lengths([total // 3, total - total // 3], DEVICE)
+    size = total // len(layout.chunk_ranks)
+    placed = {}
+    for rank, part in itertools.product(range(cp), range(tp)):
+        shard = layout.shard(whole, rank)
+        ranks = ModelRanks(tp=TensorParallel(SimpleNamespace(rank=part, size=tp)))
+        given = Latest() if in_graph else shard
+        if in_graph:
+            given.value = shard
+        spans = TokenSpans.of(shard.documents, given, num_sequences, ranks)
+        chunks = [index for index, holder in enumerate(layout.chunk_ranks) if holder == rank]
+        tokens = [t for index in chunks for t in range(index * size, (index + 1) * size)]
+        tokens = tokens[part * len(tokens) // tp : (part + 1) * len(tokens) // tp]
+        runs = [key for key, _ in itertools.groupby((t // size, t // length) for t in tokens)]
+        assert spans.sequence_P.tolist() == [sequence for _, sequence in runs]
+        assert spans.span_T.tolist() == [runs.index((t // size, t // length)) for t in tokens]
+        assert (spans.num_sequences, spans.sequence_length) == (num_sequences, length)
+        for place, sequence, run in zip(spans.place_P.tolist(), spans.sequence_P.tolist(), runs, strict=True):
+            assert 0 <= place < spans.num_places
+            first = next(t for t in tokens if (t // size, t // length) == run)
+            assert placed.setdefault((sequence, place), first) == first, "a place has one span"
+    for sequence in range(num_sequences):  # places are in token order
+        firsts = [first for (of, _), first in sorted(placed.items()) if of == sequence]
+        assert firsts == sorted(firsts)
