@@ -191,12 +191,15 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
 
 def finish(command: list[str], seconds: float) -> str | None:
     """Run a command; why it did not end well."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        subprocess.run(command, check=True, timeout=max(1.0, seconds), stderr=subprocess.PIPE, text=True)
+        _, error = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun ends its ranks, which would keep their GPUs
+        process.communicate()
         return "no time was left"
-    except subprocess.CalledProcessError as error:
-        return f"status {error.returncode}: " + "".join(error.stderr.splitlines(keepends=True)[-3:])
+    if process.returncode:
+        return f"status {process.returncode}: " + "".join(error.splitlines(keepends=True)[-3:])
     return None
 
 

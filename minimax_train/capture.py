@@ -9,8 +9,8 @@ in the call.
 Everything is captured in the order in which it runs, and each graph is replayed as soon as it is captured: what a call
 is given is real, and the recorded pass counts.
 
-Transfers of a graph must be done when it ends. Those that are to go on beside the graphs are calls as well, which start
-them between two graphs and wait for them between two others (:meth:`Recording.between`).
+A transfer that a graph starts must be done when the graph ends (:meth:`Recording.join`). One that is to go on beside
+the graphs is started between two and waited for between two others (:meth:`Recording.between`).
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ class Recording:
 
     Args:
         pool: graph memory pool, shared by recordings that do not run at the same time and begin on the same stream.
-        has_calls: whether there will be calls. Without any all is one graph, and so are transfers.
     """
 
     current: Recording | None = None
     """The one that is being made or replayed."""
 
-    def __init__(self, pool: Any, *, has_calls: bool) -> None:
-        self._pool, self.has_calls, self._steps = pool, has_calls, list[Callable[[], None]]()
+    def __init__(self, pool: Any) -> None:
+        self._pool, self._steps = pool, list[Callable[[], None]]()
         self._joins: list[Callable[[], object]] = []
         self._waiting: list[Callable[[], None]] = []
         self.is_calling = False

@@ -41,15 +41,14 @@ class MicroBatchGraphs:
         run: forward and backward pass of a micro-batch, given its step's plan. What it computes it leaves in tensors
             that stay where they are.
         phases: marks replays as ``graph``.
-        has_calls: whether ``run`` has calls between graphs.
         note: told why micro-batches run without a graph, where they do.
     """
 
     def __init__(
         self, run: Callable[[MicroBatch, StepPlan], None], device: torch.device, phases: Phases,
-        note: Callable[[str], None], *, has_calls: bool,
+        note: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._run, self._phases, self._note, self._works, self._has_calls = run, phases, note, True, has_calls
+        self._run, self._phases, self._note, self._works = run, phases, note, True
         self._stream = torch.cuda.Stream(device)
         self._shape: Hashable = None
         self._tensors: tuple[Tensor, ...] = ()
@@ -78,7 +77,7 @@ class MicroBatchGraphs:
             with self._phases("graph"):
                 self._on_stream(recording.replay)
             return
-        recording = Recording(self._pool, has_calls=self._has_calls)
+        recording = Recording(self._pool)
         try:
             if warms_up:
                 self._on_stream(lambda: self._run(inputs, plan))

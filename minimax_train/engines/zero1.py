@@ -8,7 +8,8 @@ where they are, and the optimizer goes over all parameters in one pass:
     micro-batches   gradients are added up in float32, on this rank
     reduce-scatter  of the step's gradients, each as soon as the last micro-batch has added to it
     AdamW           on this rank's shards, which also rounds the new weights to the dtype of compute
-    all-gather      of the weights, beside the next forward pass: a block waits for its own
+    all-gather      of the weights, beside the next forward pass: a block waits for its own (with expert parallelism
+                    alone, between whose calls all transfers of a CUDA graph end, the first block for all)
 
 None of these tensors ever moves, which a CUDA graph of a micro-batch needs (``graphs.py``).
 
@@ -169,38 +170,40 @@ def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
 class _Transfers:
     """Transfers under way, by parameter, each waited for once.
 
-    While a micro-batch is captured as one graph, they are part of it. Where it is many, the host starts them between
-    two and waits for them between two others, in every replay.
+    While a micro-batch is captured, they are part of the graph, or go on beside graphs.
+
+    Args:
+        beside: the latter. It takes the host time for each: worth it where a rank's part of all parameters is reduced,
+            as context parallelism does, and not with expert parallelism alone, which waits for the host and shares few.
     """
 
-    def __init__(self) -> None:
-        self._pending: dict[str, Pending] = {}
+    def __init__(self, beside: bool) -> None:
+        self.beside, self._pending = beside, dict[str, Pending]()
 
     def start(self, name: str, begin: Callable[[], Pending]) -> None:
         def run() -> None:
             self._pending[name] = begin()
 
-        if (recording := _of_device_only()) is None:
+        if (recording := _capturing()) is None:
             run()
-        elif recording.has_calls:
+        elif self.beside:
             recording.between(run)
         else:
             run()
             recording.join(lambda: self._wait([name]))
 
     def wait(self, names: Sequence[str]) -> None:
-        recording = _of_device_only()
-        if recording is None or not recording.has_calls:
+        recording = _capturing()
+        if recording is None or not self.beside:
             self._wait(names)
         elif any(name in self._pending for name in names):
             recording.call(lambda: self._wait(names), lambda: self._wait(names))
 
     def wait_all(self) -> None:
         """At the end of a micro-batch."""
-        recording = _of_device_only()
-        if recording is None or not recording.has_calls:
+        if (recording := _capturing()) is None:
             self._wait(list(self._pending))
-        else:
+        else:  # also for what its calls have started
             recording.between(lambda: self._wait(list(self._pending)))
 
     def _wait(self, names: Sequence[str]) -> None:
@@ -209,8 +212,8 @@ class _Transfers:
                 pending.wait()
 
 
-def _of_device_only() -> Recording | None:
-    """The recording in whose graph what is launched now is captured."""
+def _capturing() -> Recording | None:
+    """The recording into whose graph goes what is launched now."""
     recording = Recording.current
     return None if recording is None or recording.is_calling else recording
 
@@ -240,7 +243,8 @@ class Zero1Engine(AutogradEngine):
             self._gradient_of |= group.whole(group.gradients)
             group.round_master()
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
-        self._gathering, self._reducing, self._summed = _Transfers(), _Transfers(), set[str]()
+        beside = grid.size("cp") > 1
+        self._gathering, self._reducing, self._summed = _Transfers(beside), _Transfers(beside), set[str]()
         self._gathers_in_graph = self._is_told = False
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
@@ -254,14 +258,12 @@ class Zero1Engine(AutogradEngine):
         # The whole gradient of one parameter at a time, until it is added to the others.
         largest = self.memory(config, self.layouts, grid, device.type)["one parameter's gradient"]
         self._choose_recomputation(largest, apart=options.cuda_graphs)
-        self._graphs, self._has_calls = None, has_calls(grid)
+        self._graphs = None
         if options.cuda_graphs and device.type == "cuda":
             if dist.get_world_size() > 1 and "cuda:nccl" not in dist.get_backend_config():
                 self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
             else:
-                self._graphs = MicroBatchGraphs(
-                    self._sum_gradients, device, phases, self.notes.append, has_calls=self._has_calls
-                )
+                self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
 
     @classmethod
     def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
@@ -344,8 +346,7 @@ class Zero1Engine(AutogradEngine):
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
         graphs = self._graphs if self._captures(plan) else None
-        # In one graph for all, the transfers are part of it.
-        self._gathers_in_graph = graphs is not None and not self._has_calls
+        self._gathers_in_graph = graphs is not None and not self._gathering.beside
         if not self._gathers_in_graph:
             self._gather_new_weights()
         if graphs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import tempfile
 import time
@@ -112,6 +113,7 @@ def _rank(
         environment.init_process_group(device, TIMEOUT)
         result = function(ProcessGrid.create(device, TIMEOUT, **grid), *arguments)
         torch.save(result, Path(folder) / f"result-{rank}")
+        gc.collect()  # NCCL's communicators wait for the CUDA graphs that were captured with them
         torch.distributed.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")

@@ -54,9 +54,12 @@ class _HostRecording(Recording):
     """Stands for a recording of CUDA graphs: what would be captured just runs; calls and transfers are those of one."""
 
     def pause(self):
-        pass
+        for wait in self._joins:
+            wait()
+        self._joins.clear()
 
-    resume = pause
+    def resume(self):
+        pass
 
 
 def _recorded(grid, config):
@@ -68,10 +71,11 @@ def _recorded(grid, config):
         if batch.shard is not None:
             shard = capture.Latest()
             shard.value, batch = batch.shard, replace(batch, shard=shard)
-        Recording.current = recording = _HostRecording(None, has_calls=True)
+        Recording.current = recording = _HostRecording(None)
         run(engine, batch, plan)
-        Recording.current = None
+        recording.pause()
         recording._make_waiting()
+        Recording.current = None
         assert recording._steps and not engine._reducing._pending and not engine._gathering._pending
 
     Zero1Engine._sum_gradients = record
