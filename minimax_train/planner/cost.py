@@ -36,6 +36,7 @@ from minimax_train.planner.machine import (
     HALF_RATE_WIDTH,
     LAUNCH_S,
     MACHINES,
+    STAGE_PASSES,
     TILE_ROWS,
     TRANSFER_S,
     Rates,
@@ -146,6 +147,8 @@ def step_cost(
         sums = gradient_sums_seconds(work.elements, number, rates)
         for stage, part in zip(stages, work.parts, strict=True):
             passes = _passes(config.model, part, grid, tokens, recomputation, rates, document_tokens)
+            if len(ranks) > 1:
+                passes["stages by themselves"] = (STAGE_PASSES - 1) * sum(passes.values())
             layers = _layer_traffic(config.model, part, grid, tokens, plan.micro_batch_size, recomputation, cluster)
             # From the stage before in the forward pass, from the one after in the backward pass.
             given = {FORWARD: stage > 0 and rank_of[stage - 1] != rank, BACKWARD: stage < last}

@@ -47,6 +47,10 @@ LAUNCH_S = {"launches": 5.7e-3, "gathers": 4.1e-3, "reductions": 2.2e-3}
 launch its kernels; and where engines do so in every micro-batch, to gather its weights, or to reduce its gradients. The
 GPU waits where that takes longer than its own work. Fitted to ``medium`` on one H100 (docs/results.md, "Engines")."""
 
+STAGE_PASSES = 1.05
+"""What the passes of pipeline stages take, over those of the same layers in one CUDA graph. Fitted to passes on two
+H200 (docs/results.md, "Pipeline stages"): up to 1.1 where backward passes are split."""
+
 TRANSFER_S = {"tp": 60e-6, "cp": 60e-6, "ep": 370e-6, "etp": 170e-6}
 """Added to every transfer of a layer, beyond latency and bytes: streams that wait for each other, kernels that share
 the GPU with it, for ``ep`` the host. Fitted to runs on two GPUs; for ``cp`` taken as for ``tp``."""

@@ -39,6 +39,7 @@ ONE = [
     ("h200", WIDE, ROW, 1, 96.6, 34.0, "none"),
     ("h200", WIDE, ROW, 8, 720.2, 34.1, "none"),
     ("h200", MEDIUM, (131072, 1), 1, 1237.6, 67.5, "full"),
+    ("h200", MEDIUM, (131072, 1), 1, 904.0, 127.5, "auto"),
     ("h100", MEDIUM, ROW, 1, 270.9, 74.3, "selective"),
     ("h100", MEDIUM, ROW, 8, 1961.8, 74.4, "selective"),
     ("h100", SLICE, ROW, 1, 563.4, 73.3, "full"),
@@ -65,6 +66,26 @@ TWO = [
     ({"etp": 2}, ROW, 1, 281.6),
     ({"ep": 2}, ROW, 1, 293.1),
     ({"tp": 2}, (8192, 8), 1, 298.7),
+    ({"cp": 2}, (8192, 8), 1, 270.7),
+]
+# Two H200: milliseconds of 8 micro-batches' passes, and the share of the step in which a rank waits for the other.
+STAGED = [
+    "model=small",
+    "model.num_layers=16",
+    "model.layer_pattern=LLLS",
+    "model.hidden_size=2048",
+    "model.num_heads=16",
+    "model.num_kv_heads=2",
+    "model.head_dim=128",
+    "model.num_experts=8",
+    "model.expert_hidden_size=4096",
+    "model.vocab_size=4096",
+]
+PIPELINES = [
+    ("1f1b", 8 * (36.2 + 74.5), 0.131),
+    ("interleaved_1f1b", 16 * (19.0 + 37.9), 0.085),
+    ("zero_bubble", 16 * (19.5 + 21.1 + 18.0), 0.033),
+    ("dualpipe_v", 16 * (19.3 + 21.4 + 17.8), 0.018),
 ]
 
 
@@ -107,3 +128,21 @@ def test_two_gpus(axes, row, micro_batches, ms):
     assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
     if not axes and micro_batches == 1:
         assert plan.memory_bytes / 2**30 == pytest.approx(76.0, rel=0.05)
+
+
+@pytest.mark.parametrize("schedule, passes_ms, waiting", PIPELINES)
+def test_pipeline_stages(schedule, passes_ms, waiting):
+    config = load_config(
+        [
+            *STAGED,
+            "engine=fsdp",
+            "parallel.pp=2",
+            f"parallel.pp_schedule={schedule}",
+            "data.sequence_length=8192",
+            "recipe.micro_batch_size=2",
+            "recipe.global_batch_size=16",
+        ]
+    )
+    cost = plan_run(config, Cluster(2, MACHINES["h200"], Machine()), document_tokens=4000).cost
+    passes_s = cost.seconds - cost.compute_s["optimizer"]
+    assert 1e3 * passes_s == pytest.approx(passes_ms / (1 - waiting), rel=0.075)

@@ -204,7 +204,8 @@ def test_time_of_the_host():
     assert 0 < stages < plain / 2  # half the layers, and no gathers
     assert waits("recipe.activation_checkpointing=none", "engine.reshard_after_forward=true", world=2, pp=2) > stages
     assert waits("engine=zero1") == 0 < waits("engine=zero1", "engine.cuda_graphs=false")
-    assert waits("engine=zero1", "parallel.cp=2", world=2) > 0
+    assert waits("engine=zero1", "parallel.cp=2", world=2) == 0
+    assert waits("engine=zero1", "parallel.cp=2", "recipe.activation_checkpointing=full", world=2) > 0
 
 
 def test_proposals_for_a_recipe_of_stages():
