@@ -35,12 +35,7 @@ part() {
     training) run training python3 "$here/training.py" --models medium small --micro-batches 1 8 --json "$out/training.json" ;;
     long) run long python3 "$here/training.py" --models medium --micro-batches 1 --lengths 32768 131072 --json "$out/long.json" ;;
     slice) run slice python3 "$here/training.py" --models slice --micro-batches 1 8 --json "$out/slice.json" ;;
-    scaling)
-      run one python3 "$here/training.py" --models medium --micro-batches 1 8 --json "$out/one.json"
-      for axis in dp cp tp ep etp; do
-        local split=("parallel.$axis=$gpus"); [[ $axis != dp ]] || split=()
-        run "$axis" "${several[@]}" "$here/training.py" --models medium --micro-batches 1 --json "$out/$axis.json" "${split[@]}"
-      done ;;
+    scaling) LIMIT=${LIMIT:-600} run scaling python3 "$here/cluster.py" --parts weak axes cp --seconds 580 --json "$out/scaling.json" ;;
     engines) LIMIT=${LIMIT:-600} run engines "${many[@]}" "$here/engines.py" --model medium --micro-batches 8 --steps 6 --seconds 150 --json "$out/engines.json" \
       --engines zero1 megatron fsdp deepspeed-1 deepspeed-2 deepspeed-3 ;;
     pipeline) run pipeline "${several[@]}" "$here/pipeline.py" --measure --steps 3 --json "$out/pipeline.json" "${staged[@]}" ;;
@@ -61,7 +56,7 @@ part() {
           rm -rf "$out/losses-$name-$seed/checkpoints"
         done <<<$'zero1 engine=zero1\nfsdp engine=fsdp recipe.activation_checkpointing=full\nmoments engine=zero1 engine.moments=bfloat16'
       done ;;
-    cluster) LIMIT=${LIMIT:-600} run cluster python3 "$here/cluster.py" --seconds 580 --json "$out/cluster.json" --picture "$out/cluster.svg" ;;
+    cluster) LIMIT=${LIMIT:-600} run cluster python3 "$here/cluster.py" --parts strong linear experts pp best layers --seconds 580 --json "$out/cluster.json" --picture "$out/cluster.svg" ;;
     faults) LINES_SHOWN=60 LIMIT=${LIMIT:-600} run faults env PYTHONPATH="$here/../tests/lib:${PYTHONPATH:-}" python3 "$here/../tests/lib/support/fault_drills.py" --device cuda --at-once 3 ;;
     restart) run restart env PYTHONPATH="$here/../tests/lib:${PYTHONPATH:-}" python3 "$here/../tests/lib/support/restart_time.py" --device cuda ;;
     *) echo "rerun.sh: unknown part '$1'" >&2; exit 2 ;;

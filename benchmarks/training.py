@@ -90,24 +90,30 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
     for _ in range(3):
         trainer.metrics(trainer.train_step())
     started = time.perf_counter()
-    launched = []
+    launched, flops_per_token = [], []  # FLOPs depend on the documents of a step
     late: TakenStep | None = None
+
+    def report(step: TakenStep) -> dict[str, float]:
+        metrics = trainer.metrics(step)
+        flops_per_token.append(metrics["tflops_per_rank"] / metrics["tokens_per_second"])
+        return metrics
+
     for _ in range(steps):
         before = time.perf_counter()
         taken = trainer.train_step()
         launched.append(time.perf_counter() - before)
         if late is not None:  # a step late, as in training
-            trainer.metrics(late)
+            report(late)
         late = taken
     assert late is not None
-    metrics = trainer.metrics(late)  # waits for the device
+    metrics = report(late)  # waits for the device
     step_s = (time.perf_counter() - started) / steps
-    flops_per_token = metrics["tflops_per_rank"] / metrics["tokens_per_second"]
     tokens_per_s = late.plan.tokens / step_s
+    tflops = statistics.mean(flops_per_token) * tokens_per_s
     return {
         "tokens/s": tokens_per_s,
-        "TFLOP/s": flops_per_token * tokens_per_s,
-        "MFU %": 100e12 * flops_per_token * tokens_per_s / (trainer.peak_flops_per_s or float("nan")),
+        "TFLOP/s": tflops,
+        "MFU %": 100e12 * tflops / (trainer.peak_flops_per_s or float("nan")),
         "ms": 1e3 * step_s,
         "host ms": 1e3 * statistics.median(launched),
         "GiB": metrics.get("peak_memory_gib", float("nan")),
