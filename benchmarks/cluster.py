@@ -14,8 +14,9 @@ Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the 
     best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches, for each pipeline stage
     layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
 
-"ratio" is tokens/s per GPU over those of one GPU in the same part, and "planned" what minimax-plan expects. A case that
-cannot run says why. What is not reached within ``--seconds`` is left out, and said so.
+"ratio" is tokens/s per GPU over those of one GPU in the same part, "planned" what minimax-plan expects, "whole s" what
+the case took with its start. A case that cannot run says why. What is not reached within ``--seconds`` is left out, and
+said so.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iter
     elif part == "axes":
         for axis in ("tp", "cp"):
             yield replace(shared, sequences=SEQUENCES * n, overrides=(f"parallel.{axis}={n}",))
-        for axis in ("ep", "etp"):
-            yield replace(dense, overrides=(f"parallel.{axis}={n}",))
+        for how in ("ep={}", "etp={}", "etp={} token_groups=2"):
+            yield replace(dense, overrides=tuple(f"parallel.{one}" for one in how.format(n).split()))
     elif part == "experts":
         sliced = replace(dense, model=options.slice)
         if n == 1:
@@ -170,8 +171,10 @@ def run_worker(options: argparse.Namespace) -> None:
     device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=120))
     for part in options.parts:
         for case in cases(part, environment.world_size, options.most, options):
+            started = time.monotonic()
             try:
                 found = measure(options.steps, case.all_overrides, environment, device) | planned(case)
+                found["whole s"] = time.monotonic() - started
             except (ConfigError, torch.OutOfMemoryError) as error:  # alike on all ranks
                 found = {"error": str(error).splitlines()[0][:120]}
             if environment.rank == 0:
@@ -205,7 +208,7 @@ def finish(command: list[str], seconds: float) -> str | None:
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     alone = {r["part"]: r["tokens/s"] for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
-    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "GiB", "planned GiB")
+    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "GiB", "planned GiB", "whole s")
     yield f"{'GPUs':5}{'':44}" + "".join(f"{column:>12}" for column in columns) + f"{'ratio':>8}"
     for r in results:
         name = f"{r['ranks']:<5}{r['shown']:44.43}"
