@@ -2,7 +2,8 @@
 
 The trainer asks for steps and knows nothing of how they are made: a pipeline schedule, or the backward pass of
 DeepSpeed or Megatron-Core, fits behind :meth:`Engine.run`. Every method is called by all ranks together. Only
-:meth:`Engine.evaluate` and :meth:`Engine.diagnose` make the host wait for the device; a step does not.
+:meth:`Engine.evaluate` and :meth:`Engine.diagnose` make the host wait for the device; a step need not, though those of
+DeepSpeed and Megatron-Core do.
 
 Shape legend: L layers, E experts, O origins of a document (:attr:`DataConfig.origins`), G groups of
 parameters (``metrics/norms.py``).
