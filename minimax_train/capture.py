@@ -60,13 +60,16 @@ class Recording:
         self._waiting: list[Callable[[], None]] = []
         self.is_calling = False
         """Whether a call is being made, between two graphs."""
+        self.is_repeatable = True
+        """Whether nothing that it computed has been added to what stays: no backward pass has begun."""
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, run: Callable[[], None], stream: torch.cuda.Stream) -> None:
         """Capture and run ``run`` on a stream, after all that the current one has been given.
 
         Raises:
-            RuntimeError: when something in it cannot be captured; the stream captures no more then.
+            RuntimeError: when something in it cannot be captured; the stream captures no more then. What a call raises
+                ends it too, and leaves it not repeatable.
         """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -78,6 +81,7 @@ class Recording:
                 self.pause()
                 self._make_waiting()
         except BaseException:
+            self.is_repeatable &= self._graph is not None
             self._abandon(stream)
             raise
         finally:
@@ -139,8 +143,9 @@ class Recording:
         for wait in self._joins:
             wait()
         self._joins.clear()
-        graph, self._graph = self._graph, None
+        graph = self._graph
         graph.capture_end()
+        self._graph = None
         graph.replay()
         self._steps.append(graph.replay)
 
@@ -196,12 +201,21 @@ class _Call:
         self._inputs = [
             x.detach().requires_grad_() if needs else x for x, needs in zip(args, needs_gradient, strict=True)
         ]
+        kept: list[list[Tensor]] = []
+
+        def keep(x: Tensor) -> list[Tensor]:
+            kept.append([x.detach()])
+            return kept[-1]
+
         # Replays know nothing of recomputation: what the call keeps is kept, whatever hooks the recorded pass has.
-        with torch.set_grad_enabled(any(needs_gradient)), saved_tensors_hooks(Tensor.detach, lambda x: x):
+        with torch.set_grad_enabled(any(needs_gradient)), saved_tensors_hooks(keep, lambda held: held[0]):
             result = self._function(*(x.x if isinstance(x, _Parameter) else latest(x) for x in self._inputs))
         if result.requires_grad:  # of the result no more is kept than its own op keeps
             self._edge = get_gradient_edge(result)
         out.copy_(result.detach())
+        for held in kept:  # and that where the graphs have it
+            if _place(held[0]) == _place(result) and out.stride() == result.stride():
+                held[0] = out.detach()
 
     def backward(self, d_out: Tensor, gradients: list[Tensor | None]) -> None:
         edge, inputs = self._edge, self._inputs
@@ -232,8 +246,13 @@ class _Uncaptured(torch.autograd.Function):
         d_out = d_out.contiguous()
         gradients = [None if x is None else torch.empty_like(x, device=ctx.device) for x in ctx.like]
         lent, lent_d_out = [_lent(x) for x in gradients], _lent(d_out)
+        recording.is_repeatable = False
         recording.call(lambda: call.backward(d_out, gradients), lambda: call.backward(lent_d_out, lent))
         return None, None, *gradients
+
+
+def _place(x: Tensor) -> tuple:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _is_parameter(x: Any) -> bool:

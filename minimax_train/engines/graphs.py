@@ -87,9 +87,11 @@ class MicroBatchGraphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if recording.has_run:
+            # Transfers that it made are made again: by all ranks, if this is the first recording.
+            if not recording.is_repeatable or (recording.has_run and self._recordings):
                 raise
             self._works = False
+            recording.forget()
             self.forget()
             self._note(f"no CUDA graphs: a micro-batch cannot be captured: {str(error).partition(chr(10))[0]}")
             self._run(batch, plan)

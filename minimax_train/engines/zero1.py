@@ -357,9 +357,11 @@ class Zero1Engine(AutogradEngine):
 
     def _captures(self, plan: StepPlan) -> bool:
         captures = self._options.captures(self.grid, self._recomputation.kinds(plan))
-        if self._graphs is not None and not captures and not self._is_told:
-            self._is_told = True
-            self.notes.append("no CUDA graphs where blocks that hold calls of the host are computed again (full)")
+        if self._graphs is not None and not captures:
+            self._graphs.forget()  # those of an earlier stage, which hold the memory of its activations
+            if not self._is_told:
+                self._is_told = True
+                self.notes.append("no CUDA graphs where blocks that hold calls of the host are computed again (full)")
         return captures
 
     def _gather_new_weights(self) -> None:

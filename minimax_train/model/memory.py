@@ -50,7 +50,8 @@ class ActivationMemory:
         tp, ep, etp: sizes of these axes of the process grid.
         held: of how many micro-batches the rank holds each layer's activations at a time, 0 of a layer that is on
             another pipeline stage; None for one of every layer.
-        attention_is_called: whether the host calls the attention between CUDA graphs.
+        attention_is_called: whether the host calls the attention between CUDA graphs; without any layer that is
+            ``full``, beside which there are none.
         deferred: under a schedule that makes gradients of weights later, when most of them wait: of how many
             micro-batches the rank holds each layer's activations, and of how many what those gradients are made of.
     """
@@ -76,8 +77,8 @@ class ActivationMemory:
         Args:
             recomputation: of each layer.
         """
-        held = self.held_layers.items()
-        return sum(number * self._block(layer, tokens, recomputation[layer]) for layer, number in held)
+        held, called = self.held_layers.items(), self._is_called(recomputation)
+        return sum(number * self._block(layer, tokens, recomputation[layer], called) for layer, number in held)
 
     def peak(self, tokens: int, recomputation: Sequence[str]) -> int:
         """The most at any time: when the loss is computed, or in the backward pass of a block, which has all it keeps
@@ -85,11 +86,12 @@ class ActivationMemory:
         of weights wait."""
         others = before = backward = 0
         attentions, found = self.model.attentions, dict[tuple[AttentionKind, str], tuple[int, int]]()
+        called = self._is_called(recomputation)
         for layer, number in self.held_layers.items():
             alike = attentions[layer], recomputation[layer]
             if alike not in found:
                 most = self._block(layer, tokens, "none") + self._gradients(layer, tokens)
-                found[alike] = self._block(layer, tokens, recomputation[layer]), most
+                found[alike] = self._block(layer, tokens, recomputation[layer], called), most
             kept, most = found[alike]
             backward = max(backward, before + most)
             before += kept
@@ -106,7 +108,10 @@ class ActivationMemory:
         block = max(self._block(i, tokens, "none") for i in self.held_layers)
         return max(block, self._loss(tokens)) + 2 * tokens * self.model.hidden_size * self.itemsize
 
-    def _block(self, layer: int, tokens: int, recomputation: str) -> int:
+    def _is_called(self, recomputation: Sequence[str]) -> bool:
+        return self.attention_is_called and "full" not in recomputation
+
+    def _block(self, layer: int, tokens: int, recomputation: str, called: bool = False) -> int:
         model = self.model
         D, K = model.hidden_size, model.experts_per_token
         if recomputation == "full":
@@ -116,7 +121,7 @@ class ActivationMemory:
         numbers += self._dispatched * D
         if recomputation == "none":
             numbers += 2 * D + attention.cheap
-        elif self.attention_is_called:
+        elif called:
             numbers += attention.cheap
         # Probabilities, of the loss for balance too; each assignment's expert, and its weight twice.
         router = 2 * _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)

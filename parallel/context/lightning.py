@@ -119,15 +119,17 @@ class _ContextParallelLightning(torch.autograd.Function):
         local_MHKV, split_states = phases.local_states(k_THK, v_THV, *where, passed, reverse=False)
         initial_MHKV = _start_exchange(local_MHKV, slopes_H, shard, communicator, method, backwards=False)()
         out_THV = phases.forward(q_THK, k_THK, v_THV, *where, initial_MHKV, first, split_states)
-        ctx.save_for_backward(q_THK, k_THK, v_THV, slopes_H, initial_MHKV, split_states)
+        ctx.save_for_backward(q_THK, k_THK, v_THV, initial_MHKV, split_states)
+        # Not one of these: hooks for saved tensors give another, of which count_short_memory_heads would ask anew.
+        ctx.slopes_H = slopes_H
         ctx.shard, ctx.communicator, ctx.method, ctx.phases = shard, communicator, method, phases
         return out_THV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_THV):
-        q_THK, k_THK, v_THV, slopes_H, initial_MHKV, split_states = ctx.saved_tensors
-        shard, phases = ctx.shard, ctx.phases
+        q_THK, k_THK, v_THV, initial_MHKV, split_states = ctx.saved_tensors
+        slopes_H, shard, phases = ctx.slopes_H, ctx.shard, ctx.phases
         where, (first, last) = (slopes_H, shard.documents), _edge_segments(shard)
         passed = _passed(first, shard, backwards=True)
         local_MHKV, grad_split_states = phases.local_states(q_THK, grad_THV, *where, passed, reverse=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention
@@ -82,6 +83,24 @@ def test_equals_recurrence(ranks, kind, method):
 def test_equals_recurrence_in_float32():
     cases = _cases("zigzag", 4, range(25), torch.float32)
     assert max(run_ranks(_worst_error, 4, "zigzag", "auto", cases)) < 1e-5
+
+
+def _asks(grid):
+    """How often the host asks which heads have a short memory, in three passes with a layer's slopes."""
+    communicator, count = GroupCommunicator(grid.group("dp")), lightning.count_short_memory_heads
+    case = _case(2, 8, 3, torch.float64, SLOPES[1])
+    shard = SequenceLayout("contiguous", 2).shard(Documents.from_lengths([16]), communicator.rank)
+    *mine, grad = (shard.take(x) for x in case.inputs)
+    mine = [x.requires_grad_() for x in mine]
+    count.cache_clear()
+    for _ in range(3):
+        with saved_tensors_hooks(torch.Tensor.detach, lambda x: x):  # as recomputation and CUDA graphs have them
+            lightning_attention_cp(*mine, case.slopes, shard, communicator).backward(grad)
+    return count.cache_info().misses
+
+
+def test_the_host_asks_once_which_heads_have_a_short_memory():
+    assert run_ranks(_asks, 2) == [1, 1]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="small float32 shapes are for the interpreter")
