@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from minimax_train.phases import Phases
 from minimax_train.run_lock import release_lock
 from minimax_train.startup import Startup
 
+SETTINGS = "settings are written without dashes, as recipe.steps=100 (docs/cluster.md has Megatron-LM's names)"
 USAGE = """
 Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
 experiment. Run by itself it is a run of one process; under torchrun or srun, one process per device. Groups with
@@ -33,12 +35,19 @@ several files: {groups}. --cfg shows every key; docs/cluster.md (Settings) says 
 """
 
 
+class _Parser(OneLineParser):
+    """Tells those who come from Megatron-LM or torchtitan that settings are no options."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message}; {SETTINGS}" if message.startswith("unrecognized") else message)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Console script. Exit status 2 for a configuration that cannot run, 1 for a run that had to stop, 3 for one that
     is saved and goes on when it is started again (on its next stage's process grid, or after a signal), 130 and 143 for
     one that a signal ended without."""
     usage = USAGE.format(groups="; ".join(_choices()))
-    parser = OneLineParser("minimax-train", description="Pretrain a hybrid model.", epilog=usage, allow_abbrev=False)
+    parser = _Parser("minimax-train", description="Pretrain a hybrid model.", epilog=usage, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     own = "a folder of your own configuration groups; several are searched in this order, the package's own last"
     parser.add_argument("--config-dir", action="append", default=[], help=own)

@@ -329,7 +329,8 @@ def read_config(path: str | Path) -> Config:
         _, tree = read_yaml(Path(path))
         return _build(Config, _with_new_names(tree), {})
     except ConfigError as error:
-        raise ConfigError(f"{path}: not a configuration: {str(error).removeprefix(f'{path}: ')}") from error
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{path}: not a configuration of this version of minimax_train: {reason}") from error
 
 
 def _with_new_names(saved: Tree) -> Tree:

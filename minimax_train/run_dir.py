@@ -111,6 +111,8 @@ def _take(config: Config, folder: Path, store: CheckpointStore) -> None:
     """Make sure that the folder is, or may become, that of this run alone."""
     with _usable(config):
         _refuse_place(config, folder.resolve())
+        accepted = "must be a folder this run can write, not a file"
+        require(folder.is_dir() or not folder.exists(), "run_dir", config.run_dir, accepted)
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(config, folder, store)
         take_lock(folder)

@@ -18,6 +18,7 @@ def draft_of(target: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: when the target is there already and not an empty folder, or something has the new folder's name.
+        OSError: naming the target, when no folder can be made there.
     """
     # Where links lead: a folder can take the place of an empty folder, not of a link to one.
     target = Path(os.path.realpath(target))
@@ -29,7 +30,10 @@ def draft_of(target: Path) -> Iterator[Path]:
     draft = target.with_name(target.name + UNFINISHED)
     accepted = "is in the way: left by a conversion that was killed, or one is running; remove it if none is"
     require(not os.path.lexists(draft), "DST", str(target), f"{draft} {accepted}")
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"DST={str(target)!r}: cannot be made: {error.strerror}") from error
     try:
         yield draft
         draft.rename(target)

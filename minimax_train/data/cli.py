@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from minimax_train.data.tokenize import tokenize
 from minimax_train.errors import ConfigError, OneLineParser, TrainingError, exit_status, require
 from minimax_train.metrics.console import Output, to_stderr
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of what is read, none of these is told
 _EPILOG = "Overrides are those of minimax-train, such as data=files; --help behind a command says what it takes."
 
 
@@ -45,7 +47,12 @@ def _tokenize(arguments: Sequence[str]) -> None:
     number = options.num_workers
     fits = str(number).isdecimal() and 1 <= int(number) <= 2**10
     require(fits, "--num-workers", number, "must be between 1 and 1024")
-    tokenize(config.data, config.model.vocab_size, output, num_workers=int(number), report=to_stderr)
+    try:
+        tokenize(config.data, config.model.vocab_size, output, num_workers=int(number), report=to_stderr)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise TrainingError(f"output={output!r}: cannot be written: {error}") from error
     Output(sys.stdout).write(
         f"done: train with data.format=megatron and data.tokenizer={output}-tokenizer on the .bin files\n"
     )

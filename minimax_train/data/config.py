@@ -99,7 +99,8 @@ class SourceConfig:
         defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
         for name, reader in unread.items():
             value = getattr(self, name)
-            require(value == defaults[name], f"{path}.{name}", value, f"is read only with {reader}; leave it out here")
+            accepted = f"is read only with {reader}; set that too, or leave this out"
+            require(value == defaults[name], f"{path}.{name}", value, accepted)
 
     @property
     def has_columns(self) -> bool:

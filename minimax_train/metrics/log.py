@@ -159,7 +159,9 @@ class MetricLog:
         if error is not None and is_of_communication(error):
             return  # to be told by the watchdog, which ends the process
         if error is not None and not isinstance(error, Saved):
-            self.event("stopped", self.step, str(error) or type(error).__name__, says=False)
+            is_interrupted = isinstance(error, KeyboardInterrupt)
+            text = "interrupted" if is_interrupted else str(error) or type(error).__name__
+            self.event("stopped", self.step, text, says=False)
         self.close(0 if error is None else exit_status(error))
 
 

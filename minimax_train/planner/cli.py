@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from minimax_train.config import Config, load_config
 from minimax_train.engines import ENGINES
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = OneLineParser(
         "minimax-plan", description="Memory, speed and traffic of a run, before it has GPUs.", epilog=_EPILOG
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="and world_size=N: how many GPUs")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="and world_size=N: how many GPUs (default: 1)")
     parser.add_argument("--config-dir", action="append", default=[], help="as of minimax-train")
     parser.add_argument("--machine", choices=MACHINES, default="h100", help="each GPU (default: %(default)s)")
     parser.add_argument("--gpus-per-node", default="8", metavar="N", help="linked by NVLink (default: %(default)s)")
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         links = Machine(gpus_per_node=_number("--gpus-per-node", options.gpus_per_node, 2**10))
         cluster = Cluster(world_size, MACHINES[options.machine], links)
         document_tokens = _number("--document-tokens", options.document_tokens, 2**31)
+        for text in overrides:
+            # No key of a run, so load_config would not name it.
+            key = text.partition("=")[0]
+            close = get_close_matches(key, ["world_size"], cutoff=0.8)
+            require(not close, key, text.partition("=")[2], "there is no such key. Did you mean world_size?")
         config = load_config(overrides, config_dirs=options.config_dir)
         chosen = any(text.lstrip("+").startswith(f"parallel.{axis}=") for text in overrides for axis in _AXES)
         proposed: list[RunPlan] = []

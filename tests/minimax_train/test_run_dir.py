@@ -317,6 +317,8 @@ def test_an_interrupt_is_one_line(tmp_path):
     command.wait_for_lines(tmp_path / "run/metrics.jsonl", 4)
     os.kill(command.process.pid, signal.SIGINT)
     _one_line(command.finish(timeout_s=15), 130, "interrupted after step", "checkpoint.resume=auto continues from")
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [event["text"] for event in events if event["event"] == "stopped"] == ["interrupted"]
 
 
 def _raise(error):

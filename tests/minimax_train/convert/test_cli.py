@@ -43,6 +43,13 @@ def test_errors_name_what_is_wrong(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_target_that_cannot_be_made(lab, tmp_path, capsys):
+    checkpoint = lab.save_checkpoint(lab.random_model(lab.model_config()), tmp_path / "ours")
+    (tmp_path / "file").touch()
+    assert main(["to-hf", str(checkpoint), f"{tmp_path}/file/hf"]) == 1
+    assert f"error: DST='{tmp_path}/file/hf': cannot be made: Not a directory\n" in capsys.readouterr().err
+
+
 def test_failure_midway_leaves_nothing(lab, tmp_path, monkeypatch, capsys):
     checkpoint = lab.save_checkpoint(lab.random_model(lab.model_config()), tmp_path / "ours")
 

@@ -40,7 +40,7 @@ def test_required_fields_are_named(name, field):
         ({"tokenizer": ""}, r"data.tokenizer='': must not be empty"),
         ({"source": "files"}, r"data.train_files=\[\]: data.source='files' needs at least one"),
         ({"source": "hub"}, r"data.name=None: data.source='hub' needs"),
-        ({"train_files": ["a"]}, r"data.train_files=\['a'\]: is read only with data.source='files'"),
+        ({"train_files": ["a"]}, r"data.train_files=\['a'\]: is read only with data.source='files'; set that"),
         ({"source": "files", "train_files": ["a"], "revision": "1"}, r"data.revision='1': .* data.source='hub'"),
         ({"text_column": "body"}, r"data.text_column='body': is read only with"),
         ({"bad_documents": "skip"}, r"data.bad_documents='skip': is read only with"),

@@ -1,5 +1,6 @@
 """``minimax-data tokenize``: what it writes, what a kill leaves, what it refuses."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -202,3 +203,12 @@ def test_bad_documents_are_named_or_counted(tmp_path, texts, capsys):
 def test_no_documents(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n")
     assert "holds no document" in refused(capsys, *arguments(tmp_path))
+
+
+def test_a_full_disk_is_told_with_the_output(tmp_path, texts, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "finish", full)
+    assert cli.main(arguments(tmp_path)) == 1
+    assert f"error: output='{tmp_path}/out/tok': cannot be written: [Errno 28] No space" in capsys.readouterr().err

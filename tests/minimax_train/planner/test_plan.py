@@ -299,6 +299,7 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["worldsize=8"], "worldsize='8': there is no such key. Did you mean world_size?"),
         (["world_size=0"], "world_size='0': must be a whole number from 1"),
         (["world_size=3", "parallel.tp=2"], "parallel.tp=2: must divide the number of processes, 3"),
         (["model=text-01", "model.num_layers=8", "world_size=2"], "no grid fits"),
