@@ -89,18 +89,7 @@ class Case:
     @property
     def all_overrides(self) -> list[str]:
         batch = self.sequences * self.micro_batches * self.dp
-        return [
-            *MODELS[self.model],
-            f"data.sequence_length={self.tokens}",
-            f"data.num_streams={batch}",
-            f"recipe.micro_batch_size={self.sequences}",
-            f"recipe.global_batch_size={batch}",
-            "recipe.learning_rate=1e-5",
-            *endless(self.longest),
-            "recipe.eval_interval=0",
-            "checkpoint.interval=0",
-            *self.overrides,
-        ]
+        return [*endless(self.model, self.tokens, self.sequences, batch, batch, self.longest), *self.overrides]
 
 
 def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iterator[Case]:

@@ -140,13 +140,33 @@ def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
     return {"busy %": 100 * busy / (reached - computing[0][0]), "launches": len(kernels) / steps}
 
 
-def endless(longest: int | None) -> list[str]:
-    """Overrides of a run that does not end, on documents of fewer than so many tokens."""
+def endless(model: str, tokens: int, sequences: int, batch: int, streams: int, longest: int | None) -> list[str]:
+    """Overrides of a run that does not end, evaluate or save.
+
+    Args:
+        model: of :data:`MODELS`.
+        tokens: of a packed sequence.
+        sequences, batch: packed sequences of a micro-batch, and of a step.
+        streams: ``data.num_streams``.
+        longest: documents have fewer tokens than this; None for all.
+    """
     if longest is None:
-        return [f"recipe.steps={10**6}", "recipe.min_learning_rate=1e-6"]
-    lengths = [f"data.medium_length={longest}", f"data.long_length={longest + 1}", "recipe.stages.all.lengths.short=1"]
-    unset = [f"recipe.{key}=null" for key in ("steps", "min_learning_rate", "decay_steps")]
-    return [*lengths, *unset, f"recipe.stages.all.steps={10**6}"]
+        length = [f"recipe.steps={10**6}", "recipe.min_learning_rate=1e-6"]
+    else:
+        length = [f"recipe.{key}=null" for key in ("steps", "min_learning_rate", "decay_steps")]
+        length += [f"recipe.stages.all.steps={10**6}", "recipe.stages.all.lengths.short=1"]
+        length += [f"data.medium_length={longest}", f"data.long_length={longest + 1}"]
+    return [
+        *MODELS[model],
+        f"data.sequence_length={tokens}",
+        f"recipe.micro_batch_size={sequences}",
+        f"recipe.global_batch_size={batch}",
+        f"data.num_streams={streams}",
+        "recipe.learning_rate=1e-5",
+        *length,
+        "recipe.eval_interval=0",
+        "checkpoint.interval=0",
+    ]
 
 
 def cases(options: argparse.Namespace) -> dict[tuple, list[str]]:
@@ -156,18 +176,9 @@ def cases(options: argparse.Namespace) -> dict[tuple, list[str]]:
         options.models, options.lengths, options.micro_batches, options.routing
     ):
         rows = max(1, options.rows * 8192 // length)
-        found[name, length, count, routing] = [
-            *MODELS[name],
-            f"data.sequence_length={length}",
-            f"recipe.micro_batch_size={rows}",
-            f"recipe.global_batch_size={rows * count * world_size}",
-            f"data.num_streams={max(8, rows * world_size)}",
-            "recipe.learning_rate=1e-5",
-            *endless(options.longest),
-            "recipe.eval_interval=0",
-            "checkpoint.interval=0",
-            *options.overrides,
-        ]
+        batch, streams = rows * count * world_size, max(8, rows * world_size)
+        run = endless(name, length, rows, batch, streams, options.longest)
+        found[name, length, count, routing] = [*run, *options.overrides]
     return found
 
 

@@ -19,7 +19,7 @@ Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minimax_train.capture import Recording
 from minimax_train.data import MicroBatch
 from minimax_train.engines.autograd import AutogradEngine
 from minimax_train.engines.engine import PRECISIONS, DataParallelism, EngineConfig, StepReport, TransferSums
 from minimax_train.engines.graphs import MicroBatchGraphs
+from minimax_train.engines.transfers import Transfers
 from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
@@ -74,15 +74,11 @@ class Zero1Config(EngineConfig):
             recomputation: of the layers on the rank. Computed again, a call between two graphs would be made twice, and
                 nothing of the first forgotten.
         """
-        return self.cuda_graphs and not (has_calls(grid) and "full" in recomputation)
+        has_calls = grid.size("ep") > 1 or grid.size("cp") > 1
+        return self.cuda_graphs and not (has_calls and "full" in recomputation)
 
     def calls_attention(self, grid: AxisSizes) -> bool:
         return self.cuda_graphs and grid.size("cp") > 1
-
-
-def has_calls(grid: AxisSizes) -> bool:
-    """Whether the host must plan exchanges within a micro-batch."""
-    return grid.size("ep") > 1 or grid.size("cp") > 1
 
 
 class ParameterShards:
@@ -167,57 +163,6 @@ def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
     return places, total
 
 
-class _Transfers:
-    """Transfers under way, by parameter, each waited for once.
-
-    While a micro-batch is captured, they are part of the graph, or go on beside graphs.
-
-    Args:
-        beside: the latter. It takes the host time for each: worth it where a rank's part of all parameters is reduced,
-            as context parallelism does, and not with expert parallelism alone, which waits for the host and shares few.
-    """
-
-    def __init__(self, beside: bool) -> None:
-        self.beside, self._pending = beside, dict[str, Pending]()
-
-    def start(self, name: str, begin: Callable[[], Pending]) -> None:
-        def run() -> None:
-            self._pending[name] = begin()
-
-        if (recording := _capturing()) is None:
-            run()
-        elif self.beside:
-            recording.between(run)
-        else:
-            run()
-            recording.join(lambda: self._wait([name]))
-
-    def wait(self, names: Sequence[str]) -> None:
-        recording = _capturing()
-        if recording is None or not self.beside:
-            self._wait(names)
-        elif any(name in self._pending for name in names):
-            recording.call(lambda: self._wait(names), lambda: self._wait(names))
-
-    def wait_all(self) -> None:
-        """At the end of a micro-batch."""
-        if (recording := _capturing()) is None:
-            self._wait(list(self._pending))
-        else:  # also for what its calls have started
-            recording.between(lambda: self._wait(list(self._pending)))
-
-    def _wait(self, names: Sequence[str]) -> None:
-        for name in names:
-            if (pending := self._pending.pop(name, None)) is not None:
-                pending.wait()
-
-
-def _capturing() -> Recording | None:
-    """The recording into whose graph goes what is launched now."""
-    recording = Recording.current
-    return None if recording is None or recording.is_calling else recording
-
-
 class Zero1Engine(AutogradEngine):
     """ZeRO-1 and AdamW, micro-batches as CUDA graphs where they can be."""
 
@@ -244,7 +189,7 @@ class Zero1Engine(AutogradEngine):
             group.round_master()
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
         beside = grid.size("cp") > 1
-        self._gathering, self._reducing, self._summed = _Transfers(beside), _Transfers(beside), set[str]()
+        self._gathering, self._reducing, self._summed = Transfers(beside), Transfers(beside), set[str]()
         self._gathers_in_graph = self._is_told = False
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
