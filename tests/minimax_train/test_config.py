@@ -227,4 +227,4 @@ def test_divisors_are_found_in_no_time(ask):
         "data.sequence_length=134217727", "recipe.micro_batch_size=8", "parallel.tp=2", "model.vocab_size=16777213"
     )
     assert "model.vocab_size=16777213; the nearest that do are 1 or 16777213" in said
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 20
