@@ -5,6 +5,8 @@
 Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the trainer's own steps on live text.
 
     weak      data parallelism, 4 sequences of 8,192 tokens on every GPU
+    apart     the same on all GPUs at once, each by itself: the slowest, as if all went at its rate. Transfers have no
+              part in what lies between it and one GPU: GPUs that differ, or their host
     strong    data parallelism, 32 such sequences on all GPUs together
     axes      4 sequences per GPU: shared by all of them (tp, cp), or the experts divided (ep, etp)
     cp        one packed sequence of 131,072 tokens per GPU, shared by all of them, documents of fewer than 16,384
@@ -24,11 +26,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,7 +53,7 @@ from minimax_train.planner.plan import Cluster, plan_run
 from minimax_train.planner.search import engines_with_stages, overrides_of, propose
 
 HERE = Path(__file__).parent
-PARTS = ("weak", "strong", "axes", "cp", "linear", "experts", "pp", "best", "layers")
+PARTS = ("weak", "apart", "strong", "axes", "cp", "linear", "experts", "pp", "best", "layers")
 DOCUMENT_TOKENS = 4000  # mean length of documents that minimax-plan assumes
 LONGEST = 16384  # tokens of a document in long sequences, which would else be hard to compare
 SEQUENCES, MICRO_BATCHES = 4, 8
@@ -181,9 +185,9 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *how, *arguments]
 
 
-def finish(command: list[str], seconds: float) -> str | None:
+def finish(command: list[str], seconds: float, **environment: str) -> str | None:
     """Run a command; why it did not end well."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     try:
         _, error = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
@@ -197,7 +201,9 @@ def finish(command: list[str], seconds: float) -> str | None:
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     alone = {r["part"]: r["tokens/s"] for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
-    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "GiB", "planned GiB", "whole s")
+    if "weak" in alone:
+        alone["apart"] = alone["weak"]
+    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "exposed %", "GiB", "planned GiB", "whole s")
     yield f"{'GPUs':5}{'':44}" + "".join(f"{column:>12}" for column in columns) + f"{'ratio':>8}"
     for r in results:
         name = f"{r['ranks']:<5}{r['shown']:44.43}"
@@ -231,7 +237,37 @@ def draw(results: list[dict[str, Any]], picture: Path) -> None:
     save(figure, axis, picture)
 
 
-def measure_layers(most: int, options: argparse.Namespace, left: Any) -> None:
+def measure_parts(
+    n: int, parts: list[str], most: int, options: argparse.Namespace, seconds: float, **environment: str
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The cases of some parts on n GPUs: those that were done, and why not all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines.jsonl"
+        own = ["--worker", "--most", str(most), "--json", str(lines), "--steps", str(options.steps), "--parts", *parts]
+        own += ["--model", options.model, "--slice", options.slice]
+        own += ["--tokens", str(options.tokens), "--long-tokens", str(options.long_tokens)]
+        why = finish(torchrun(n, str(HERE / "cluster.py"), *own), seconds, **environment)
+        return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [], why
+
+
+def measure_apart(n: int, options: argparse.Namespace, seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+    """The part weak on each of n GPUs at the same time, as one case, or none and why."""
+
+    def on(gpu: int) -> tuple[list[dict[str, Any]], str | None]:
+        return measure_parts(1, ["weak"], n, options, seconds, CUDA_VISIBLE_DEVICES=str(gpu))
+
+    with ThreadPoolExecutor(n) as pool:
+        found = list(pool.map(on, range(n)))
+    for cases_of_gpu, why in found:
+        if why is not None or "tokens/s" not in cases_of_gpu[0]:
+            return [], why or cases_of_gpu[0]["error"]
+    rates = [cases_of_gpu[0]["tokens/s"] for cases_of_gpu, _ in found]
+    slowest = found[rates.index(min(rates))][0][0]
+    shown = f"{'apart':8}{options.model:8}slowest of {n}"
+    return [slowest | {"part": "apart", "ranks": n, "shown": shown, "tokens/s": n * min(rates), "each": rates}], None
+
+
+def measure_layers(most: int, left: Callable[[], float]) -> None:
     """Single layers, measured and emulated; their scripts print their own tables."""
     axes = ["ep", "etp", *(["both"] if most > 2 else [])]
     for script, arguments in {
@@ -275,24 +311,26 @@ def main() -> int:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{found} x {name}, torch {torch.__version__}", flush=True)
     results: list[dict[str, Any]] = []
-    whole = [part for part in options.parts if part != "layers"]
-    with tempfile.TemporaryDirectory() as folder:
-        for n in ranks if whole else ():
-            lines = Path(folder) / f"{n}.jsonl"
-            own = ["--worker", "--most", str(ranks[-1]), "--json", str(lines), "--steps", str(options.steps)]
-            own += ["--parts", *whole, "--model", options.model, "--slice", options.slice]
-            own += ["--tokens", str(options.tokens), "--long-tokens", str(options.long_tokens)]
-            why = finish(torchrun(n, str(HERE / "cluster.py"), *own), end - time.monotonic())
-            done = lines.read_text().splitlines() if lines.exists() else []
-            results += map(json.loads, done)
-            print(f"{n} GPUs: {len(done)} cases" + (f"; {why}" if why else ""), flush=True)
+
+    def left() -> float:
+        return end - time.monotonic()
+
+    whole = [part for part in options.parts if part not in ("apart", "layers")]
+    for n in ranks if whole else ():
+        done, why = measure_parts(n, whole, ranks[-1], options, left())
+        results += done
+        print(f"{n} GPUs: {len(done)} cases" + (f"; {why}" if why else ""), flush=True)
+    if "apart" in options.parts and ranks[-1] > 1:
+        done, why = measure_apart(ranks[-1], options, left())
+        results += done
+        print(f"{ranks[-1]} GPUs apart" + (f": {why}" if why else ""), flush=True)
     print(*table(results), sep="\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": f"{found} x {name}", "results": results}))
     if options.picture:
         draw(results, options.picture)
     if "layers" in options.parts and ranks[-1] > 1:
-        measure_layers(ranks[-1], options, lambda: end - time.monotonic())
+        measure_layers(ranks[-1], left)
     return 0
 
 

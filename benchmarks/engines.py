@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timing import Occupancy
 from torch.profiler import ProfilerActivity, profile
 from training import MODELS
 
@@ -59,27 +59,6 @@ ENGINES = {
 }
 COLUMNS = {"tokens/s": ",.0f", "ms": ",.1f", "GiB": ".1f", "host": ".1f", "exposed %": ".1f", "loss": ".4f"}
 WARM_UP = 3
-
-Span = tuple[float, float]
-
-
-def exposed_share(communication: Sequence[Span], others: Sequence[Span]) -> float:
-    """Share of the time from the first span's begin to the last one's end in which there is communication alone.
-
-    Args:
-        communication, others: begin and end of each, in any order.
-    """
-    events = [(start, end, True) for start, end in communication] + [(start, end, False) for start, end in others]
-    edges = sorted((at, change, ours) for start, end, ours in events for at, change in ((start, 1), (end, -1)))
-    if not edges:
-        return float("nan")
-    running, alone, before = {True: 0, False: 0}, 0.0, edges[0][0]
-    for at, change, ours in edges:
-        if running[True] and not running[False]:
-            alone += at - before
-        running[ours] += change
-        before = at
-    return alone / (edges[-1][0] - edges[0][0])
 
 
 def measure(overrides: list[str], steps: int) -> dict[str, float] | None:
@@ -140,11 +119,7 @@ def profiled(trainer: Trainer, steps: int = 3) -> float:
         for _ in range(steps):
             trainer.train_step()
         trainer.guard.check()
-    on_device = [e for e in recorded.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans: dict[bool, list[Span]] = {True: [], False: []}
-    for event in on_device:
-        spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    return exposed_share(spans[True], spans[False])
+    return Occupancy.of(recorded).exposed
 
 
 def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironment) -> dict[str, Any]:

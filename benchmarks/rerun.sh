@@ -35,7 +35,7 @@ part() {
     training) run training python3 "$here/training.py" --models medium small --micro-batches 1 8 --json "$out/training.json" ;;
     long) run long python3 "$here/training.py" --models medium --micro-batches 1 --lengths 32768 131072 --json "$out/long.json" ;;
     slice) run slice python3 "$here/training.py" --models slice --micro-batches 1 8 --json "$out/slice.json" ;;
-    scaling) LIMIT=${LIMIT:-600} run scaling python3 "$here/cluster.py" --parts weak axes cp --seconds 580 --json "$out/scaling.json" ;;
+    scaling) LIMIT=${LIMIT:-600} run scaling python3 "$here/cluster.py" --parts weak apart axes cp --seconds 580 --json "$out/scaling.json" ;;
     engines) LIMIT=${LIMIT:-600} run engines "${many[@]}" "$here/engines.py" --model medium --micro-batches 8 --steps 6 --seconds 150 --json "$out/engines.json" \
       --engines zero1 megatron fsdp deepspeed-1 deepspeed-2 deepspeed-3 ;;
     pipeline) run pipeline "${several[@]}" "$here/pipeline.py" --measure --steps 3 --json "$out/pipeline.json" "${staged[@]}" ;;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -125,3 +127,46 @@ def extra_memory(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:
     torch.cuda.reset_peak_memory_stats()
     results = run()
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What ran on a GPU, of a time from the first kernel's begin to the last one's end.
+
+    Attributes:
+        busy: share of the time in which a kernel or a copy ran that is not NCCL's.
+        exposed: share in which NCCL's kernels ran and nothing else.
+        exposed_us: the same in microseconds, by NCCL's kernel: of those that ran, the one that had begun first.
+        launches: kernels and copies.
+    """
+
+    busy: float
+    exposed: float
+    exposed_us: dict[str, float]
+    launches: int
+
+    @classmethod
+    def of(cls, recorded: torch.profiler.profile) -> Occupancy:
+        device = torch.autograd.DeviceType.CUDA
+        events = [e for e in recorded.events() or () if e.device_type == device]
+        return cls.of_spans([(e.name, e.time_range.start, e.time_range.end) for e in events])
+
+    @classmethod
+    def of_spans(cls, spans: Sequence[tuple[str, float, float]]) -> Occupancy:
+        """Of the names, begins and ends, in microseconds, of what ran, in any order."""
+        lasting = [(i, start, end) for i, (_, start, end) in enumerate(spans) if start < end]
+        edges = sorted(edge for i, start, end in lasting for edge in ((start, 1, i), (end, -1, i)))
+        running, collectives, busy, exposed_us = 0, dict[int, None](), 0.0, defaultdict[str, float](float)
+        for (at, change, i), (until, *_) in pairwise(edges):
+            if "nccl" not in spans[i][0].lower():
+                running += change
+            elif change > 0:
+                collectives[i] = None
+            else:
+                del collectives[i]
+            if running:
+                busy += until - at
+            elif collectives:
+                exposed_us[spans[next(iter(collectives))][0]] += until - at
+        whole = edges[-1][0] - edges[0][0] if edges else float("nan")
+        return cls(busy / whole, sum(exposed_us.values()) / whole, dict(exposed_us), len(spans))

@@ -11,7 +11,8 @@ gives every expert as many assignments as any other, whatever the router says. D
 files, of some 4,000 tokens; the few of 100,000 and more make long sequences hard to compare, so ``--longest`` leaves
 out those of so many tokens and more. After warm-up the steps are timed
 without a profiler, then three more are profiled: "busy" is the share of their time in which a kernel other than a
-collective's runs, "launches" are kernels a step. FLOPs are the library's own count (``metrics/flops.py``).
+collective's runs, "exposed" that in which only collectives do (by kind in the JSON), "launches" are kernels a step.
+FLOPs are the library's own count (``metrics/flops.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from timing import Occupancy
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -51,7 +54,7 @@ SLICE = [
     "model.vocab_size=32000",
 ]
 MODELS = {name: [f"model={name}"] for name in ("tiny", "small", "medium", "proxy")} | {"slice": SLICE}
-COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "launches", "host ms", "GiB", "loss")
+COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "exposed %", "launches", "host ms", "GiB", "loss")
 
 
 def balanced(route: Any) -> Any:
@@ -123,21 +126,23 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
-    """Share of the time in which the device computes, and launches a step."""
+    """Shares of the time in which the device computes, and in which it only communicates; launches a step."""
     if trainer.device.type != "cuda":
-        return {"busy %": float("nan"), "launches": float("nan")}
+        return dict.fromkeys(("busy %", "exposed %", "launches"), float("nan"))
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(steps):
             trainer.train_step()
         trainer.guard.check()
-    device = torch.autograd.DeviceType.CUDA
-    kernels = [e for e in recorded.events() or () if e.device_type == device]
-    computing = sorted((e.time_range.start, e.time_range.end) for e in kernels if "nccl" not in e.name.lower())
-    busy, reached = 0.0, computing[0][0]
-    for start, end in computing:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return {"busy %": 100 * busy / (reached - computing[0][0]), "launches": len(kernels) / steps}
+    found = Occupancy.of(recorded)
+    kinds = defaultdict[str, float](float)
+    for name, us in found.exposed_us.items():  # a kernel for each dtype and algorithm: ncclDevKernel_AllGather_RING_LL
+        kinds[name.removeprefix("ncclDevKernel_").partition("_")[0]] += 1e-3 * us / steps
+    return {
+        "busy %": 100 * found.busy,
+        "exposed %": 100 * found.exposed,
+        "launches": found.launches / steps,
+        **{f"ms exposed {kind}": ms for kind, ms in kinds.items()},
+    }
 
 
 def endless(model: str, tokens: int, sequences: int, batch: int, streams: int, longest: int | None) -> list[str]:
