@@ -206,9 +206,13 @@ class Config:
         """Refuse a grid whose axes do not divide what they split, or would split what cannot be."""
         model, parallel = self.model, stage.parallel
         kinds = dict.fromkeys(model.attentions)
-        for axis, kind in itertools.product(("tp", "cp"), kinds):
+        split = {"tp": "heads", "cp": "packed sequences"}
+        for axis, kind in itertools.product(split, kinds):
             ranks = parallel.sizes[axis]
-            accepted = f"must be 1 with {kind} in model.layer_pattern={model.layer_pattern!r}: it cannot be split"
+            accepted = (
+                f"must be 1 with {kind} in model.layer_pattern={model.layer_pattern!r}, "
+                f"which cannot split its {split[axis]} over ranks"
+            )
             require(ranks == 1 or getattr(kind, axis) is not None, f"parallel.{axis}", ranks, accepted)
         heads = dict.fromkeys(name for kind in kinds for name in kind.tp or ())
         tokens = stage.micro_batch_size * stage.sequence_length // parallel.cp

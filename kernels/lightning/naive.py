@@ -5,6 +5,8 @@ Shape legend: T tokens, H heads, K key dim, V value dim, N documents.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def lightning_attention_naive(
     """
     decay_H11 = torch.exp(-slopes_H.to(torch.promote_types(q_THK.dtype, slopes_H.dtype)))[:, None, None]
     outputs, final_states = [], []
-    for n, (start, end) in enumerate(zip(documents.bounds, documents.bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(documents.bounds)):
         state_HKV = initial_state_NHKV[n]
         for t in range(start, end):
             state_HKV = decay_H11 * state_HKV + k_THK[t, :, :, None] * v_THV[t, :, None, :]

@@ -51,10 +51,10 @@ def write_card(
     front = ["library_name: " + ("transformers" if in_transformers else "vllm"), "pipeline_tag: text-generation"]
     tags = ["minimax", "mixture-of-experts", "linear-attention"]
     lines = ["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---", "", "# Model card", ""]
+    attentions = " and ".join(f"{kind.name} attention ({kind.letter})" for kind in dict.fromkeys(model.attentions))
     lines += [
-        f"A language model with {total:,} parameters, {active:,} of them active per token: lightning attention (L) and "
-        f"softmax attention (S) in the pattern {model.layer_pattern}, a mixture of experts in every layer. Weights are "
-        f"{dtype}.",
+        f"A language model with {total:,} parameters, {active:,} of them active per token: {attentions} in the pattern "
+        f"{model.layer_pattern}, a mixture of experts in every layer. Weights are {dtype}.",
         "",
         "## How to load it",
         "",

@@ -90,13 +90,13 @@ def attention_names(config: ModelConfig) -> list[HuggingFaceNames]:
     """Of every layer's attention.
 
     Raises:
-        ConfigError: when transformers does not have one of them.
+        ConfigError: when MiniMax on Hugging Face does not have one of them.
     """
     known = " and ".join(str(kind) for kind in ATTENTIONS.values() if kind.hugging_face)
-    names = [kind.hugging_face for kind in config.attentions if kind.hugging_face]
-    accepted = f"transformers has only {known}"
-    require(len(names) == config.num_layers, "model.layer_pattern", config.layer_pattern, accepted)
-    return names
+    missing = " and ".join(str(kind) for kind in dict.fromkeys(config.attentions) if not kind.hugging_face)
+    accepted = f"{missing} cannot be exported: MiniMax on Hugging Face has only {known}"
+    require(not missing, "model.layer_pattern", config.layer_pattern, accepted)
+    return [kind.hugging_face for kind in config.attentions if kind.hugging_face]
 
 
 def rotary_row_order(head_dim: int, rotary_dim: int) -> Tensor:

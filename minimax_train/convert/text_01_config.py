@@ -29,6 +29,7 @@ from minimax_train.convert.hf_config import (
 from minimax_train.convert.names import attention_names
 from minimax_train.errors import ConfigError, require
 from minimax_train.model import ModelConfig
+from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.config import deep_norm_alpha
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ MODEL_TYPES = ("minimax_text_01", "minimax_m1")
 # Transformers has no class for the configuration, so an export brings one along.
 CONFIGURATION_FILE = Path(__file__).with_name("configuration_minimax_text_01.py")
 AUTO_MAP = {"AutoConfig": f"{CONFIGURATION_FILE.stem}.MiniMaxText01Config"}
-# ``attn_type_list`` to the letters of model.layer_pattern.
-KINDS = {0: "L", 1: "S"}
 SUBLAYERS = ("full_attention", "linear_attention", "mlp")
 ALPHAS = tuple(f"layernorm_{sublayer}_alpha" for sublayer in SUBLAYERS)
 BETAS = tuple(f"layernorm_{sublayer}_beta" for sublayer in SUBLAYERS)
@@ -73,14 +72,12 @@ def to_text_01_config(model: ModelConfig, surroundings: Surroundings, dtype: tor
     """
     from minimax_train.convert.configuration_minimax_text_01 import MiniMaxText01Config
 
-    attention_names(model)  # refuses attentions that it does not have
     _require_readable(model)
-    numbers = {letter: number for number, letter in KINDS.items()}
     values: dict[str, Any] = {
         **{theirs: getattr(model, ours) for theirs, ours in SAME.items()},
         **dict.fromkeys(ALPHAS, model.alpha),
         **dict.fromkeys(BETAS, 1.0),
-        "attn_type_list": [numbers[kind.letter] for kind in model.attentions],
+        "attn_type_list": [names.attn_type for names in attention_names(model)],
         "postnorm": True,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
@@ -119,17 +116,17 @@ def from_text_01_config(raw: dict[str, Any]) -> ModelConfig:
         require(raw[name] == raw[ALPHAS[0]], name, raw[name], f"must equal {ALPHAS[0]}={raw[ALPHAS[0]]!r}")
     text_01_surroundings(raw)
     layers, experts, alpha = raw["num_hidden_layers"], raw["num_local_experts"], float(raw[ALPHAS[0]])
-    kinds = raw.get("attn_type_list")
-    fits = (
-        isinstance(kinds, list) and len(kinds) == layers and all(type(kind) is int and kind in KINDS for kind in kinds)
-    )
-    accepted = f"must be a list of num_hidden_layers={layers} kinds, 0 for lightning and 1 for softmax attention"
-    require(fits, "attn_type_list", kinds, accepted)
-    assert isinstance(kinds, list)
+    numbers = raw.get("attn_type_list")
+    known = {kind.hugging_face.attn_type: kind for kind in ATTENTIONS.values() if kind.hugging_face}
+    fits = isinstance(numbers, list) and len(numbers) == layers and all(type(n) is int and n in known for n in numbers)
+    kinds = " and ".join(f"{number} for {kind.name}" for number, kind in known.items())
+    accepted = f"must be a list of num_hidden_layers={layers} kinds, {kinds} attention"
+    require(fits, "attn_type_list", numbers, accepted)
+    assert isinstance(numbers, list)
     try:
         model = ModelConfig(
             **{ours: raw[theirs] for theirs, ours in SAME.items()},
-            layer_pattern=shortest_pattern("".join(KINDS[kind] for kind in kinds)),
+            layer_pattern=shortest_pattern("".join(known[number].letter for number in numbers)),
             rotary_dim=raw["rotary_dim"],
             rope_base=float(raw["rope_theta"]),
             residual_scale=None if alpha == deep_norm_alpha(layers) else alpha,
@@ -167,7 +164,8 @@ def _require_readable(model: ModelConfig) -> None:
     """
     heads, R, base = model.num_heads, model.rotary_dim, model.rope_base
     accepted = "must be a power of two: for others, readers of MiniMax-Text-01 have other decays in lightning layers"
-    require("L" not in model.layer_pattern or heads & (heads - 1) == 0, "model.num_heads", heads, accepted)
+    has_decays = any(names.has_decays for names in attention_names(model))
+    require(not has_decays or heads & (heads - 1) == 0, "model.num_heads", heads, accepted)
     accepted = "must be at least 2: readers of MiniMax-Text-01 take one expert for a dense MLP"
     require(model.num_experts > 1, "model.num_experts", model.num_experts, accepted)
     require(R > 0, "model.rotary_dim", R, "must be at least 2: MiniMax-Text-01 has no model without rotary embedding")

@@ -18,9 +18,9 @@ PEAK_FLOPS_PER_S = {
 def training_flops(config: ModelConfig, tokens: int, scores: float) -> float:
     """Of the forward and backward passes over some tokens; the backward pass is two forward passes.
 
-    Counted are GEMMs (6 per token and parameter that the token passes in layers and head), the scores of softmax
-    attention within documents, and the recurrence of lightning attention. What is computed again in the backward pass,
-    norms and activations are not, nor what a capacity drops left out.
+    Counted are GEMMs (6 per token and parameter that the token passes in layers and head) and what attentions compute
+    between them (``AttentionKind.flops``), such as the scores within documents. What is computed again in the backward
+    pass is not counted, nor norms and activation functions; assignments that a capacity drops are.
 
     Args:
         scores: pairs of tokens that a causal attention looks at: ``n (n + 1) / 2`` of each document of n tokens, added

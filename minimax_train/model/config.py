@@ -26,8 +26,8 @@ class ModelConfig:
         vocab_size: rows of the embedding and of the output head, which are not tied.
         hidden_size: width of the residual stream.
         num_layers: blocks, each one attention and one expert layer.
-        layer_pattern: kind of attention of each block, a letter of :data:`minimax_train.model.attention.ATTENTIONS`:
-            ``L`` lightning or ``S`` softmax; repeated to ``num_layers``.
+        layer_pattern: kind of attention of each block, a letter of :data:`minimax_train.model.attention.ATTENTIONS`,
+            such as ``L`` for lightning and ``S`` for softmax; repeated to ``num_layers``.
         num_heads, head_dim: query heads of every attention and their width; the product need not be hidden_size.
         num_kv_heads: key-value heads of softmax attention.
         rotary_dim: leading dimensions of each softmax head that carry rotary position embedding.
@@ -78,6 +78,14 @@ class ModelConfig:
         kinds = " and ".join(map(str, ATTENTIONS.values()))
         divides = f"its length {length} must divide model.num_layers={layers}"
         check("layer_pattern", fits, f"must be made of {kinds}, and {divides}")
+        for name in dict.fromkeys(name for kind in ATTENTIONS.values() for name in kind.fields):
+            readers = [kind for kind in ATTENTIONS.values() if name in kind.fields]
+            present = [kind for kind in readers if kind in self.attentions]
+            pattern = f"in model.layer_pattern={self.layer_pattern!r}"
+            accepted = f"must be null: there is no {' or '.join(map(str, readers))} {pattern}"
+            if present:
+                accepted = f"must be given, for {' and '.join(map(str, present))} {pattern}"
+            check(name, (getattr(self, name) is not None) == bool(present), accepted)
         fits = self.num_heads % self.num_kv_heads == 0
         check("num_kv_heads", fits, f"must divide model.num_heads={self.num_heads}")
         fits = self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim

@@ -17,7 +17,7 @@ class KernelConfig:
     """Which implementation of each op runs; ``auto`` picks the best one for the device and dtype.
 
     Attributes:
-        lightning, softmax: the two attentions.
+        lightning, softmax: the attentions.
         experts: the experts' GEMMs and what lies between them.
         router: the router's projection, softmax, top-k, and tokens per expert.
         norm: every RMSNorm, with the residual before it or the gate after it.

@@ -1,17 +1,16 @@
 """Memory of one micro-batch's activations on a rank, and what each layer computes again rather than keep.
 
 Per token of the rank between the attentions (``tokens``: those of the micro-batch over cp x tp) a block keeps, in
-numbers of the dtype of compute, with D the hidden size, W = heads x head dim, K experts per token of hidden size F:
+numbers of the dtype of compute, with D the hidden size and K experts per token of hidden size F:
 
-                                                  lightning         softmax
-    x, and what attention returned                2 D               2 D
-    qkv, gate, attention's output; q, k, v, o     5 W               2 W + 2 key-value heads x head dim
-    gate and up of the experts                    2 K F             2 K F
-    ---------------------------------------------------------------------------------------------------
-    and with ``none`` also what is cheap (of the attention with ``selective`` too, where the host calls it between
-    CUDA graphs: what it reads is kept):
-    both norms' outputs                           2 D               2 D
-    SiLU's q, k and v, the gated norm's output    4 W               0
+    x, and what attention returned                2 D
+    inside the attention                          ``Activations.kept`` of its kind
+    gate and up of the experts                    2 K F
+    -----------------------------------------------------------------------------
+    and with ``none`` also what is cheap:
+    both norms' outputs                           2 D
+    inside the attention                          ``Activations.cheap``; with ``selective`` too where the host calls
+                                                  the attention between CUDA graphs, for what it reads is kept
 
 ``selective`` keeps what is above the line, ``full`` x alone. Tensor parallelism changes none of it: inside an attention
 a rank has tp times the tokens and a tp-th of the heads. With experts on other ranks the tokens that arrive here are
@@ -172,23 +171,23 @@ def choose_recomputation(memory: ActivationMemory, tokens: int, free_bytes: int)
     free memory less :data:`MARGIN` of it; ``full`` everywhere if none is.
 
     As few layers as possible recompute: all keep everything, then one after the other becomes ``selective``, then
-    ``full``. The first are those whose attention takes time in proportion to the tokens, which are cheap to compute
-    again, and of these the lowest: their backward pass comes last, when the others' activations are gone.
+    ``full``. The first are those whose attention memory bandwidth limits (``AttentionCost.moved``), which are cheap to
+    compute again, and of these the lowest: their backward pass comes last, when the others' activations are gone.
 
     Args:
         tokens: of a micro-batch on one rank, between the attentions: those of its packed sequences over cp x tp.
         free_bytes: what the device has left beside parameters, gradients and states; on several ranks the least.
     """
     model, layers = memory.model, memory.model.num_layers
-    kinds = model.attentions
-    order = sorted(range(layers), key=lambda layer: (kinds[layer].cost(model).moved == 0, layer))
+    attentions = model.attentions
+    order = sorted(range(layers), key=lambda layer: (attentions[layer].cost(model).moved == 0, layer))
 
     def after(steps: int) -> tuple[str, ...]:
         level, changed = divmod(steps, layers)
-        kinds = [RECOMPUTATIONS[level]] * layers
+        recomputation = [RECOMPUTATIONS[level]] * layers
         for layer in order[:changed]:
-            kinds[layer] = RECOMPUTATIONS[level + 1]
-        return tuple(kinds)
+            recomputation[layer] = RECOMPUTATIONS[level + 1]
+        return tuple(recomputation)
 
     def fits(steps: int) -> bool:
         return memory.peak(tokens, after(steps)) <= (1 - MARGIN) * free_bytes
@@ -201,5 +200,5 @@ def recomputation_shown(recomputation: Sequence[str]) -> str:
     counts = Counter(recomputation)
     if len(counts) == 1:
         return recomputation[0]
-    first, *rest = [(kind, counts[kind]) for kind in reversed(RECOMPUTATIONS) if counts[kind]]
-    return ", ".join([f"{first[0]} in {first[1]} layers", *(f"{kind} in {count}" for kind, count in rest)])
+    first, *rest = [(choice, counts[choice]) for choice in reversed(RECOMPUTATIONS) if counts[choice]]
+    return ", ".join([f"{first[0]} in {first[1]} layers", *(f"{choice} in {count}" for choice, count in rest)])

@@ -148,16 +148,15 @@ class HybridModel(nn.Module):
             self.head = Linear(config.hidden_size, config.vocab_size)
         self.vocabulary = ranks.tp.vocabulary(config.vocab_size)
 
-    def set_recomputation(self, kinds: Sequence[str]) -> None:
+    def set_recomputation(self, recomputation: Sequence[str]) -> None:
         """What the backward pass of each block computes again rather than keep: one of :data:`RECOMPUTATIONS`.
 
         Args:
-            kinds: of all layers of the whole model.
+            recomputation: of all layers of the whole model.
         """
         for layer, block in self.layers.named_children():
-            kind = kinds[int(layer)]
-            assert isinstance(block, Block) and kind in RECOMPUTATIONS
-            block.recomputation = kind
+            assert isinstance(block, Block) and recomputation[int(layer)] in RECOMPUTATIONS
+            block.recomputation = recomputation[int(layer)]
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from minimax_train.kernels.deferral import linear
 from minimax_train.parallel.grid import EXPERT, AxisSizes, ProcessGrid
 
 Sharding = Mapping[str, int]
+"""Of one parameter: the dimension that each axis of the grid splits, ``{axis: dim}``."""
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -62,14 +63,14 @@ class ParameterLayout:
             shape[dim] //= grid.size(axis)
         return tuple(shape)
 
-    def wrap(self, grid: ProcessGrid, part: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    def wrap(self, grid: ProcessGrid, make: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
         """The parameter as this rank holds it: a DTensor over the axes that split it, a plain tensor where none does.
 
         Args:
-            part: makes this rank's part, given its shape.
+            make: makes this rank's part, given its shape.
         """
         splits = {axis: dim for axis, dim in self.splits.items() if grid.size(axis) > 1}
-        tensor = part(self.part(grid))
+        tensor = make(self.part(grid))
         if not splits:
             return tensor
         return self._distributed(tensor, grid.mesh(*splits), [Shard(dim) for dim in splits.values()])

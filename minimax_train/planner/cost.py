@@ -48,7 +48,7 @@ _BUSY = 0.985  # the share of a step's time in which kernels run
 _ALONE = 1.3  # a block that is computed again takes so much longer than in the forward pass
 DOCUMENT_TOKENS = 4000
 """Mean length of documents, where nothing is known of it."""
-_BACKWARD = 2.5  # softmax attention's backward pass, in forward passes
+_BACKWARD = 2.5  # the backward pass of an attention that scores tokens, in forward passes
 
 
 @dataclass(frozen=True)
@@ -334,28 +334,28 @@ def _passes(
     rows = tokens * grid.ep * grid.etp * K / model.num_experts  # of an expert here
     experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp)) * (1 + TILE_ROWS / 2 / rows)
     small = moved((46 + 11 * (K + 1)) * D)
-    dense = scores = attention = again = 0.0
+    dense = again = 0.0
+    attention: dict[str, float] = {}  # all but the projections, by kind
     layers, attentions = len(part.layers), model.attentions
     for (kind, how), times in Counter((attentions[layer], recomputation[layer]) for layer in part.layers).items():
         own_dense = gemm(2 * kind.parameters(model), rates.dense_flops_per_s, min(D, W / grid.tp))
-        own_attention = moved(kind.cost(model).moved)
+        own_moved = moved(kind.cost(model).moved)
         own_scores = 0.0
-        if not own_attention:
+        if not own_moved:
             flops = kind.flops(model, (document_tokens + 1) / 2) - 2 * kind.parameters(model)
             own_scores = flops * tokens / rates.attention_flops_per_s
-        dense, attention = dense + times * own_dense, attention + times * own_attention
-        scores += times * own_scores
+        dense, row = dense + times * own_dense, f"{kind.name} attention"
+        attention[row] = attention.get(row, 0.0) + times * (own_moved + (1 + _BACKWARD) * own_scores)
         if how == "selective":
             # SiLU and gate are computed again from what is read, and written: twice what the backward pass reads.
             again += times * moved(2 * kind.activations(model).cheap + 5 * D)
         elif how == "full":
-            again += times * _ALONE * (experts + own_dense + own_scores + (small + own_attention) / 3)
+            again += times * _ALONE * (experts + own_dense + own_scores + (small + own_moved) / 3)
     return {
         "experts": 3 * layers * experts,
         "projections": 3 * dense,
         "head and loss": part.is_last * (3 * head + moved(6 * model.vocab_size)),
-        "softmax attention": (1 + _BACKWARD) * scores,
-        "lightning attention, SiLU, gate": attention,
+        **attention,
         "norms, residuals, permutation": layers * small,
         "gaps between kernels": layers * GAPS_S,
         "recomputation": again,

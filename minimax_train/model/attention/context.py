@@ -13,7 +13,7 @@ from minimax_train.parallel.context.layout import SequenceShard
 
 @dataclass(frozen=True, eq=False)
 class TokenContext:
-    """Where the tokens that an attention works on stand: those of all ranks that share its heads.
+    """Which tokens an attention works on: those of all ranks that share its heads, not this rank's alone.
 
     Attributes:
         documents: the packed documents, or the segments of them in the shard.

@@ -130,6 +130,7 @@ LIGHTNING = AttentionKind(
     cp={"linear_cp": METHODS},
     hugging_face=HuggingFaceNames(
         layer_type="linear_attention",
+        attn_type=0,
         parameters={
             "qkv_proj.weight": "qkv_proj.weight",
             "gate_proj.weight": "output_gate.weight",

@@ -113,6 +113,7 @@ SOFTMAX = AttentionKind(
     cp={"softmax_cp": METHODS},
     hugging_face=HuggingFaceNames(
         layer_type="full_attention",
+        attn_type=1,
         parameters={name: name for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")},
         rotated=("q_proj.weight", "k_proj.weight"),
     ),

@@ -78,6 +78,7 @@ def test_model_card(lab, tmp_path):
     assert settings["recipe"] == {"steps": 30, "global_batch_size": 7}
     assert settings["data"] == {"sequence_length": lab.SEQUENCE_LENGTH, "source": "files", "train_files": ["web.jsonl"]}
     assert (tmp_path / "hf" / "loss.png").read_bytes().startswith(b"\x89PNG") and "(loss.png)" in text
+    assert "lightning attention (L) and softmax attention (S) in the pattern LS, a mixture" in text
     # A folder converted from elsewhere says so, and brings no card of its own.
     (tmp_path / "hf" / "README.md").write_text("theirs")
     assert main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
@@ -85,3 +86,10 @@ def test_model_card(lab, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "converted from a Hugging Face folder of MiniMaxForCausalLM and not trained here" in card
     assert "theirs" not in card
+
+
+def test_a_model_card_tells_the_attentions_that_are_there(lab, tmp_path):
+    checkpoint = lab.save_checkpoint(lab.random_model(lab.model_config(layer_pattern="S")), tmp_path / "ours")
+    assert main(["to-hf", str(checkpoint), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "softmax attention (S) in the pattern S, a mixture" in card and "lightning" not in card

@@ -14,6 +14,7 @@ from minimax_train.kernels.deferral import deferred, run
 from minimax_train.kernels.experts import expert_mlp
 from minimax_train.kernels.lightning.chunked import TILE_TOKENS
 from minimax_train.model import HybridModel, KernelConfig, initialize
+from minimax_train.model.attention import ATTENTIONS
 from minimax_train.model.memory import (
     RECOMPUTATIONS,
     ActivationMemory,
@@ -63,7 +64,7 @@ def _loss(model):
     return out.token_loss + out.aux_loss
 
 
-@pytest.mark.parametrize("pattern", ["LLSL", "S"])
+@pytest.mark.parametrize("pattern", ["LLSL", *ATTENTIONS])
 def test_gradients_are_the_same(pattern):
     gradients = []
     for kind in [*RECOMPUTATIONS, ("full", "none", "selective", "full")]:
@@ -112,7 +113,7 @@ def _kept(kind, config, **kernels):
 
 
 @pytest.mark.parametrize("kind", RECOMPUTATIONS)
-@pytest.mark.parametrize("pattern", ["L", "S"])
+@pytest.mark.parametrize("pattern", ATTENTIONS)
 def test_bytes_kept_by_a_block_are_those_of_the_formula(kind, pattern):
     pytest.importorskip("triton")
     sizes = {"hidden_size": 52, "num_heads": 6, "head_dim": 14, "expert_hidden_size": 36}
