@@ -26,6 +26,7 @@ _MODULES = (
     "minimax_train.kernels.lightning.triton",
 )
 _FLASH4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
+_NO_COMPILE = "TORCHDYNAMO_DISABLE"
 _used: set[tuple] = set()
 
 
@@ -49,10 +50,21 @@ def import_compilers() -> None:
 
     Not in a thread: two threads that import what imports each other wait for each other for ever. What cannot be
     imported is nobody's concern yet: its kernel says why, if it is asked for.
+
+    quack wraps quantizers, which nothing here calls, in ``torch.compile`` when it is imported. That alone imports
+    Inductor, which takes nearly as long as torch itself; disabled, ``torch.compile`` returns the function as it is.
     """
-    for name in _MODULES:
-        with suppress(Exception):
-            importlib.import_module(name)
+    before = os.environ.get(_NO_COMPILE)
+    os.environ[_NO_COMPILE] = "1"
+    try:
+        for name in _MODULES:
+            with suppress(Exception):
+                importlib.import_module(name)
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILE]
+        else:
+            os.environ[_NO_COMPILE] = before
 
 
 @contextmanager

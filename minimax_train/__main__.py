@@ -3,13 +3,16 @@
 import os
 import sys
 
+from minimax_train.startup import no_collection
+
 
 def main() -> int:
     """Console script: :func:`minimax_train.cli.main`, whose imports take seconds in which Ctrl-C may come."""
     # Of a connection that another rank closes PyTorch warns with pages of C++ stack; the watchdog says whose it was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from minimax_train.cli import main as run
+        with no_collection():
+            from minimax_train.cli import main as run
     except KeyboardInterrupt:
         print("error: interrupted before the first step", file=sys.stderr)
         return 130

@@ -25,7 +25,7 @@ from minimax_train.parallel.environment import ProcessEnvironment, end_with_pare
 from minimax_train.parallel.grid import ProcessGrid
 from minimax_train.phases import Phases
 from minimax_train.run_lock import release_lock
-from minimax_train.startup import Startup
+from minimax_train.startup import Startup, no_collection
 
 SETTINGS = "settings are written without dashes, as recipe.steps=100 (docs/cluster.md has Megatron-LM's names)"
 USAGE = """
@@ -132,10 +132,11 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
     share_processors()
     _end_with_torchrun()
     # After the configuration is checked: they take seconds to import.
-    from minimax_train.checkpoint.store import CheckpointStore
-    from minimax_train.run_dir import on_grid_of_stage
-    from minimax_train.trainer import Trainer
-    from minimax_train.watchdog import BACKSTOP, Watchdog
+    with no_collection():
+        from minimax_train.checkpoint.store import CheckpointStore
+        from minimax_train.run_dir import on_grid_of_stage
+        from minimax_train.trainer import Trainer
+        from minimax_train.watchdog import BACKSTOP, Watchdog
 
     startup = Startup()
     device_type = config.device

@@ -38,7 +38,7 @@ from minimax_train.phases import Phases
 from minimax_train.recipe import Progress, Recipe, StepPlan
 from minimax_train.replicas import check_replicas
 from minimax_train.run_dir import prepare_run_dir
-from minimax_train.startup import Startup
+from minimax_train.startup import Startup, no_collection
 
 
 class Trainer:
@@ -79,11 +79,13 @@ class Trainer:
             timeout_s=config.parallel.timeout_s,
         )
         self.startup.mark("tokenizer")
-        self.engine = build_engine(config, grid, device, self.phases)
+        with no_collection():  # engines import their libraries
+            self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine, config.recipe)
         self.startup.mark("model")
         if device.type == "cuda":
-            import_compilers()
+            with no_collection():
+                import_compilers()
             self.startup.mark("imports")
         self._compare_data(on_every_rank(self.loader.open))
         self.startup.mark("waiting for data")

@@ -21,15 +21,13 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
-
 from minimax_train.data.columns import NoText, TextColumns
 from minimax_train.errors import ConfigError
 
+# pyarrow is imported where it is used: a trainer that reads in worker processes does without.
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 _ROWS_PER_READ = 256
 _BYTES_PER_READ = 1 << 20
@@ -142,6 +140,8 @@ def read_json(path: str, columns: TextColumns, start_row: int, offset: int, part
 
 def read_parquet(path: str, columns: TextColumns, start_row: int, offset: int, part: Part) -> Iterator[Row]:
     """The rows of a Parquet file; row groups before ``start_row`` are not read."""
+    import pyarrow.parquet as pq
+
     with open_raw(path) as opened:
         file, row = pq.ParquetFile(opened), 0
         for name in columns.names:
@@ -204,6 +204,8 @@ def cut_parquet(path: str, slices: int, smallest: int) -> list[int] | None:
     """Rows at which a file is cut into slices of at least ``smallest`` rows, between row groups if there are many."""
     if not os.path.isfile(path):
         return None
+    import pyarrow.parquet as pq
+
     metadata = pq.read_metadata(path)
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     bounds = [0]
@@ -275,6 +277,8 @@ def _decompressed(raw: IO[bytes], compression: str | None) -> IO[bytes]:
     if compression == "xz":
         return lzma.LZMAFile(raw)
     if compression == "zstd":
+        import pyarrow as pa
+
         return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
     return raw
 
@@ -350,6 +354,8 @@ def _text_of(item: Any, columns: TextColumns) -> str | NoText | None:
 
 @contextmanager
 def _arrow_batches(path: str) -> Iterator[Iterator[pa.RecordBatch]]:
+    import pyarrow as pa
+
     is_local = os.path.isfile(path)
     with pa.memory_map(path) if is_local else pa.PythonFile(open_raw(path), mode="r") as file:
         is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
@@ -399,6 +405,9 @@ def _value(text: pa.Scalar) -> str | UnicodeDecodeError | None:
 
 def _column(batch: Any, where: str, columns: TextColumns, name: str) -> Any:
     """A column of exactly that name, or what dots lead to, as text."""
+    import pyarrow as pa
+    import pyarrow.compute
+
     found: Any = None
     for index in _check_column(columns, name, where, batch.schema):
         if found is None:
@@ -414,6 +423,8 @@ def _check_column(columns: TextColumns, name: str, where: str, schema: pa.Schema
     Raises:
         ConfigError: when there is none, or it holds no text.
     """
+    import pyarrow as pa
+
     try:
         path, kind = _find(list(schema), name)
     except KeyError:
@@ -427,6 +438,8 @@ def _check_column(columns: TextColumns, name: str, where: str, schema: pa.Schema
 
 
 def _find(fields: list[pa.Field], name: str) -> tuple[list[int], pa.DataType]:
+    import pyarrow as pa
+
     names = [field.name for field in fields]
     if name in names:
         return [names.index(name)], fields[names.index(name)].type
