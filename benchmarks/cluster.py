@@ -16,9 +16,9 @@ Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the 
     best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches, for each pipeline stage
     layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
 
-"ratio" is tokens/s per GPU over those of one GPU in the same part, "planned" what minimax-plan expects, "whole s" what
-the case took with its start. A case that cannot run says why. What is not reached within ``--seconds`` is left out, and
-said so.
+"ratio" is tokens/s per GPU over those of one GPU in the same part, "planned" what minimax-plan expects. "made s",
+"warm s" and "whole s" are the seconds until a case's trainer was there, until three steps were done, and until all was.
+A case that cannot run says why. What is not reached within ``--seconds`` is left out, and said so.
 """
 
 from __future__ import annotations
@@ -164,10 +164,8 @@ def run_worker(options: argparse.Namespace) -> None:
     device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=120))
     for part in options.parts:
         for case in cases(part, environment.world_size, options.most, options):
-            started = time.monotonic()
             try:
                 found = measure(options.steps, case.all_overrides, environment, device) | planned(case)
-                found["whole s"] = time.monotonic() - started
             except (ConfigError, torch.OutOfMemoryError) as error:  # alike on all ranks
                 found = {"error": str(error).splitlines()[0][:120]}
             if environment.rank == 0:
@@ -203,7 +201,19 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
     alone = {r["part"]: r["tokens/s"] for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
     if "weak" in alone:
         alone["apart"] = alone["weak"]
-    columns = ("ms", "planned ms", "tokens/s", "MFU %", "busy %", "exposed %", "GiB", "planned GiB", "whole s")
+    columns = (
+        "ms",
+        "planned ms",
+        "tokens/s",
+        "MFU %",
+        "busy %",
+        "exposed %",
+        "GiB",
+        "planned GiB",
+        "made s",
+        "warm s",
+        "whole s",
+    )
     yield f"{'GPUs':5}{'':44}" + "".join(f"{column:>12}" for column in columns) + f"{'ratio':>8}"
     for r in results:
         name = f"{r['ranks']:<5}{r['shown']:44.43}"

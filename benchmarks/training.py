@@ -72,7 +72,9 @@ def balanced(route: Any) -> Any:
 def measure(
     steps: int, overrides: list[str], environment: ProcessEnvironment, device: torch.device
 ) -> dict[str, float]:
-    """One case; figures of this rank."""
+    """One case; figures of this rank, with the seconds until its trainer was there, until its first three steps were
+    done, and until all was."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]  # the first rank's, which holds the run
         dist.broadcast_object_list(shared)
@@ -80,9 +82,14 @@ def measure(
         config.check_world_size(environment.world_size)
         grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
         trainer = Trainer(config, grid, device)
+        made_s = time.monotonic() - began
         try:
             with closing(trainer.loader):
-                return timed(trainer, steps) | profiled(trainer)
+                for _ in range(3):
+                    trainer.metrics(trainer.train_step())
+                warm_s = time.monotonic() - began
+                found = timed(trainer, steps) | profiled(trainer)
+                return found | {"made s": made_s, "warm s": warm_s, "whole s": time.monotonic() - began}
         finally:
             release_lock(Path(config.run_dir))
             dist.barrier()
@@ -90,8 +97,6 @@ def measure(
 
 def timed(trainer: Trainer, steps: int) -> dict[str, float]:
     """Rate and memory of some steps, with the host's time to launch one."""
-    for _ in range(3):
-        trainer.metrics(trainer.train_step())
     started = time.perf_counter()
     launched, flops_per_token = [], []  # FLOPs depend on the documents of a step
     late: TakenStep | None = None
