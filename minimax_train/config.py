@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from minimax_train.engines import ENGINES, Engine, EngineConfig
 from minimax_train.errors import ConfigError, require, require_choice
 from minimax_train.fields import PATH, Range, check_fields, fields_of, from_text, show
 from minimax_train.files import replace_text
+from minimax_train.hints import RENAMED_KEYS, unknown_key
 from minimax_train.kernels.dispatch import AUTO, RENAMED
 from minimax_train.metrics.config import LoggingConfig
 from minimax_train.model import KernelConfig, ModelConfig
@@ -31,8 +31,6 @@ from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
 from minimax_train.recipe.config import RENAMED_RECOMPUTATIONS
 
-# Refused on the command line and in configuration files, naming the new; translated in what a run has saved.
-RENAMED_KEYS = {"recipe.eval_rows": "recipe.eval_sequences"}
 # In a file: a key that must be given on the command line.
 MISSING = "???"
 # Offsets of tokens and documents are int32.
@@ -422,7 +420,7 @@ def _build(kind: type, tree: Any, given: Mapping[str, str], path: str = "") -> A
         if name not in fields:
             key = f"{path}.{name}".lstrip(".")
             of_it = (text for set_key, text in given.items() if f"{set_key}.".startswith(f"{key}."))
-            raise ConfigError(_unknown_key(key, next(of_it, key), fields))
+            raise ConfigError(unknown_key(Config, key, next(of_it, key), fields))
     for name, what in fields.items():
         key = f"{path}.{name}".lstrip(".")
         if dataclasses.is_dataclass(what.kind):
@@ -460,30 +458,3 @@ def _defaults(kind: type) -> Tree:
         for name, what in fields_of(kind).items()
         if dataclasses.is_dataclass(what.kind) or what.default is not dataclasses.MISSING
     }
-
-
-def _unknown_key(key: str, given: str, fields: Iterable[str]) -> str:
-    parent, _, name = key.rpartition(".")
-    if key in RENAMED_KEYS:
-        return f"{given}: renamed: use {RENAMED_KEYS[key]}"
-    hint = f" Did you mean {meant}?" if (meant := _meant(parent, name, fields)) else ""
-    return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
-
-
-def _meant(parent: str, name: str, fields: Iterable[str]) -> str | None:
-    """The key that an unknown one may stand for: of the same name in another group, or spelled alike."""
-    elsewhere: dict[str, list[str]] = {}
-    for group, what in fields_of(Config).items():
-        if not dataclasses.is_dataclass(what.kind):
-            continue
-        for key in fields_of(what.kind):
-            elsewhere.setdefault(key, []).append(f"{group}.{key}")
-    for engine, kind in ENGINES.items():
-        for key in fields_of(kind.config_type).keys() - fields_of(EngineConfig).keys():
-            elsewhere.setdefault(key, []).append(f"engine.{key} with engine={engine}")
-    if name in elsewhere:
-        return " or ".join(elsewhere[name])
-    if close := difflib.get_close_matches(name, fields, n=1):
-        return f"{parent}.{close[0]}".lstrip(".")
-    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-    return " or ".join(elsewhere[close[0]]) if close else None

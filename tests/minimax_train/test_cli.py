@@ -14,10 +14,11 @@ import yaml
 
 from minimax_train.checkpoint import cli as checkpoint_cli
 from minimax_train.cli import main
-from minimax_train.config import load_config, read_config, save_config
+from minimax_train.config import flatten, load_config, read_config, save_config
 from minimax_train.convert import cli as convert_cli
 from minimax_train.data import cli as data_cli
 from minimax_train.errors import ConfigError
+from minimax_train.hints import OTHER_NAMES
 from minimax_train.model import HybridModel
 from support.commands import minimax_train
 from support.runs import overrides
@@ -37,9 +38,12 @@ from support.runs import overrides
         ("recipe.sequence_length=64", r"there is no key.* in recipe. Did you mean data.sequence_length\?"),
         ("data.seq_length=64", r"Did you mean data.sequence_length\?"),
         ("seq_length=64", r"Did you mean data.sequence_length\?"),
+        ("tensor_model_parallel_size=2", r"in the configuration. Did you mean parallel.tp\?"),
+        ("parallel.expert_parallel_degree=2", r"in parallel. Did you mean parallel.ep\?"),
+        ("recipe.lr=1", r"in recipe. Did you mean recipe.learning_rate\?"),
         ("engine.stage=3", r"Did you mean engine.stage with engine=deepspeed\?"),
         ("engine=fsdp engine.cuda_graphs=true", r"Did you mean engine.cuda_graphs with engine=zero1\?"),
-        ("parallel.tensor_parallel=2", r"in parallel. Accepted: tp, "),
+        ("parallel.tensor_parallel=2", r"in parallel. Did you mean parallel.tp\? Accepted: tp, "),
         ("recipe.steps=many", r"recipe.steps=many: .*accepted: int"),
         ("recipe.steps=1.5", r"recipe.steps=1.5: .*accepted: int"),
         ("model=tinny", r"(?s)model/tinny.*tiny"),
@@ -162,6 +166,12 @@ def test_world_size_that_does_not_divide():
         ConfigError, match=r"data.num_streams=8: must be a multiple of the 3 data-parallel ranks; .*\[1, 2, 4, 8\]"
     ):
         load_config(["recipe.global_batch_size=12", "recipe.micro_batch_size=4"]).check_world_size(3)
+
+
+def test_names_of_other_frameworks_lead_to_keys_that_are_there():
+    keys = flatten(load_config())
+    for key, others in OTHER_NAMES.items():
+        assert key in keys and not {f"{key.partition('.')[0]}.{name}" for name in others.split()} & keys.keys()
 
 
 def test_every_preset_composes():
