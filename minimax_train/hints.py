@@ -56,7 +56,9 @@ def unknown_key(kind: type, key: str, given: str, fields: Iterable[str]) -> str:
     parent, _, name = key.rpartition(".")
     if key in RENAMED_KEYS:
         return f"{given}: renamed: use {RENAMED_KEYS[key]}"
-    hint = f" Did you mean {meant}?" if (meant := _meant(kind, parent, name, fields)) else ""
+    leaf = given.partition("=")[0].rpartition(".")[2]  # of a group that is not there
+    meant = _meant(kind, parent, name, fields) or _meant(kind, parent, leaf, ())
+    hint = f" Did you mean {meant}?" if meant else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
 
 

@@ -40,6 +40,7 @@ from support.runs import overrides
         ("seq_length=64", r"Did you mean data.sequence_length\?"),
         ("tensor_model_parallel_size=2", r"in the configuration. Did you mean parallel.tp\?"),
         ("parallel.expert_parallel_degree=2", r"in parallel. Did you mean parallel.ep\?"),
+        ("training.seq_len=64", r"no key 'training' in the configuration. Did you mean data.sequence_length\?"),
         ("recipe.lr=1", r"in recipe. Did you mean recipe.learning_rate\?"),
         ("engine.stage=3", r"Did you mean engine.stage with engine=deepspeed\?"),
         ("engine=fsdp engine.cuda_graphs=true", r"Did you mean engine.cuda_graphs with engine=zero1\?"),
