@@ -79,8 +79,7 @@ class Trainer:
             timeout_s=config.parallel.timeout_s,
         )
         self.startup.mark("tokenizer")
-        with no_collection():  # engines import their libraries
-            self.engine = build_engine(config, grid, device, self.phases)
+        self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine, config.recipe)
         self.startup.mark("model")
         if device.type == "cuda":
