@@ -39,9 +39,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timing import Occupancy
-from torch.profiler import ProfilerActivity, profile
-from training import MODELS
+from training import MODELS, occupancy
 
 from minimax_train.config import load_config
 from minimax_train.parallel.environment import ProcessEnvironment
@@ -82,14 +80,14 @@ def measure(overrides: list[str], steps: int) -> dict[str, float] | None:
 def of_rank(trainer: Trainer, steps: int) -> dict[str, float]:
     with closing(trainer.loader):
         seconds, taken = timed(trainer, steps)
-        metrics = trainer.metrics(taken)
+        metrics, found = trainer.metrics(taken), occupancy(trainer, 3)
         return {
             "tokens/s": taken.plan.tokens / seconds,
             "ms": 1e3 * seconds,
             "GiB": metrics.get("peak_memory_gib", float("nan")),
             "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "loss": metrics["loss"],
-            "exposed %": 100 * profiled(trainer),
+            "exposed %": float("nan") if found is None else 100 * found.exposed,
         }
 
 
@@ -110,16 +108,6 @@ def timed(trainer: Trainer, steps: int) -> tuple[float, Any]:
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)), taken
-
-
-def profiled(trainer: Trainer, steps: int = 3) -> float:
-    if trainer.device.type != "cuda":
-        return float("nan")
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(steps):
-            trainer.train_step()
-        trainer.guard.check()
-    return Occupancy.of(recorded).exposed
 
 
 def run(engine: str, options: argparse.Namespace, environment: ProcessEnvironment) -> dict[str, Any]:

@@ -130,15 +130,22 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
     }
 
 
-def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
-    """Shares of the time in which the device computes, and in which it only communicates; launches a step."""
+def occupancy(trainer: Trainer, steps: int) -> Occupancy | None:
+    """Of the GPU in some steps more, under the profiler; None without one."""
     if trainer.device.type != "cuda":
-        return dict.fromkeys(("busy %", "exposed %", "launches"), float("nan"))
+        return None
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(steps):
             trainer.train_step()
         trainer.guard.check()
-    found = Occupancy.of(recorded)
+    return Occupancy.of(recorded)
+
+
+def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
+    """Shares of the time in which the device computes, and in which it only communicates; launches a step."""
+    found = occupancy(trainer, steps)
+    if found is None:
+        return dict.fromkeys(("busy %", "exposed %", "launches"), float("nan"))
     kinds = defaultdict[str, float](float)
     for name, us in found.exposed_us.items():  # a kernel for each dtype and algorithm: ncclDevKernel_AllGather_RING_LL
         kinds[name.removeprefix("ncclDevKernel_").partition("_")[0]] += 1e-3 * us / steps
