@@ -6,7 +6,7 @@ and over an emulated link (``benchmarks/``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Generic, Protocol, TypeVar
@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 # PyTorch 2.13 gave these second names and deprecated the first.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -83,6 +84,28 @@ class GroupCommunicator:
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         return self._start(_reduce_scatter, x, x.new_empty(x.shape[1:]) if out is None else out)
 
+    def all_gather_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
+        """:meth:`all_gather` of several contiguous tensors into buffers, as one call and one kernel."""
+        if self._is_staged(xs):
+            return _all_of([self.all_gather(x, out) for x, out in zip(xs, outs, strict=True)])
+        options = AllgatherOptions()
+        options.asyncOp = True
+        work = self.group.allgather_into_tensor_coalesced(_flat(outs), _flat(xs), options)
+        return Pending(lambda: (work.wait(), None)[1])
+
+    def reduce_scatter_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
+        """:meth:`reduce_scatter` of several contiguous tensors into buffers, as one call and one kernel."""
+        if self._is_staged(xs):
+            return _all_of([self.reduce_scatter(x, out) for x, out in zip(xs, outs, strict=True)])
+        options = ReduceScatterOptions()
+        options.asyncOp = True
+        work = self.group.reduce_scatter_tensor_coalesced(_flat(outs), _flat(xs), options)
+        return Pending(lambda: (work.wait(), None)[1])
+
+    def _is_staged(self, xs: Sequence[Tensor]) -> bool:
+        """Whether tensors pass through the host: over gloo those of a GPU do."""
+        return not self._is_nccl and any(x.is_cuda for x in xs)
+
     def _start(self, collective: Callable, x: Tensor, out: Tensor, *splits: list[int]) -> Pending[Tensor]:
         x = x.contiguous()
         if not self._is_nccl and x.is_cuda:  # gloo
@@ -119,3 +142,15 @@ class GroupCommunicator:
             outgoing.clear()  # kept alive until here
 
         return Pending(wait)
+
+
+def _flat(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.view(-1) for x in xs]
+
+
+def _all_of(pending: Sequence[Pending]) -> Pending[None]:
+    def wait() -> None:
+        for one in pending:
+            one.wait()
+
+    return Pending(wait)

@@ -9,7 +9,7 @@ from minimax_train.parallel.communicator import Pending
 
 
 class Transfers:
-    """Transfers under way, by parameter, each waited for once.
+    """Transfers under way, by number of their bucket, each waited for once.
 
     While a micro-batch is captured, they are part of the graph, or go on beside graphs.
 
@@ -19,11 +19,11 @@ class Transfers:
     """
 
     def __init__(self, beside: bool) -> None:
-        self.beside, self._pending = beside, dict[str, Pending]()
+        self.beside, self._pending = beside, dict[int, Pending]()
 
-    def start(self, name: str, begin: Callable[[], Pending]) -> None:
+    def start(self, bucket: int, begin: Callable[[], Pending]) -> None:
         def run() -> None:
-            self._pending[name] = begin()
+            self._pending[bucket] = begin()
 
         if (recording := _capturing()) is None:
             run()
@@ -31,14 +31,14 @@ class Transfers:
             recording.between(run)
         else:
             run()
-            recording.join(lambda: self._wait([name]))
+            recording.join(lambda: self._wait([bucket]))
 
-    def wait(self, names: Sequence[str]) -> None:
+    def wait(self, buckets: Sequence[int]) -> None:
         recording = _capturing()
         if recording is None or not self.beside:
-            self._wait(names)
-        elif any(name in self._pending for name in names):
-            recording.call(lambda: self._wait(names), lambda: self._wait(names))
+            self._wait(buckets)
+        elif any(bucket in self._pending for bucket in buckets):
+            recording.call(lambda: self._wait(buckets), lambda: self._wait(buckets))
 
     def wait_all(self) -> None:
         """At the end of a micro-batch."""
@@ -47,9 +47,9 @@ class Transfers:
         else:  # also for what its calls have started
             recording.between(lambda: self._wait(list(self._pending)))
 
-    def _wait(self, names: Sequence[str]) -> None:
-        for name in names:
-            if (pending := self._pending.pop(name, None)) is not None:
+    def _wait(self, buckets: Sequence[int]) -> None:
+        for bucket in buckets:
+            if (pending := self._pending.pop(bucket, None)) is not None:
                 pending.wait()
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
 from minimax_train.model.sharding import Cut, ParameterLayout, local, set_parameter
-from minimax_train.parallel.communicator import GroupCommunicator, Pending
+from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid
 from minimax_train.recipe import StepPlan
 
@@ -128,17 +128,13 @@ class ParameterShards:
             found[name] = x[self._parts[name]].view(rows, *others)[: max(0, min(rows, shape[0] - start))]
         return found
 
-    def reduce(self, name: str) -> Pending:
-        """Start to sum a parameter's gradient over the ranks, each rank its shard."""
-        return self.ranks.reduce_scatter(*self._moved(name, self.gradients, self.gradient_shards))
+    def gradient(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a parameter, all ranks' stretches and this rank's shard of the sum."""
+        return self.gradients[self._wholes[name]], self.gradient_shards[self._parts[name]]
 
-    def gather(self, name: str) -> Pending:
-        """Start to take a parameter's new weights over from every rank's shard."""
-        whole, shard = self._moved(name, self.weights, self.weight_shards)
-        return self.ranks.all_gather(shard, whole)
-
-    def _moved(self, name: str, whole: Tensor, shards: Tensor) -> tuple[Tensor, Tensor]:
-        return whole[self._wholes[name]].view(self.ranks.size, -1), shards[self._parts[name]]
+    def weight(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of a parameter, all ranks' stretches and this rank's shard."""
+        return self.weights[self._wholes[name]], self.weight_shards[self._parts[name]]
 
     def round_master(self) -> None:
         """This rank's shards of the weights of compute, from the master weights."""
@@ -161,6 +157,14 @@ def _places(sizes: dict[str, int]) -> tuple[dict[str, slice], int]:
     *starts, total = accumulate(aligned, initial=0)
     places = {name: slice(start, start + size) for start, (name, size) in zip(starts, sizes.items(), strict=True)}
     return places, total
+
+
+class _Bucket(NamedTuple):
+    """Parameters whose gradients, and whose weights, travel in one call: those of a block, or of another module that
+    reads them, that the same ranks hold."""
+
+    names: tuple[str, ...]
+    ranks: GroupCommunicator
 
 
 class Zero1Engine(AutogradEngine):
@@ -191,13 +195,13 @@ class Zero1Engine(AutogradEngine):
         beside = grid.size("cp") > 1
         self._gathering, self._reducing, self._summed = Transfers(beside), Transfers(beside), set[str]()
         self._gathers_in_graph = self._is_told = False
+        self._buckets = list[_Bucket]()
+        self._bucket_of = dict[str, int]()
+        self._left = dict[int, int]()  # of the step's buckets: parameters whose gradients are not complete
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
-        readers = self._weights_by_reader()
-        self._read_first = readers.pop(model)
-        for module, names in readers.items():
-            self._wait_before(module, names)
+        self._make_buckets()
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
@@ -246,18 +250,35 @@ class Zero1Engine(AutogradEngine):
             transfers.add("weights", world, 1, others * part * compute.itemsize)
         return DataParallelism(updated, transfers.all())
 
-    def _wait_before(self, module: nn.Module, names: list[str]) -> None:
+    def _make_buckets(self) -> None:
+        """In the order in which the forward pass needs them; modules wait for theirs when they are called."""
+        order = {name: index for index, name in enumerate(self.parameters)}
+        readers, self._read_first = self._weights_by_reader(), list[int]()
+        for module, names in sorted(readers.items(), key=lambda item: min(map(order.__getitem__, item[1]))):
+            alike: dict[str, list[str]] = {}
+            for name in names:
+                if self._group_of[name].ranks.size > 1:
+                    alike.setdefault(self.layouts[name].replicas(self.grid), []).append(name)
+            own = list(range(len(self._buckets), len(self._buckets) + len(alike)))
+            self._buckets += [_Bucket(tuple(same), self._group_of[same[0]].ranks) for same in alike.values()]
+            if module is self.model:
+                self._read_first = own
+            elif own:
+                self._wait_before(module, own)
+        self._bucket_of = {name: index for index, bucket in enumerate(self._buckets) for name in bucket.names}
+
+    def _wait_before(self, module: nn.Module, buckets: list[int]) -> None:
         """Wait for these weights when a module is called."""
         gathering = self._gathering
 
-        module.register_forward_pre_hook(lambda *_: gathering.wait(names))
+        module.register_forward_pre_hook(lambda *_: gathering.wait(buckets))
 
     def _gather_weights(self) -> None:
         """Start to take over the other ranks' new weights, in the order in which the forward pass needs them, and wait
         for the first."""
-        for name in self.parameters:
-            if (group := self._group_of[name]).ranks.size > 1:
-                self._gathering.start(name, partial(group.gather, name))
+        for index, bucket in enumerate(self._buckets):
+            wholes, shards = zip(*(self._group_of[name].weight(name) for name in bucket.names), strict=True)
+            self._gathering.start(index, partial(bucket.ranks.all_gather_each, shards, wholes))
         self._gathering.wait(self._read_first)
 
     def _sharded(self, kind: str) -> dict[str, Tensor]:
@@ -285,11 +306,19 @@ class Zero1Engine(AutogradEngine):
         return add
 
     def _reduce(self, name: str) -> None:
-        if self._is_last and (group := self._group_of[name]).ranks.size > 1:
-            self._reducing.start(name, partial(group.reduce, name))
+        """A gradient of the step is complete: start to sum those of its bucket over the ranks, once all are."""
+        index = self._bucket_of.get(name)
+        if not self._is_last or index is None:
+            return
+        self._left[index] -= 1
+        if self._left[index] == 0:
+            bucket = self._buckets[index]
+            wholes, shards = zip(*(self._group_of[name].gradient(name) for name in bucket.names), strict=True)
+            self._reducing.start(index, partial(bucket.ranks.reduce_scatter_each, wholes, shards))
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
+        self._left = {index: len(bucket.names) for index, bucket in enumerate(self._buckets)}
         graphs = self._graphs if self._captures(plan) else None
         self._gathers_in_graph = graphs is not None and not self._gathering.beside
         if not self._gathers_in_graph:
