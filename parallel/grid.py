@@ -70,19 +70,21 @@ class ProcessGrid:
         world_size = dist.get_world_size()
         check_sizes(world_size, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
         # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
-        dense_options: dict[int | str, Any] = {}
-        expert_options: dict[int | str, Any] = {}
-        if f"{device_type}:nccl" in dist.get_backend_config():
-            dense_options = {axis: transfer_options() for axis in ("pp", "tp")}
-            expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
-            expert_options |= {"epp": transfer_options()}
+        is_nccl = f"{device_type}:nccl" in dist.get_backend_config()
+        dense_options: dict[int | str, Any] = {axis: transfer_options() for axis in DENSE if is_nccl}
+        expert_options: dict[int | str, Any] = {axis: transfer_options() for axis in ("epp", "edp") if is_nccl}
+        expert_options |= {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp") if is_nccl}
+
+        def join(axes: tuple[str, ...], name: str) -> DeviceMesh:
+            return dense[axes]._flatten(name, backend_override=transfer_options() if is_nccl else None)
+
         sizes = (pp, world_size // (pp * cp * tp), cp, tp)
         dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
         sizes = (pp, world_size // (pp * ep * etp), ep, etp)
         expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
-        joined = {name: dense[axes]._flatten(name) for name, axes in JOINED.items()}
+        joined = {name: join(axes, name) for name, axes in JOINED.items()}
         if pp > 1:
-            joined |= {name: dense[axes]._flatten(name) for name, axes in OVER_STAGES.items()}
+            joined |= {name: join(axes, name) for name, axes in OVER_STAGES.items()}
         else:
             joined |= {SAME_SEQUENCES: joined["cp_tp"], WORLD: joined["dp_cp_tp"]}
         grid = cls(dense, expert, joined, timeout)
