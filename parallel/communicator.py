@@ -14,7 +14,6 @@ from typing import Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 # PyTorch 2.13 gave these second names and deprecated the first.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -68,8 +67,8 @@ class GroupCommunicator:
     """A communicator over a process group: NCCL as it is, gloo with CUDA tensors staged through the host.
 
     Args:
-        group: the ranks, in the order of the axis. Over NCCL it must have been made with a ``device_id``,
-            which sets its connections up at once: a first exchange between some ranks only would wait for the others.
+        group: the ranks, in the order of the axis. Over NCCL it must have been made with a ``device_id``, which sets
+            its connections up at once: a first exchange between some ranks only would wait for the others.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -85,26 +84,29 @@ class GroupCommunicator:
         return self._start(_reduce_scatter, x, x.new_empty(x.shape[1:]) if out is None else out)
 
     def all_gather_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`all_gather` of several contiguous tensors into buffers, as one call and one kernel."""
-        if self._is_staged(xs):
-            return _all_of([self.all_gather(x, out) for x, out in zip(xs, outs, strict=True)])
-        options = AllgatherOptions()
-        options.asyncOp = True
-        work = self.group.allgather_into_tensor_coalesced(_flat(outs), _flat(xs), options)
-        return Pending(lambda: (work.wait(), None)[1])
+        """:meth:`all_gather` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        return self._start_each(_all_gather, xs, outs)
 
     def reduce_scatter_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`reduce_scatter` of several contiguous tensors into buffers, as one call and one kernel."""
-        if self._is_staged(xs):
-            return _all_of([self.reduce_scatter(x, out) for x, out in zip(xs, outs, strict=True)])
-        options = ReduceScatterOptions()
-        options.asyncOp = True
-        work = self.group.reduce_scatter_tensor_coalesced(_flat(outs), _flat(xs), options)
-        return Pending(lambda: (work.wait(), None)[1])
+        """:meth:`reduce_scatter` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        return self._start_each(_reduce_scatter, xs, outs)
 
-    def _is_staged(self, xs: Sequence[Tensor]) -> bool:
-        """Whether tensors pass through the host: over gloo those of a GPU do."""
-        return not self._is_nccl and any(x.is_cuda for x in xs)
+    def _start_each(self, collective: Callable, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
+        if not self._is_nccl:
+            every = [self._start(collective, x, out) for x, out in zip(xs, outs, strict=True)]
+
+            def wait() -> None:
+                for each in every:
+                    each.wait()
+
+            return Pending(wait)
+        # Not the group's own coalesced collectives: those of a capture stay in the flight recorder as never ended.
+        device, group = xs[0].device, self.group
+        group._start_coalescing(device)
+        for x, out in zip(xs, outs, strict=True):
+            collective(out.view(-1), x.view(-1), group=group, async_op=True)
+        work = group._end_coalescing(device)
+        return Pending(lambda: (work.wait(), None)[1])
 
     def _start(self, collective: Callable, x: Tensor, out: Tensor, *splits: list[int]) -> Pending[Tensor]:
         x = x.contiguous()
@@ -144,13 +146,16 @@ class GroupCommunicator:
         return Pending(wait)
 
 
-def _flat(xs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.view(-1) for x in xs]
+def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:
+    """How NCCL is to run transfers beside GEMMs: one that becomes ready gets SMs as soon as any is free, rather than
+    when the GEMMs that were queued before it are done.
 
+    Every group needs options of its own: making the group writes in them.
 
-def _all_of(pending: Sequence[Pending]) -> Pending[None]:
-    def wait() -> None:
-        for one in pending:
-            one.wait()
-
-    return Pending(wait)
+    Args:
+        max_ctas: the most SMs a transfer may hold; None for NCCL's own choice.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    return options

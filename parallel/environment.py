@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from minimax_train.parallel.communicator import transfer_options
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 # The first line of a process that a rank starts: signals to all processes of a job or a terminal are the rank's to
@@ -82,8 +84,10 @@ class ProcessEnvironment:
             # Ranks capture CUDA graphs at different times, as their documents have it: a capture must not exchange
             # anything between them, as NCCL does to register the memory of captured collectives.
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+            options = transfer_options()  # which groups made out of this one take over
+            options._timeout = timeout
         else:
-            device = torch.device("cpu")
+            device, options = torch.device("cpu"), None
         if self.init_method and (host := urlsplit(self.init_method).hostname):
             _check_host(host)
         try:
@@ -95,6 +99,7 @@ class ProcessEnvironment:
                 device_id=device if device_type == "cuda" else None,
                 init_method=self.init_method,
                 store=None if self.init_method else dist.HashStore(),
+                pg_options=options,
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             what = f"the {self.world_size} processes did not meet at {self.init_method}"

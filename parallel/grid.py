@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from minimax_train.parallel.communicator import transfer_options
+
 DENSE, EXPERT = ("pp", "dp", "cp", "tp"), ("epp", "edp", "ep", "etp")
 # Axes taken together: the ranks that hold the same part of a dense parameter that tp splits, the ranks that share
 # packed sequences, and the ranks that hold the same dense parameter where no axis splits it.
@@ -70,21 +72,20 @@ class ProcessGrid:
         world_size = dist.get_world_size()
         check_sizes(world_size, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
         # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
-        is_nccl = f"{device_type}:nccl" in dist.get_backend_config()
-        dense_options: dict[int | str, Any] = {axis: transfer_options() for axis in DENSE if is_nccl}
-        expert_options: dict[int | str, Any] = {axis: transfer_options() for axis in ("epp", "edp") if is_nccl}
-        expert_options |= {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp") if is_nccl}
-
-        def join(axes: tuple[str, ...], name: str) -> DeviceMesh:
-            return dense[axes]._flatten(name, backend_override=transfer_options() if is_nccl else None)
-
+        dense_options: dict[int | str, Any] = {}
+        expert_options: dict[int | str, Any] = {}
+        if f"{device_type}:nccl" in dist.get_backend_config():
+            dense_options = {axis: transfer_options() for axis in ("pp", "cp", "tp")}
+            expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
+            expert_options |= {"epp": transfer_options()}
         sizes = (pp, world_size // (pp * cp * tp), cp, tp)
         dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
         sizes = (pp, world_size // (pp * ep * etp), ep, etp)
         expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
-        joined = {name: join(axes, name) for name, axes in JOINED.items()}
+        own = {"cp_tp": transfer_options()} if dense_options else {}
+        joined = {name: dense[axes]._flatten(name, backend_override=own.get(name)) for name, axes in JOINED.items()}
         if pp > 1:
-            joined |= {name: join(axes, name) for name, axes in OVER_STAGES.items()}
+            joined |= {name: dense[axes]._flatten(name) for name, axes in OVER_STAGES.items()}
         else:
             joined |= {SAME_SEQUENCES: joined["cp_tp"], WORLD: joined["dp_cp_tp"]}
         grid = cls(dense, expert, joined, timeout)
@@ -183,21 +184,6 @@ class GridSizes:
 
     def size(self, axis: str) -> int:
         return self._of[axis]
-
-
-def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:
-    """How NCCL is to run transfers beside GEMMs: one that becomes ready gets SMs as soon as any is free, rather than
-    when the GEMMs that were queued before it are done.
-
-    Every group needs options of its own: making the group writes in them.
-
-    Args:
-        max_ctas: the most SMs a transfer may hold; None for NCCL's own choice.
-    """
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if max_ctas is not None:
-        options.config.max_ctas = max_ctas
-    return options
 
 
 def check_sizes(world_size: int, *, pp: int, cp: int, tp: int, ep: int, etp: int) -> None:
