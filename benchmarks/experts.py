@@ -35,9 +35,8 @@ from timing import in_turn
 from torch import Tensor
 
 from minimax_train.kernels.experts import expert_mlp
-from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator, transfer_options
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.communicator import transfer_options
 from minimax_train.parallel.grid import EXPERT_TRANSFER_CTAS
 
 TOP_K = 2

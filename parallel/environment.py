@@ -79,6 +79,9 @@ class ProcessEnvironment:
             gpus = torch.cuda.device_count()
             if self.local_rank >= gpus:
                 raise ValueError(f"process {self.local_rank} of this machine has no GPU: it has {gpus}; start {gpus}")
+            # Streams share 8 hardware queues if not told otherwise. In one queue, whatever comes after a transfer that
+            # waits for its turn waits with it, such as the first layer for all weights that are gathered.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
             device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(device)
             # Ranks capture CUDA graphs at different times, as their documents have it: a capture must not exchange

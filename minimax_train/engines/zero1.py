@@ -8,8 +8,7 @@ where they are, and the optimizer goes over all parameters in one pass:
     micro-batches   gradients are added up in float32, on this rank
     reduce-scatter  of the step's gradients, each as soon as the last micro-batch has added to it
     AdamW           on this rank's shards, which also rounds the new weights to the dtype of compute
-    all-gather      of the weights, beside the next forward pass: a block waits for its own (with expert parallelism
-                    alone, between whose calls all transfers of a CUDA graph end, the first block for all)
+    all-gather      of the weights, beside the next forward pass: a block waits for its own
 
 None of these tensors ever moves, which a CUDA graph of a micro-batch needs (``graphs.py``).
 
@@ -19,9 +18,8 @@ Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
@@ -39,7 +37,7 @@ from minimax_train.errors import require_choice
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
 from minimax_train.model.sharding import Cut, ParameterLayout, local, set_parameter
-from minimax_train.parallel.communicator import GroupCommunicator
+from minimax_train.parallel.communicator import GroupCommunicator, Pending
 from minimax_train.parallel.grid import WORLD, AxisSizes, ProcessGrid
 from minimax_train.recipe import StepPlan
 
@@ -192,16 +190,11 @@ class Zero1Engine(AutogradEngine):
             self._gradient_of |= group.whole(group.gradients)
             group.round_master()
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
-        beside = grid.size("cp") > 1
-        self._gathering, self._reducing, self._summed = Transfers(beside), Transfers(beside), set[str]()
-        self._gathers_in_graph = self._is_told = False
-        self._buckets = list[_Bucket]()
-        self._bucket_of = dict[str, int]()
+        self._summed, self._is_told = set[str](), False
         self._left = dict[int, int]()  # of the step's buckets: parameters whose gradients are not complete
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
-        self._make_buckets()
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
@@ -213,6 +206,7 @@ class Zero1Engine(AutogradEngine):
                 self.notes.append("no CUDA graphs: transfers over gloo pass through the host")
             else:
                 self._graphs = MicroBatchGraphs(self._sum_gradients, device, phases, self.notes.append)
+        self._make_transfers()
 
     @classmethod
     def memory(cls, config, layouts, grid, device_type) -> dict[str, int]:
@@ -250,35 +244,40 @@ class Zero1Engine(AutogradEngine):
             transfers.add("weights", world, 1, others * part * compute.itemsize)
         return DataParallelism(updated, transfers.all())
 
-    def _make_buckets(self) -> None:
-        """In the order in which the forward pass needs them; modules wait for theirs when they are called."""
+    def _make_transfers(self) -> None:
+        """Buckets, in the order in which the forward pass needs them; modules wait for theirs when they are called."""
         order = {name: index for index, name in enumerate(self.parameters)}
-        readers, self._read_first = self._weights_by_reader(), list[int]()
+        readers, buckets, of_module = self._weights_by_reader(), list[_Bucket](), dict[nn.Module, list[int]]()
         for module, names in sorted(readers.items(), key=lambda item: min(map(order.__getitem__, item[1]))):
             alike: dict[str, list[str]] = {}
             for name in names:
                 if self._group_of[name].ranks.size > 1:
                     alike.setdefault(self.layouts[name].replicas(self.grid), []).append(name)
-            own = list(range(len(self._buckets), len(self._buckets) + len(alike)))
-            self._buckets += [_Bucket(tuple(same), self._group_of[same[0]].ranks) for same in alike.values()]
-            if module is self.model:
-                self._read_first = own
-            elif own:
-                self._wait_before(module, own)
-        self._bucket_of = {name: index for index, bucket in enumerate(self._buckets) for name in bucket.names}
+            of_module[module] = list(range(len(buckets), len(buckets) + len(alike)))
+            buckets += [_Bucket(tuple(same), self._group_of[same[0]].ranks) for same in alike.values()]
+        self._buckets = buckets
+        self._bucket_of = {name: index for index, bucket in enumerate(buckets) for name in bucket.names}
+        replayed = self._graphs is not None and self._is_sharded
+        calls = self.grid.size("ep") > 1 or self.grid.size("cp") > 1  # which end a graph every few milliseconds
+        gathers, reductions = map(list, zip(*map(self._begins_of, buckets), strict=True)) if buckets else ([], [])
+        self._gathering = gathering = Transfers(gathers, replayed=replayed, in_graph=False)
+        self._reducing = Transfers(reductions, replayed=replayed and calls, in_graph=not calls)
+        self._read_first = of_module.pop(self.model)
+        for module, own in of_module.items():
+            module.register_forward_pre_hook(lambda *_, own=own: gathering.wait(own))
 
-    def _wait_before(self, module: nn.Module, buckets: list[int]) -> None:
-        """Wait for these weights when a module is called."""
-        gathering = self._gathering
-
-        module.register_forward_pre_hook(lambda *_: gathering.wait(buckets))
+    def _begins_of(self, bucket: _Bucket) -> tuple[Callable[[], Pending], Callable[[], Pending]]:
+        """What starts to gather its weights, and to sum its gradients."""
+        weights, shards = zip(*(self._group_of[name].weight(name) for name in bucket.names), strict=True)
+        gradients, sums = zip(*(self._group_of[name].gradient(name) for name in bucket.names), strict=True)
+        ranks = bucket.ranks
+        return lambda: ranks.all_gather_each(shards, weights), lambda: ranks.reduce_scatter_each(gradients, sums)
 
     def _gather_weights(self) -> None:
         """Start to take over the other ranks' new weights, in the order in which the forward pass needs them, and wait
         for the first."""
-        for index, bucket in enumerate(self._buckets):
-            wholes, shards = zip(*(self._group_of[name].weight(name) for name in bucket.names), strict=True)
-            self._gathering.start(index, partial(bucket.ranks.all_gather_each, shards, wholes))
+        for index in range(len(self._buckets)):
+            self._gathering.start(index)
         self._gathering.wait(self._read_first)
 
     def _sharded(self, kind: str) -> dict[str, Tensor]:
@@ -312,21 +311,19 @@ class Zero1Engine(AutogradEngine):
             return
         self._left[index] -= 1
         if self._left[index] == 0:
-            bucket = self._buckets[index]
-            wholes, shards = zip(*(self._group_of[name].gradient(name) for name in bucket.names), strict=True)
-            self._reducing.start(index, partial(bucket.ranks.reduce_scatter_each, wholes, shards))
+            self._reducing.start(index)
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
-        self._left = {index: len(bucket.names) for index, bucket in enumerate(self._buckets)}
+        self._begin_reducing()
         graphs = self._graphs if self._captures(plan) else None
-        self._gathers_in_graph = graphs is not None and not self._gathering.beside
-        if not self._gathers_in_graph:
-            self._gather_new_weights()
+        if is_first and self._is_sharded:
+            self._gather_weights()
         if graphs is None:
             self._sum_gradients(batch, plan)
         else:
             graphs.run(batch, plan, self._is_first, self._is_last)
+        self._gathering.wait_all()
         self._is_stale = False
 
     def _captures(self, plan: StepPlan) -> bool:
@@ -338,16 +335,14 @@ class Zero1Engine(AutogradEngine):
                 self.notes.append("no CUDA graphs where blocks that hold calls of the host are computed again (full)")
         return captures
 
-    def _gather_new_weights(self) -> None:
-        if self._is_first and self._is_sharded:
-            self._gather_weights()
+    def _begin_reducing(self) -> None:
+        self._left = {index: len(bucket.names) for index, bucket in enumerate(self._buckets)}
+        self._reducing.forget()
 
     def _sum_gradients(self, batch: MicroBatch, plan: StepPlan) -> None:
         self._summed.clear()
-        if self._gathers_in_graph:
-            self._gather_new_weights()
+        self._begin_reducing()  # again where this could not be captured, and is run without
         self._forward_backward(batch, plan)
-        self._gathering.wait_all()
         for name in self.parameters:
             if name not in self._summed:
                 if self._is_first:

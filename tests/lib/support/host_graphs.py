@@ -21,6 +21,7 @@ from minimax_train import capture
 from minimax_train.capture import Recording
 from minimax_train.engines import graphs
 from minimax_train.engines.graphs import MicroBatchGraphs
+from minimax_train.engines.transfers import Transfers
 from minimax_train.engines.zero1 import Zero1Engine
 from minimax_train.parallel.communicator import GroupCommunicator, Pending
 
@@ -163,6 +164,22 @@ def _in_graph(transfer: Callable[..., Pending]) -> Callable[..., Pending]:
     return start
 
 
+def _waited(wait: Callable[..., None]) -> Callable[..., None]:
+    """A wait of a graph, in each replay for what was started before it."""
+
+    def recorded(self, indices):
+        recording = Recording.current
+        graph = recording and recording._graph
+        if not graph:
+            return wait(self, indices)
+        recording._graph = None
+        wait(self, indices)
+        graph.add(lambda: wait(self, indices), ((), {}), None)
+        recording._graph = graph
+
+    return recorded
+
+
 def record_on_host(engine: Zero1Engine) -> None:
     """Have an engine record and replay its micro-batches, in a process that ends with the test.
 
@@ -171,6 +188,7 @@ def record_on_host(engine: Zero1Engine) -> None:
     for name, transfer in list(vars(GroupCommunicator).items()):
         if name.startswith(("all_gather", "reduce_scatter")):
             setattr(GroupCommunicator, name, _in_graph(transfer))
+    Transfers.wait = _waited(Transfers.wait)
     for name in ("Stream", "graph_pool_handle", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, lambda *_: None)
     torch.cuda.stream, torch.cuda.current_stream = lambda _: nullcontext(), MagicMock()

@@ -32,7 +32,7 @@ def _experts_called(grid):
         parallelize.expert_layer = lambda *_: experts
 
 
-def _run(grid, config, in_graphs, beside=True):
+def _run(grid, config, in_graphs, sums_in_graph=False):
     """What steps, evaluations, a return to an earlier state and a diagnosis find; weights; of each step how many
     recordings were made and replayed; how many pieces of memory replays read that were freed."""
     if in_graphs:
@@ -41,7 +41,7 @@ def _run(grid, config, in_graphs, beside=True):
     engine, every = trainer.engine, HostRecording.every
     if in_graphs:
         record_on_host(engine)
-        engine._gathering.beside = engine._reducing.beside = beside
+        engine._reducing._in_graph = sums_in_graph
     found, made = [], []
     while not trainer.is_over:
         before = len(every), sum(x.replays for x in every)
@@ -49,7 +49,7 @@ def _run(grid, config, in_graphs, beside=True):
         trainer.guard.check()
         found.append((float(taken.totals.loss), float(taken.report.gradient_norm)))
         made.append((len(every) - before[0], sum(x.replays for x in every) - before[1]))
-        assert not engine._gathering._pending and not engine._reducing._pending
+        assert not engine._gathering._under_way and not engine._reducing._under_way
         if taken.number in (2, 6):  # which takes over new weights, before the step does
             found.append(trainer.evaluate(trainer.plan())["validation_loss"])
         if taken.number == 3:
@@ -71,18 +71,18 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "axes", "beside"),
+    ("world", "axes", "sums_in_graph"),
     [
-        (2, {"cp": 2}, True),
-        (4, {"cp": 2, "ep": 2}, True),
-        (4, {"cp": 2, "ep": 2}, False),  # transfers in graphs, as with ep alone
-        (4, {"cp": 2, "tp": 2, "ep": 2}, True),
+        (2, {"cp": 2}, False),
+        (4, {"cp": 2, "ep": 2}, False),
+        (4, {"cp": 2, "ep": 2}, True),  # as where nothing is called between graphs
+        (4, {"cp": 2, "tp": 2, "ep": 2}, False),
     ],
     ids=str,
 )
-def test_replays_compute_what_the_kernels_would(expected, tmp_path, world, axes, beside):
+def test_replays_compute_what_the_kernels_would(expected, tmp_path, world, axes, sums_in_graph):
     config = tiny_run(tmp_path, *RUN, *(f"parallel.{axis}={size}" for axis, size in axes.items()))
-    results = run_ranks(_run, world, config, True, beside, **axes)
+    results = run_ranks(_run, world, config, True, sums_in_graph, **axes)
     for found, weights, _, freed in results:
         assert len(found) == len(expected[0]) and not freed
         for own, right in zip(found, expected[0], strict=True):
