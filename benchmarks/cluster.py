@@ -56,6 +56,7 @@ HERE = Path(__file__).parent
 PARTS = ("weak", "apart", "strong", "axes", "cp", "linear", "experts", "pp", "best", "layers")
 DOCUMENT_TOKENS = 4000  # mean length of documents that minimax-plan assumes
 LONGEST = 16384  # tokens of a document in long sequences, which would else be hard to compare
+LOADERS = 4  # processes that read and encode them, of each data-parallel rank
 SEQUENCES, MICRO_BATCHES = 4, 8
 
 
@@ -93,7 +94,12 @@ class Case:
     @property
     def all_overrides(self) -> list[str]:
         batch = self.sequences * self.micro_batches * self.dp
-        return [*endless(self.model, self.tokens, self.sequences, batch, batch, self.longest), *self.overrides]
+        if self.longest is None:
+            return [*endless(self.model, self.tokens, self.sequences, batch, batch, None), *self.overrides]
+        # Longer documents are read and left out: of each token that is trained on, more are encoded.
+        streams = max(batch, LOADERS * self.dp)
+        overrides = endless(self.model, self.tokens, self.sequences, batch, streams, self.longest)
+        return [*overrides, f"data.num_workers={LOADERS}", *self.overrides]
 
 
 def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iterator[Case]:
@@ -208,6 +214,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         "MFU %",
         "busy %",
         "exposed %",
+        "data ms",
         "GiB",
         "planned GiB",
         "made s",

@@ -54,7 +54,7 @@ SLICE = [
     "model.vocab_size=32000",
 ]
 MODELS = {name: [f"model={name}"] for name in ("tiny", "small", "medium", "proxy")} | {"slice": SLICE}
-COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "exposed %", "launches", "host ms", "GiB", "loss")
+COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "exposed %", "launches", "host ms", "data ms", "GiB", "loss")
 
 
 def balanced(route: Any) -> Any:
@@ -98,11 +98,13 @@ def measure(
 def timed(trainer: Trainer, steps: int) -> dict[str, float]:
     """Rate and memory of some steps, with the host's time to launch one."""
     started = time.perf_counter()
-    launched, flops_per_token = [], []  # FLOPs depend on the documents of a step
+    launched, flops_per_token, waited_s = [], [], 0.0  # FLOPs depend on the documents of a step
     late: TakenStep | None = None
 
     def report(step: TakenStep) -> dict[str, float]:
+        nonlocal waited_s
         metrics = trainer.metrics(step)
+        waited_s += metrics.get("seconds/data", 0.0)
         flops_per_token.append(metrics["tflops_per_rank"] / metrics["tokens_per_second"])
         return metrics
 
@@ -124,9 +126,9 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
         "MFU %": 100e12 * tflops / (trainer.peak_flops_per_s or float("nan")),
         "ms": 1e3 * step_s,
         "host ms": 1e3 * statistics.median(launched),
+        "data ms": 1e3 * waited_s / steps,
         "GiB": metrics.get("peak_memory_gib", float("nan")),
         "loss": metrics["loss"],
-        **{name.replace("seconds/", "ms "): 1e3 * v for name, v in metrics.items() if name.startswith("seconds/")},
     }
 
 

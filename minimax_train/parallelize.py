@@ -38,7 +38,7 @@ def build_engine(config: Config, grid: ProcessGrid, device: torch.device, phases
         cp_methods=context_methods(config.parallel),
         dp_rank=grid.rank("dp"),
         dp_size=grid.size("dp"),
-        sum_counts=count_sums(grid),
+        sum_counts=count_sums(config.model, grid),
         experts=expert_layer(config, grid),
     )
     with torch.device("meta"):
@@ -86,10 +86,14 @@ def context_methods(config: ParallelConfig) -> dict[str, str]:
     return {key: getattr(config, key) for kind in ATTENTIONS.values() for key in kind.cp or ()}
 
 
-def count_sums(grid: ProcessGrid) -> dict[str, Callable[[Tensor], Tensor]]:
+def count_sums(config: ModelConfig, grid: ProcessGrid) -> dict[str, Callable[[Tensor], Tensor]]:
     """Sums over all ranks that hold tokens of a packed sequence, or of the micro-batch."""
-    axes = {"sequence": "cp_tp", "global": "dp_cp_tp"}
-    return {scope: partial(_all_reduce, grid.group(axis)) for scope, axis in axes.items() if grid.size(axis) > 1}
+    groups = {}
+    if grid.size("cp_tp") > 1:
+        groups["sequence"] = grid.group("cp_tp")
+    if grid.size("dp_cp_tp") > 1 and "global" in (config.capacity_scope, config.aux_loss_scope):
+        groups["global"] = grid.group_apart("dp_cp_tp")  # over whose ranks weights are gathered in the meantime
+    return {scope: partial(_all_reduce, group) for scope, group in groups.items()}
 
 
 def expert_layer(config: Config, grid: ProcessGrid) -> Callable[..., Tensor]:

@@ -71,18 +71,20 @@ class ProcessGrid:
         """
         world_size = dist.get_world_size()
         check_sizes(world_size, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
-        # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with it.
-        dense_options: dict[int | str, Any] = {}
-        expert_options: dict[int | str, Any] = {}
-        if f"{device_type}:nccl" in dist.get_backend_config():
-            dense_options = {axis: transfer_options() for axis in ("pp", "cp", "tp")}
-            expert_options = {axis: transfer_options(EXPERT_TRANSFER_CTAS) for axis in ("ep", "etp")}
-            expert_options |= {"epp": transfer_options()}
+        # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with data
+        # parallelism, whose transfers of all weights are started at once.
+        is_nccl = f"{device_type}:nccl" in dist.get_backend_config()
+        dense_options: dict[int | str, Any] = {axis: transfer_options() for axis in ("pp", "cp", "tp") if is_nccl}
+        expert_options: dict[int | str, Any] = {
+            axis: transfer_options(None if axis == "epp" else EXPERT_TRANSFER_CTAS)
+            for axis in ("epp", "ep", "etp")
+            if is_nccl
+        }
         sizes = (pp, world_size // (pp * cp * tp), cp, tp)
         dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
         sizes = (pp, world_size // (pp * ep * etp), ep, etp)
         expert = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT, backend_override=expert_options)
-        own = {"cp_tp": transfer_options()} if dense_options else {}
+        own = {"cp_tp": transfer_options()} if is_nccl else {}
         joined = {name: dense[axes]._flatten(name, backend_override=own.get(name)) for name, axes in JOINED.items()}
         if pp > 1:
             joined |= {name: dense[axes]._flatten(name) for name, axes in OVER_STAGES.items()}
@@ -144,6 +146,15 @@ class ProcessGrid:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         return self.mesh(axis).get_group()
+
+    def group_apart(self, axis: str) -> dist.ProcessGroup:
+        """Another group of the ranks of an axis, whose transfers do not take turns with those of :meth:`group`. It
+        makes it: all ranks together."""
+        is_nccl = f"{self.device_type}:nccl" in dist.get_backend_config()
+        options = transfer_options() if is_nccl else None
+        group = self.mesh(axis)._flatten(f"{axis}_apart", backend_override=options).get_group()
+        _set_pg_timeout(self.timeout, group)
+        return group
 
     @property
     def is_first(self) -> bool:

@@ -1,11 +1,14 @@
 """Process groups of the grid: which ranks, over which backend, with which options."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from minimax_train.parallel.communicator import GroupCommunicator
-from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED, OVER_STAGES
+from minimax_train.parallel import grid as grid_module
+from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED, OVER_STAGES, ProcessGrid
 from support.distributed import TIMEOUT, run_ranks
 
 AXES = (*DENSE, *EXPERT, *JOINED, *OVER_STAGES)
@@ -60,6 +63,25 @@ def _timeouts(grid):
 def test_every_group_has_the_timeout_of_the_run():
     for timeouts in run_ranks(_timeouts, 4, tp=2, ep=2, etp=2):
         assert set(timeouts.values()) == {TIMEOUT}, timeouts
+
+
+def _groups(grid, axis):
+    """Names of the groups of a grid of two ranks, made as over NCCL, where groups have options of their own."""
+    with (
+        patch.object(grid_module, "transfer_options", lambda *_: "gloo"),
+        patch.object(dist, "get_backend_config", lambda *_: "cpu:nccl"),
+    ):
+        made = ProcessGrid.create("cpu", TIMEOUT, **{axis: 2})
+        names = {axis: made.group(axis).group_name for axis in AXES}
+        return names | {"apart": made.group_apart("dp_cp_tp").group_name}
+
+
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_transfers_within_a_layer_do_not_take_turns_with_data_parallelism(axis):
+    """Over whose group all weights are gathered at once, before the first layer."""
+    for names in run_ranks(_groups, 2, axis):
+        gathered = names["dp_cp_tp"]
+        assert not {names[axis], names["cp_tp"], names["apart"]} & {gathered, names["edp"]}
 
 
 # ---------------------------------------------------------------------------------------------- on GPUs
