@@ -54,7 +54,20 @@ SLICE = [
     "model.vocab_size=32000",
 ]
 MODELS = {name: [f"model={name}"] for name in ("tiny", "small", "medium", "proxy")} | {"slice": SLICE}
-COLUMNS = ("tokens/s", "TFLOP/s", "MFU %", "ms", "busy %", "exposed %", "launches", "host ms", "data ms", "GiB", "loss")
+COLUMNS = (
+    "tokens/s",
+    "TFLOP/s",
+    "MFU %",
+    "ms",
+    "longest ms",
+    "busy %",
+    "exposed %",
+    "launches",
+    "host ms",
+    "data ms",
+    "GiB",
+    "loss",
+)
 
 
 def balanced(route: Any) -> Any:
@@ -98,12 +111,13 @@ def measure(
 def timed(trainer: Trainer, steps: int) -> dict[str, float]:
     """Rate and memory of some steps, with the host's time to launch one."""
     started = time.perf_counter()
-    launched, flops_per_token, waited_s = [], [], 0.0  # FLOPs depend on the documents of a step
+    launched, flops_per_token, seconds, waited_s = [], [], [], 0.0  # FLOPs depend on the documents of a step
     late: TakenStep | None = None
 
     def report(step: TakenStep) -> dict[str, float]:
         nonlocal waited_s
         metrics = trainer.metrics(step)
+        seconds.append(metrics["seconds"])
         waited_s += metrics.get("seconds/data", 0.0)
         flops_per_token.append(metrics["tflops_per_rank"] / metrics["tokens_per_second"])
         return metrics
@@ -125,6 +139,7 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
         "TFLOP/s": tflops,
         "MFU %": 100e12 * tflops / (trainer.peak_flops_per_s or float("nan")),
         "ms": 1e3 * step_s,
+        "longest ms": 1e3 * max(seconds),
         "host ms": 1e3 * statistics.median(launched),
         "data ms": 1e3 * waited_s / steps,
         "GiB": metrics.get("peak_memory_gib", float("nan")),

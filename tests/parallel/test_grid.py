@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel import grid as grid_module
+from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.grid import DENSE, EXPERT, EXPERT_TRANSFER_CTAS, JOINED, OVER_STAGES, ProcessGrid
 from support.distributed import TIMEOUT, run_ranks
 
