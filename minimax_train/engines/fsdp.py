@@ -85,8 +85,12 @@ class FSDPConfig(EngineConfig):
 
     def shards(self, axis: str, grid: AxisSizes) -> int:
         """Over how many of the ranks of an axis parameters are sharded: those in one block. The others hold copies."""
+        every = grid.size(axis)
+        if self.shard_within is None:
+            return every
         apart = {"dp_cp": grid.size("tp"), "edp": grid.size("ep") * grid.size("etp")}.get(axis, 1)
-        return grid.size(axis) if self.shard_within is None else max(1, self.shard_within // apart)
+        # minimax-plan asks of grids with fewer ranks than a block too, before check_run refuses them.
+        return min(every, max(1, self.shard_within // apart))
 
 
 def shard(model: HybridModel, config: FSDPConfig, grid: ProcessGrid) -> None:

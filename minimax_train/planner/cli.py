@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from minimax_train.config import Config, load_config
 from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError, OneLineParser, require
-from minimax_train.metrics.console import Output, to_stderr
+from minimax_train.metrics.console import Output, duration, to_stderr
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model.config import count_parameters
 from minimax_train.parallel.cost import Machine
@@ -132,7 +132,7 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     per_token = training_flops(config.model, 1, (plan.document_tokens + 1) / 2)
     yield (
         f"{'model':14}{_billions(count.total)} parameters, {_billions(count.active_in_layers)} active in layers, "
-        f"{per_token / 1e9:,.1f} GFLOP a token (documents of {plan.document_tokens:,.0f})"
+        f"{_flops(per_token)} a token (documents of {plan.document_tokens:,.0f})"
     )
     axes = ("dp", "cp", "tp", "edp", "ep", "etp")
     sizes = ", ".join(f"{axis} {grid.size(axis)}" for axis in (("pp", *axes) if grid.pp > 1 else axes))
@@ -175,7 +175,7 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
         share = f"{100 * waiting / plan.cost.seconds:.1f} % of the step"
         yield f"{'':14}{1e3 * waiting:10,.1f}  waiting for other pipeline stages, {share}"
     if (tokens := _recipe_tokens(plan)) is not None:
-        yield f"{'recipe':14}{tokens:,} tokens, {tokens / plan.tokens_per_s / 86400:,.2f} days at this rate"
+        yield f"{'recipe':14}{tokens:,} tokens, {duration(tokens / plan.tokens_per_s)} at this rate"
 
 
 def _recipe_tokens(plan: RunPlan) -> int | None:
@@ -184,6 +184,10 @@ def _recipe_tokens(plan: RunPlan) -> int | None:
     if recipe.needs_epoch:
         return None
     return sum(piece.steps * piece.batch for piece in recipe.pieces(Progress(), {}))
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e9:,.1f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"
 
 
 def _billions(count: int) -> str:

@@ -25,6 +25,7 @@ from minimax_train.planner.cost import (
 )
 from minimax_train.planner.machine import OVERHEAD_BYTES
 from minimax_train.planner.plan import Cluster, Parameters, RunPlan, first_step, plan_run, rank_activations
+from minimax_train.recipe import Recipe
 
 BEST = 10
 """So many proposals are made."""
@@ -107,6 +108,7 @@ class _Search:
         self._config, self._cluster, self._document_tokens = config, cluster, document_tokens
         self._micro_batches, self._parameters = micro_batches, Parameters(config.model)
         self._step = first_step(config)
+        self._counts = self._micro_batch_counts()
         self._length = min(document_tokens, self._step.sequence_length)
         self._capacity = int(cluster.rates.memory_bytes - OVERHEAD_BYTES)
         self.refused: ConfigError | None = None
@@ -123,10 +125,13 @@ class _Search:
         for parallel in self._pipelines(config):
             for cp, tp, ep, etp in _grids(config, self._cluster.world_size // parallel.pp):
                 grid = GridSizes(self._cluster.world_size, cp, tp, ep, etp, parallel.pp)
-                number = self._batch(grid) / (self._step.micro_batch_size * grid.size("dp"))
-                candidate = _Candidate(config, parallel, grid, int(number))
-                fewest = parallel.pp * SCHEDULES[parallel.pp_schedule].micro_batches if parallel.pp > 1 else 1
-                if number == int(number) >= fewest:
+                dp, fewest = grid.size("dp"), 1
+                if parallel.pp > 1:
+                    fewest = parallel.pp * SCHEDULES[parallel.pp_schedule].micro_batches
+                number = self._batch(grid) // (self._step.micro_batch_size * dp)
+                candidate = _Candidate(config, parallel, grid, number)
+                counts = self._counts if self._micro_batches is None else [number * dp]
+                if all(count % dp == 0 and count >= fewest * dp for count in counts):
                     yield self._bound(candidate), candidate
                 elif self.refused is None:
                     self._plan(candidate)  # which is refused
@@ -209,6 +214,13 @@ class _Search:
             for schedule, (fewest, *_) in SCHEDULES.items():
                 if 1 < pp <= config.model.num_layers and config.model.num_layers % (pp * fewest) == 0:
                     yield dataclasses.replace(own, pp=pp, pp_schedule=schedule)
+
+    def _micro_batch_counts(self) -> set[float]:
+        """Of a step on all ranks: the first, and those of all stages of the recipe that name no grid of their own."""
+        recipe, own = Recipe(self._config), self._config.parallel.sizes
+        steps = [(stage, tokens) for stage, tokens in recipe.batches() if stage.parallel.sizes == own]
+        counts = {tokens / (stage.sequence_length * stage.micro_batch_size) for stage, tokens in steps}
+        return counts | {self._step.global_batch_size / self._step.micro_batch_size}
 
     def _batch(self, grid: GridSizes) -> int:
         """Packed sequences of a step."""

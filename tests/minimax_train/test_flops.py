@@ -1,5 +1,9 @@
 """FLOPs of a training step against counts of the model's own parameters and of its documents' pairs of tokens."""
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from minimax_train.data import build_train_loader, load_tokenizer
@@ -49,3 +53,24 @@ def test_scores_are_pairs_of_tokens_of_a_document_on_any_grid(tmp_path):
         document_T = starts_T.cumsum(0)
         pairs += int((document_T[:, None] == document_T[None, :]).tril().sum())
     assert measured == {name: [pairs] * (2 if grid else 1) for name, grid in GRIDS.items()}
+
+
+def _benchmark(grid, config):
+    """A rank's FLOPs of three steps, by benchmarks/training.py and by the metrics of the same steps."""
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from training import timed
+
+    trainer, told = Trainer(config, grid, torch.device("cpu")), []
+    trainer.metrics(trainer.train_step())
+    metrics = trainer.metrics
+    trainer.metrics = lambda step: told.append(metrics(step)) or told[-1]
+    found = timed(trainer, 3)
+    trainer.loader.close()
+    # Rates times seconds, by the clock of each.
+    return 3 * found["TFLOP/s"] * found["ms"] / 1e3, sum(each["tflops_per_rank"] * each["seconds"] for each in told)
+
+
+def test_the_benchmark_and_the_metrics_say_the_same(tmp_path):
+    config = tiny_run(tmp_path, "data.sequence_length=64", "parallel.cp=2")
+    for found, expected in run_ranks(_benchmark, 2, config, cp=2):
+        assert found == pytest.approx(expected, rel=1e-9) and found > 0

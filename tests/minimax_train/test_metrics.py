@@ -3,15 +3,19 @@
 import gzip
 import json
 import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minimax_train.config import load_config
 from minimax_train.guard import TakenStep
+from minimax_train.metrics.config import LoggingConfig
 from minimax_train.metrics.left import TimeLeft
+from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.norms import GROUPS, group_of, norm_metrics
 from minimax_train.phases import PHASES
 from minimax_train.trainer import Trainer
@@ -183,6 +187,28 @@ def test_events(run_of_three):
     source = (Path(__file__).parents[2] / "minimax_train/trainer.py").read_text()
     kinds = {*re.findall(r"log\.event\(\s*\"(\w+)\"", source), "stall", "stopped"}
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == kinds
+
+
+def test_weights_and_biases_goes_on_under_one_id_and_alerts(tmp_path, monkeypatch):
+    begun, alerts = [], []
+
+    def init(**given):
+        begun.append(given)
+        alert = lambda **told: alerts.append(told["title"])  # noqa: E731
+        name = given["id"] or f"new-{len(begun)}"
+        return SimpleNamespace(id=name, alert=alert, define_metric=lambda *_, **__: None, finish=lambda **_: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=OSError))
+    for run, first_step in (("a", 0), ("a", 2), ("b", 0)):
+        (tmp_path / run).mkdir(exist_ok=True)
+        with MetricLog(
+            LoggingConfig(wandb="offline"), tmp_path / run, {}, total_steps=9, first_step=first_step, enabled=True
+        ) as log:
+            for kind in ("start", "stage", "checkpoint", "outlier", "rollback", "stall", "saved", "stopped", "done"):
+                log.event(kind, first_step, kind)
+    assert [(given["id"], given["resume"]) for given in begun] == [(None, "allow"), ("new-1", "allow"), (None, "allow")]
+    told = [f"{kind}: {run}" for run in "aab" for kind in ("outlier", "rollback", "stall", "stopped")]
+    assert alerts == told  # those that docs/metrics.md names
 
 
 def test_a_step_takes_as_long_as_on_the_device():

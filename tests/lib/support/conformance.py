@@ -3,8 +3,8 @@
     PYTHONPATH=tests/lib python tests/lib/support/conformance.py [--steps 50]
 
 Two ranks train each engine from the same seed in float32, two micro-batches to a rank, gradients clipped, and save half
-way. Each engine goes on from the checkpoint of every other. Losses, gradient norms and held-out losses must be those of
-one rank to 1e-4.
+way. Each engine goes on from the checkpoint of every other. Losses, gradient norms, FLOPs of a step by its metrics and
+held-out losses must be those of one rank to 1e-4.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Trained(NamedTuple):
     """What came of them.
 
     Attributes:
-        steps: number, loss and gradient norm of each.
+        steps: of each its number, loss, gradient norm, and FLOPs of all ranks.
         held_out: loss at their end.
         weights: whole, at their end.
         message: of the run with a NaN in a weight.
         kept: whether no step changed a weight then.
     """
 
-    steps: list[tuple[int, float, float]]
+    steps: list[tuple[int, float, float, float]]
     held_out: float
     weights: dict[str, Tensor]
     message: str
@@ -130,7 +130,8 @@ def _train(grid: ProcessGrid, run: Run) -> Trained:
     for _ in range(run.steps):
         taken = trainer.train_step()
         metrics = trainer.metrics(taken)
-        steps.append((taken.number, metrics["loss"], metrics["grad_norm"]))
+        flops = 1e12 * metrics["tflops_per_rank"] * metrics["seconds"] * dist.get_world_size()
+        steps.append((taken.number, metrics["loss"], metrics["grad_norm"], flops))
     trainer.save(taken.plan)
     held_out, weights = trainer.evaluate(taken.plan)["validation_loss"], weights_of(trainer)
     trained = Trained(steps, held_out, weights, *_poison(grid, trainer))

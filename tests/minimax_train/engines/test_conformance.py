@@ -28,11 +28,11 @@ def results(tmp_path_factory):
 
 def test_every_engine_is_held_to_it(right):
     assert {options[0].removeprefix("engine=") for options in KINDS.values()} == set(ENGINES)
-    assert all(norm > CLIP for each in right for *_, norm in each.steps), "clipping"
+    assert all(norm > CLIP and flops > 0 for each in right for _, _, norm, flops in each.steps), "clipping"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_norms_are_those_of_one_rank(results, right, kind):
+def test_losses_norms_and_flops_are_those_of_one_rank(results, right, kind):
     assert not results[kind].differences(right)
 
 

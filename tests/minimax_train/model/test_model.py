@@ -71,6 +71,17 @@ def test_assignments_are_counted_only_for_what_is_used(changes, counted):
     assert (float(out.aux_loss.detach()) > 0) == ("aux_loss_coefficient" not in changes)
 
 
+def test_load_balancing_loss_of_equal_routing():
+    """As docs/metrics.md has it: a router that prefers no expert has all probabilities alike."""
+    config = model_config()
+    model = _model(config)
+    for block in model.layers:
+        torch.nn.init.zeros_(block.experts.router.weight)
+    tokens = torch.randint(300, (64,))
+    found = model(tokens, Documents.from_lengths([64]), tokens).aux_loss.item()
+    assert found == pytest.approx(config.num_layers * config.experts_per_token / config.num_experts**2)
+
+
 @pytest.mark.parametrize("capacity", [None, 0.7])
 def test_loss_and_gradients_equal_the_naive_kernels(capacity):
     config = model_config(capacity_factor=capacity)

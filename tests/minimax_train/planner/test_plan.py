@@ -1,6 +1,8 @@
 """Plans against engines that are really built, against published sizes, and what the command says."""
 
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -68,6 +70,16 @@ def test_text_01():
     """Sizes of arXiv 2501.08313, section 2."""
     count = count_parameters(load_config(TEXT_01).model)
     assert count.total == pytest.approx(456e9, rel=1e-3) and count.active_in_layers == pytest.approx(45.9e9, rel=1e-3)
+
+
+def test_proposals_for_text_01(capsys):
+    assert main(["model=text-01", "recipe=minimax-01", "world_size=2048"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.partition("\n\n")[0].splitlines() if "parallel." in line]
+    assert len(rows) == 10 + 2 and any("parallel.pp=" in row for row in rows)
+    rates = [float(row.split()[2].replace(",", "")) for row in rows[:10]]
+    assert rates == sorted(rates, reverse=True)
+    assert "456.1 B parameters, 45.9 B active" in out and "rank 2,047 of 2,048 on the meta device" in out
 
 
 def _nbytes(grid, config):
@@ -262,6 +274,16 @@ def test_proposals_with_other_engines(engine):
     assert all(8 * sum(plan.memory.values()) > states for plan in plans)
 
 
+def test_proposals_with_hybrid_sharding():
+    """Grids are passed over on which fewer ranks share parameters than make a block."""
+    batch = ["data.sequence_length=8192", "recipe.micro_batch_size=1", "recipe.global_batch_size=64"]
+    config = load_config(["model=medium", *batch, "data.num_streams=16", "engine=fsdp", "engine.shard_within=4"])
+    plans = propose(config, Cluster(8, MACHINES["h100"], Machine()), document_tokens=4000)
+    assert len(plans) >= 10 and all(plan.grid.size("dp_cp_tp") in (4, 8) for plan in plans)
+    with warnings.catch_warnings(action="error"):  # as of the fake groups' blocks, which the user would see
+        dry_run(next(plan.config for plan in plans if plan.grid.size("dp_cp_tp") == 8), 8)
+
+
 def test_expert_weights_are_cut_beyond_their_number():
     """Each of 2,048 ranks holds a 64th of what the ranks hold together that share an expert: nothing is padded."""
     config = load_config([*TEXT_01, "parallel.tp=8", "parallel.ep=32", "data.num_streams=256"])
@@ -279,6 +301,10 @@ def test_the_command(capsys):
     assert main([*tiny, "world_size=4", "--machine", "h200"]) == 0
     out = capsys.readouterr().out
     assert "the fastest first" in out and "4 x h200" in out and "MFU" in out and "rank 0 of 4" in out
+    # Six times the parameters, of which the attentions add little; not 0.0 of a larger unit.
+    rate = re.search(r"(\S+) M active in layers, (\S+) MFLOP a token", out)
+    assert 6 < float(rate[2]) / float(rate[1]) < 9.5
+    assert re.search(r"^recipe +[\d,]+ tokens, \d+ s at this rate$", out, re.MULTILINE)
     assert main(["model=tiny", "world_size=24", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["proposals"]) > 3 and told["compute_s"]["optimizer"] > 0
@@ -291,7 +317,8 @@ def test_the_command(capsys):
     assert "pp 3, dp 2" in out and "pipeline 2" in out and "waiting for other pipeline stages" in out
     assert "traffic pp" in out and all(f"rank {rank} of 6" in out for rank in (0, 2, 5))
     assert main([*tiny, "world_size=2", "parallel.ep=2", "engine=deepspeed"]) == 0
-    assert "engine=deepspeed" in (out := capsys.readouterr().out) and "built" not in out
+    out = capsys.readouterr().out
+    assert "engine=deepspeed" in out and "built" not in out
     assert main(["model=proxy", "recipe.micro_batch_size=1", "recipe.global_batch_size=1"]) == 1
     assert "does not fit" in capsys.readouterr().out
 
