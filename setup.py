@@ -8,6 +8,7 @@ or ``parallel``, and every module's import path is a file path.
 from setuptools import find_packages, setup
 
 # engine=deepspeed uses classes below deepspeed.initialize.
+_DEBUG = "py-spy>=0.4"
 _DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 # engine=megatron uses its classes one by one. 0.16.1 is the last for Python 3.11.
 _MEGATRON = "megatron-core>=0.16.1,<0.20; sys_platform == 'linux'"
@@ -45,7 +46,7 @@ setup(
             "flash-attn-4[cu13]>=4.0.0b36; sys_platform == 'linux'",
             "quack-kernels[cu13]>=0.6.5,<0.7; sys_platform == 'linux'",
         ],
-        "debug": ["py-spy>=0.4"],
+        "debug": [_DEBUG],
         "tensorboard": ["tensorboard>=2.18"],
         "workspace": [_WORKSPACE],
         "deepspeed": [_DEEPSPEED],
@@ -60,6 +61,7 @@ setup(
             "s3fs",  # each release goes with the fsspec of its number
             "moto[server]>=5",
             "tensorboard>=2.18",
+            _DEBUG,
             _WORKSPACE,
             _DEEPSPEED,
             _MEGATRON,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from minimax_train.errors import ConfigError, OneLineParser
 from minimax_train.launch import preflight, slurm
 from minimax_train.launch.options import read_overrides
@@ -67,11 +69,19 @@ def _local(arguments: list[str]) -> int:
         raise ConfigError(f"{foreign[0]}: {SEPARATED}")
     if PREFLIGHT in options:
         options.remove(PREFLIGHT)
-        if status := preflight.look_here(read_overrides(overrides)):
+        if status := preflight.look_here(read_overrides(overrides), _world_size(options)):
             return status
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     command = ["bash", str(SCRIPT), *options, "--", "checkpoint.resume=auto", *overrides]
     os.execvpe("bash", command, {**os.environ, "PATH": path})
+
+
+def _world_size(options: list[str]) -> int | None:
+    """The run's processes, as ``torchrun.sh`` has torchrun start them; None where options give no numbers."""
+    given = f" {' '.join(options)} "
+    per_node = re.findall(r" --?nproc[-_]per[-_]node[= ](\S+)", given)[-1:] or [str(max(1, torch.cuda.device_count()))]
+    nodes = re.findall(r" --?nnodes[= ](\S+)", given)[-1:] or ["1"]
+    return int(per_node[0]) * int(nodes[0]) if (per_node[0] + nodes[0]).isdecimal() else None
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return compare(config, folder, [name for name in nodes if name], options.slow, options.world_size)
 
 
-def look_here(config: Config) -> int:
-    """``minimax-launch preflight`` of this machine."""
+def look_here(config: Config, world_size: int | None) -> int:
+    """``minimax-launch preflight`` of this machine, for a run of ``world_size`` processes."""
     folder = Path(config.run_dir).absolute() / FOLDER
     look(config, folder)
-    return compare(config, folder, [name_of_node()], _SLOW, None)
+    return compare(config, folder, [name_of_node()], _SLOW, world_size)
 
 
 def compare(config: Config, folder: Path, nodes: Sequence[str], slow: float, world_size: int | None) -> int:

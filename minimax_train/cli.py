@@ -153,6 +153,10 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
         device = environment.init_process_group(device_type, timeout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except ConnectionError as error:  # of a node that hangs, as of a peer that is lost later
+        told = TrainingError(f"{error} (parallel.timeout_s={config.parallel.timeout_s:g})")
+        told.on_all_ranks = False
+        raise told from error
     phases = Phases(device)
     try:
         store = CheckpointStore(Path(config.run_dir), folder=config.checkpoint.folder)

@@ -78,7 +78,8 @@ class ProcessEnvironment:
         A collective that takes longer than the timeout ends the process with an error.
 
         Raises:
-            ValueError: when this machine has fewer GPUs than processes, or the processes cannot meet.
+            ValueError: when this machine has fewer GPUs than processes, or where they are to meet has no address.
+            ConnectionError: when the processes have not met within the timeout.
         """
         if device_type == "cuda":
             gpus = torch.cuda.device_count()
@@ -108,7 +109,7 @@ class ProcessEnvironment:
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             what = f"the {self.world_size} processes did not meet at {self.init_method}"
-            raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+            raise ConnectionError(f"{what}: {str(error).splitlines()[0]}") from error
         return device
 
 

@@ -120,6 +120,17 @@ def test_local_starts_nothing_on_an_unfit_machine(tmp_path, capsys, monkeypatch)
     assert len(started) == 1 and "data.train_files=['/gone']" in capsys.readouterr().out
 
 
+def test_local_preflight_is_for_the_processes_that_torchrun_starts(tmp_path, capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execvpe", lambda name, command, environment: started.append(command))
+    run = [*overrides(tmp_path), "parallel.cp=2", "data.sequence_length=64", "recipe.global_batch_size=2"]
+    main(["local", "--preflight", "--nproc-per-node=2", "--", *run])
+    main(["local", "--preflight", "--nnodes", "2", "--nproc_per_node=2", "--", *run])
+    assert len(started) == 2, capsys.readouterr().err
+    assert main(["local", "--preflight", "--nproc-per-node=8", "--", *run]) == 2
+    assert capsys.readouterr().err.startswith("error: 8 processes: recipe.global_batch_size=2: ")
+
+
 def test_a_look_that_hangs_is_named_in_time(tmp_path):
     """In a process of its own, which that ends."""
     pid = os.fork()

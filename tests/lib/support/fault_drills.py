@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 RANKS, STEP = 2, 4
+_BEATS_S = 1.5  # after which a rank's heartbeat is of a step, however fast the steps are
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class Drill:
             for rank in ranks
         }
         self._struck = self._told = 0.0
+        self._due = 0.0  # when a signal is to strike
 
     def step(self) -> bool:
         """Go on with it; whether it is over."""
@@ -200,6 +202,9 @@ class Drill:
             if fault.inside is not None:
                 self._struck = mark.stat().st_mtime if mark.exists() else 0.0
             elif metrics.exists() and metrics.read_text().count("\n") >= STEP:
+                self._due = self._due or time.time() + _BEATS_S
+                if time.time() < self._due:
+                    return None not in statuses
                 rank, number = fault.strike or (-1, signal.SIGKILL)
                 os.kill(self._processes[rank][0], number)
                 self._struck = time.time()
