@@ -5,6 +5,7 @@ Shape legend: G groups of parameters.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -72,8 +73,9 @@ class StepGuard:
     first's.
 
     An engine freezes the weights at the first step with a loss, gradient or updated weight that is not finite
-    (:class:`minimax_train.engines.StepReport`). The host runs on until :meth:`check`, which stops the run on all ranks
-    before anything of the frozen steps is reported or saved.
+    (:class:`minimax_train.engines.StepReport`), but for losses and gradients with ``recipe.outliers=skip``. The host
+    runs on until :meth:`check`, which stops the run on all ranks before anything of the frozen steps is reported or
+    saved.
     """
 
     def __init__(self, engine: Engine, recipe: RecipeConfig) -> None:
@@ -129,10 +131,13 @@ class StepGuard:
         self._outliers.clear()
 
     def _describe(self, taken: TakenStep) -> str:
+        loss, norm = float(taken.totals.loss), float(taken.report.gradient_norm)
+        if not math.isfinite(norm):
+            return f"step {taken.number}: loss {loss:.4f}, gradient norm {norm}: not finite"
         return (
-            f"step {taken.number}: loss {float(taken.totals.loss):.4f}, gradient norm "
-            f"{float(taken.report.gradient_norm):.3g}: more than {self._recipe.outlier_sigmas:g} standard deviations "
-            f"above the last {self._recipe.outlier_window} steps (recipe.outlier_sigmas)"
+            f"step {taken.number}: loss {loss:.4f}, gradient norm {norm:.3g}: more than "
+            f"{self._recipe.outlier_sigmas:g} standard deviations above the last {self._recipe.outlier_window} steps "
+            "(recipe.outlier_sigmas)"
         )
 
     def _forget(self) -> None:
@@ -150,5 +155,5 @@ class StepGuard:
         if len(recent) > recipe.outlier_limit:
             raise TrainingError(
                 f"step {recent[-1]}: {len(recent)} updates were skipped within {recipe.outlier_window} steps as "
-                f"outliers of loss or gradient norm (recipe.outlier_limit={recipe.outlier_limit})"
+                f"outliers of loss or gradient norm, or not finite (recipe.outlier_limit={recipe.outlier_limit})"
             )

@@ -169,7 +169,7 @@ class AutogradEngine(Engine):
 
     def _gradient_norm(self, squares: Iterable[Tensor]) -> Tensor:
         """L2 norm of the whole model's gradient; NaN where any rank's loss is not finite. Sees whether the step is an
-        outlier.
+        outlier, and one that is not finite holds its update with ``recipe.outliers=skip``, else all from it on.
 
         Args:
             squares: of the elements of this rank's shards, summed, float64 scalars.
@@ -178,11 +178,17 @@ class AutogradEngine(Engine):
         total = total.where(self._loss.isfinite(), torch.nan)
         if self._outliers is None:
             dist.all_reduce(total, group=self.grid.group(WORLD))
-            return total.sqrt()
+            norm = total.sqrt()
+            self._freeze_unless(norm.isfinite())
+            return norm
         summed_2 = torch.stack([total, self._sums.losses_2[0]])
         dist.all_reduce(summed_2, group=self.grid.group(WORLD))
         norm = summed_2[0].sqrt()
         self._outlier = self._outliers.is_next(summed_2[1], norm)
+        if self.config.recipe.outliers == "skip":
+            self._outlier |= ~norm.isfinite()
+        else:
+            self._freeze_unless(norm.isfinite())
         return norm
 
     def _held(self) -> Tensor:

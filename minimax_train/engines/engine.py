@@ -108,7 +108,8 @@ class StepReport(NamedTuple):
         applied: whether the weights were updated and are finite, bool scalar. Once false it stays false, and no later
             update changes the weights. Nor does this one, if the loss or a gradient was not finite. True as well of an
             update that was skipped because the step is an outlier.
-        outlier: whether the loss or the gradient norm is one (``recipe.outliers``), bool scalar.
+        outlier: whether the loss or the gradient norm is one (``recipe.outliers``), bool scalar; with ``skip`` also
+            whether it is not finite.
     """
 
     gradient_norm: Tensor

@@ -60,7 +60,6 @@ class ExternalEngine(AutogradEngine):
     def step(self, learning_rate: float) -> StepReport:
         with self.phases("optimizer"):
             norm = self._gradient_norm(self._squares())
-            self._freeze_unless(norm.isfinite())
             held = self._held()
             self._step += 1 - held
             self._update(learning_rate, norm, bool(held))

@@ -259,7 +259,6 @@ class FSDPEngine(AutogradEngine):
             gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
             norms = zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True)
             norm = self._gradient_norm(x.double().square() / self._copies[name] for name, x in norms)
-            self._freeze_unless(norm.isfinite())
             if self.config.recipe.gradient_clip is not None:
                 scale = self._clip_factor(norm).to(next(iter(gradients.values())).dtype)
                 torch._foreach_mul_(list(gradients.values()), scale)

@@ -31,15 +31,17 @@ class Outliers:
         """Whether the step that these are of is one, a bool scalar on the device; the host does not wait.
 
         Args:
-            loss, gradient_norm: scalars, the same on all ranks. One that is not finite is no outlier.
+            loss, gradient_norm: scalars, the same on all ranks. With one that is not finite the step is no outlier,
+                and the window gets what the step before had.
         """
         values_2, window = torch.stack([loss.double(), gradient_norm.double()]), self._values_2W.shape[1]
         known_2W = self._values_2W[:, window - self._known :]
-        found = torch.zeros((), dtype=torch.bool, device=values_2.device)
+        found, finite = torch.zeros((), dtype=torch.bool, device=values_2.device), values_2.isfinite().all()
         if 2 * self._known >= window:
             deviation_2, mean_2 = torch.std_mean(known_2W, dim=1)
-            found = (values_2 - mean_2 > self._sigmas * deviation_2).any() & values_2.isfinite().all()
-        self._values_2W = torch.cat([self._values_2W[:, 1:], values_2[:, None]], dim=1)
+            found = (values_2 - mean_2 > self._sigmas * deviation_2).any() & finite
+        newest_2 = values_2.where(finite, self._values_2W[:, -1])
+        self._values_2W = torch.cat([self._values_2W[:, 1:], newest_2[:, None]], dim=1)
         self._known = min(self._known + 1, window)
         return found
 

@@ -274,7 +274,6 @@ class Zero1Engine(AutogradEngine):
     def step(self, learning_rate: float) -> StepReport:
         with self.phases("optimizer"):
             norm = self._gradient_norm(squared_norm(group.gradient_shards) for group in self._groups.values())
-            self._freeze_unless(norm.isfinite())
             held = self._held()
             self._step += 1 - held
             recipe, scale = self.config.recipe, self._clip_factor(norm)

@@ -140,8 +140,9 @@ class RecipeConfig:
         outliers: what becomes of a step whose loss or gradient norm is more than ``outlier_sigmas`` standard deviations
             above the mean of the last ``outlier_window`` steps: ``ignore``; ``log``: it is told; ``skip``: its update
             is left out too, and its data are passed over; ``rollback``: the run goes back to its newest checkpoint, of
-            a step before, and passes over the data of all steps since, also where a step is not finite. Before half a
-            window of steps is known, as after a resumption, no step is an outlier.
+            a step before, and passes over the data of all steps since. The last two also where loss or gradient are not
+            finite, for which the others end the run. Before half a window of steps is known, as after a resumption, no
+            step is an outlier.
         outlier_limit: with ``skip``: more than so many within a window end the run; with ``rollback``: more than so
             many returns to the same checkpoint.
         activation_checkpointing: what a block's backward pass computes again rather than keep from the forward pass:

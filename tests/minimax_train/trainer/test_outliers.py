@@ -1,6 +1,7 @@
 """Steps whose loss or gradient norm lies far above the last ones: which they are, and that they are skipped."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from minimax_train.errors import ConfigError, TrainingError
 from minimax_train.trainer import Trainer
 from support.commands import minimax_train
 from support.distributed import run_ranks
+from support.megatron import on_cpu
 from support.runs import overrides, tiny_run, weights_of
 
 WINDOW, SIGMAS = 5, 1.0
@@ -79,6 +81,58 @@ def test_the_updates_of_outliers_are_skipped(tmp_path, engine, ranks):
     )
 
 
+def _spoil(engine, step):
+    """The loss that the first rank computes in one step is NaN."""
+    losses, runs = engine._losses, iter(range(1, 1000))
+    run, now = engine.run, [0]
+
+    def counted(*given):
+        now[0] = next(runs)
+        return run(*given)
+
+    def spoilt(out):
+        loss, aux_loss = losses(out)
+        return loss * (torch.nan if now[0] == step and engine.grid.is_first else 1.0), aux_loss
+
+    engine.run, engine._losses = counted, spoilt
+
+
+def _train_spoilt(grid, config):
+    with on_cpu() if config.engine.name == "megatron" else nullcontext():
+        return _take_spoilt(grid, config)
+
+
+def _take_spoilt(grid, config):
+    trainer, taken = Trainer(config, grid, torch.device("cpu")), []
+    _spoil(trainer.engine, 3)
+    before = weights_of(trainer)
+    for _ in range(5):
+        step = trainer.train_step()
+        trainer.guard.check()
+        after = weights_of(trainer)
+        changed = any(not torch.equal(after[name], before[name]) for name in after)
+        taken.append((bool(step.report.gradient_norm.isfinite()), bool(step.report.outlier), changed))
+        before = after
+    updates = {float(states["step"]) for states in trainer.engine.snapshot()["optimizer"].values()}
+    return taken, updates, trainer.guard.take_outliers(5), all(x.isfinite().all() for x in before.values())
+
+
+@pytest.mark.parametrize("engine", ["zero1", "fsdp", "deepspeed", "megatron"])
+def test_the_update_of_a_step_that_is_not_finite_is_skipped(tmp_path, engine):
+    """On all ranks, when one has a NaN; the steps after it go on."""
+    precision = "engine.precision=float32"
+    config = tiny_run(tmp_path, "recipe.outliers=skip", f"engine={engine}", precision, "recipe.steps=10")
+    for taken, updates, lines, finite in run_ranks(_train_spoilt, 2, config, timeout_s=120):
+        assert taken == [(True, False, True), (True, False, True), (False, True, False), *[(True, False, True)] * 2]
+        assert updates == {4} and finite
+        assert lines == ["step 3: loss nan, gradient norm nan: not finite; its update was skipped"]
+
+
+def test_a_step_that_is_not_finite_leaves_the_window_as_it_was():
+    outliers, values = Outliers(4, 3, torch.device("cpu")), (1.0, 1.2, 0.9, 1.1, torch.nan, 1.0, 9.0)
+    assert [bool(outliers.is_next(torch.tensor(x), torch.tensor(x))) for x in values] == [*[False] * 6, True]
+
+
 def _be_limited(grid, config):
     trainer = Trainer(config, grid, torch.device("cpu"))
     with pytest.raises(TrainingError) as caught:
@@ -90,7 +144,7 @@ def test_too_many_end_the_run(tmp_path):
     config = tiny_run(tmp_path, *EAGER, "recipe.steps=60", "recipe.outlier_limit=1", "recipe.outlier_window=20")
     for step, message in run_ranks(_be_limited, 2, config, timeout_s=120):
         assert message == (
-            f"step {step}: 2 updates were skipped within 20 steps as outliers of loss or gradient norm "
+            f"step {step}: 2 updates were skipped within 20 steps as outliers of loss or gradient norm, or not finite "
             "(recipe.outlier_limit=1)"
         )
 
