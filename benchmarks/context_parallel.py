@@ -32,7 +32,7 @@ from timing import alternating_times, kernel_times
 from minimax_train.documents import Documents
 from minimax_train.kernels.lightning import lightning_attention, lightning_slopes
 from minimax_train.kernels.softmax import softmax_attention
-from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator, transfer_options
 from minimax_train.parallel.context.layout import SequenceLayout
 from minimax_train.parallel.context.lightning import SCAN_PIECES, count_short_memory_heads, lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
@@ -226,7 +226,7 @@ def main() -> None:
     if options.link == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, pg_options=transfer_options())
         options.ranks = [dist.get_world_size()]
     options.device = "cuda" if on_gpu else "cpu"
     options.dtype = torch.bfloat16 if on_gpu else torch.float32

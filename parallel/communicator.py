@@ -92,7 +92,7 @@ class GroupCommunicator:
         return self._start_each(_reduce_scatter, xs, outs)
 
     def _start_each(self, collective: Callable, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        if not self._is_nccl:
+        if not (self._is_nccl and xs[0].is_cuda):
             every = [self._start(collective, x, out) for x, out in zip(xs, outs, strict=True)]
 
             def wait() -> None:
@@ -103,9 +103,11 @@ class GroupCommunicator:
         # Not the group's own coalesced collectives: those of a capture stay in the flight recorder as never ended.
         device, group = xs[0].device, self.group
         group._start_coalescing(device)
-        for x, out in zip(xs, outs, strict=True):
-            collective(out.view(-1), x.view(-1), group=group, async_op=True)
-        work = group._end_coalescing(device)
+        try:
+            for x, out in zip(xs, outs, strict=True):
+                collective(out.view(-1), x.view(-1), group=group, async_op=True)
+        finally:  # else all that comes later would be part of it
+            work = group._end_coalescing(device)
         return Pending(lambda: (work.wait(), None)[1])
 
     def _start(self, collective: Callable, x: Tensor, out: Tensor, *splits: list[int]) -> Pending[Tensor]:

@@ -19,11 +19,6 @@ import torch.distributed as dist
 
 from minimax_train.parallel.communicator import transfer_options
 
-# Read when CUDA starts, which whoever first asks for GPUs may cause. Streams share 8 hardware queues if not told
-# otherwise: what comes in one after a transfer that waits for its turn waits with it, as a layer for all weights that
-# are gathered.
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-
 _PR_SET_PDEATHSIG = 1
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 # The first line of a process that a rank starts: signals to all processes of a job or a terminal are the rank's to

@@ -32,7 +32,7 @@ class Outliers:
 
         Args:
             loss, gradient_norm: scalars, the same on all ranks. With one that is not finite the step is no outlier,
-                and the window gets what the step before had.
+                and the window gets what the step before had (0, if it is the first).
         """
         values_2, window = torch.stack([loss.double(), gradient_norm.double()]), self._values_2W.shape[1]
         known_2W = self._values_2W[:, window - self._known :]

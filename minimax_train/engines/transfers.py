@@ -44,7 +44,7 @@ class Transfers:
         """Wait for those that are under way. Each replay of a graph that is captured then waits for what was started
         last before it."""
         for index in indices:
-            # In a capture it stays under way: what is called between graphs does not wait for them.
+            # In a capture it stays under way: each graph of the recording that needs it has a node of its own.
             own = self._under_way.pop(index, None) if _capturing() is None else self._under_way.get(index)
             if own is not None:
                 own.wait()
@@ -59,8 +59,8 @@ class Transfers:
     def _wait_all(self) -> None:
         self.wait(list(self._under_way))
 
-    def forget(self) -> None:
-        """Of a pass that could not be captured."""
+    def drop(self) -> None:
+        """Those under way: of a pass that could not be captured."""
         self._under_way.clear()
 
 

@@ -18,6 +18,7 @@ Bytes per parameter on this rank, in bfloat16: 2 (weight) + 4 (gradient) + 12 / 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minimax_train.capture import Recording
 from minimax_train.data import MicroBatch
 from minimax_train.engines.autograd import AutogradEngine
 from minimax_train.engines.engine import PRECISIONS, DataParallelism, EngineConfig, StepReport, TransferSums
@@ -112,6 +114,7 @@ class Zero1Engine(AutogradEngine):
         self.parameters = dict(model.named_parameters())  # in the order of the forward pass
         self._summed, self._is_told = set[str](), False
         self._left = dict[int, int]()  # of the step's buckets: parameters whose gradients are not complete
+        self._called = Counter[int]()  # and those that were completed by calls between graphs
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(self._adder(name))
@@ -229,8 +232,12 @@ class Zero1Engine(AutogradEngine):
         index = self._bucket_of.get(name)
         if not self._is_last or index is None:
             return
+        is_called = Recording.current is not None and Recording.current.is_calling
         self._left[index] -= 1
+        self._called[index] += is_called
         if self._left[index] == 0:
+            # In replays only calls come here: where graphs complete some of a bucket, one must complete the last.
+            assert not is_called or self._called[index] == len(self._buckets[index].names), self._buckets[index].names
             self._reducing.start(index)
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
@@ -257,7 +264,8 @@ class Zero1Engine(AutogradEngine):
 
     def _begin_reducing(self) -> None:
         self._left = {index: len(bucket.names) for index, bucket in enumerate(self._buckets)}
-        self._reducing.forget()
+        self._called = Counter[int]()
+        self._reducing.drop()
 
     def _sum_gradients(self, batch: MicroBatch, plan: StepPlan) -> None:
         self._summed.clear()
