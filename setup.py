@@ -7,8 +7,8 @@ or ``parallel``, and every module's import path is a file path.
 
 from setuptools import find_packages, setup
 
-# engine=deepspeed uses classes below deepspeed.initialize.
 _DEBUG = "py-spy>=0.4"
+# engine=deepspeed uses classes below deepspeed.initialize.
 _DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 # engine=megatron uses its classes one by one. 0.16.1 is the last for Python 3.11.
 _MEGATRON = "megatron-core>=0.16.1,<0.20; sys_platform == 'linux'"

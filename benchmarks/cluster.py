@@ -95,12 +95,10 @@ class Case:
     @property
     def all_overrides(self) -> list[str]:
         batch = self.sequences * self.micro_batches * self.dp
-        if self.longest is None:
-            return [*endless(self.model, self.tokens, self.sequences, batch, batch, None), *self.overrides]
         # Longer documents are read and left out: of each token that is trained on, more are encoded.
-        streams = max(batch, LOADERS * self.dp)
-        overrides = endless(self.model, self.tokens, self.sequences, batch, streams, self.longest)
-        return [*overrides, f"data.num_workers={LOADERS}", *self.overrides]
+        loaders = 1 if self.longest is None else LOADERS
+        overrides = endless(self.model, self.tokens, self.sequences, batch, max(batch, loaders * self.dp), self.longest)
+        return [*overrides, f"data.num_workers={loaders}", *self.overrides]
 
 
 def cases(part: str, ranks: int, most: int, options: argparse.Namespace) -> Iterator[Case]:

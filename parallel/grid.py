@@ -73,7 +73,7 @@ class ProcessGrid:
         check_sizes(world_size, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
         # Groups of their own: one that all ranks are in would otherwise be the default group, and take turns with data
         # parallelism, whose transfers of all weights are started at once.
-        is_nccl = f"{device_type}:nccl" in dist.get_backend_config()
+        is_nccl = _is_nccl(device_type)
         dense_options: dict[int | str, Any] = {axis: transfer_options() for axis in ("pp", "cp", "tp") if is_nccl}
         expert_options: dict[int | str, Any] = {
             axis: transfer_options(None if axis == "epp" else EXPERT_TRANSFER_CTAS)
@@ -150,8 +150,7 @@ class ProcessGrid:
     def group_apart(self, axis: str) -> dist.ProcessGroup:
         """Another group of the ranks of an axis, whose transfers do not take turns with those of :meth:`group`. It
         makes it: all ranks together."""
-        is_nccl = f"{self.device_type}:nccl" in dist.get_backend_config()
-        options = transfer_options() if is_nccl else None
+        options = transfer_options() if _is_nccl(self.device_type) else None
         group = self.mesh(axis)._flatten(f"{axis}_apart", backend_override=options).get_group()
         _set_pg_timeout(self.timeout, group)
         return group
@@ -160,6 +159,10 @@ class ProcessGrid:
     def is_first(self) -> bool:
         """Whether this rank speaks for the run: console, logs, files written once."""
         return dist.get_rank() == 0
+
+
+def _is_nccl(device_type: str) -> bool:
+    return f"{device_type}:nccl" in dist.get_backend_config()
 
 
 class AxisSizes(Protocol):

@@ -179,12 +179,11 @@ class AutogradEngine(Engine):
         if self._outliers is None:
             dist.all_reduce(total, group=self.grid.group(WORLD))
             norm = total.sqrt()
-            self._freeze_unless(norm.isfinite())
-            return norm
-        summed_2 = torch.stack([total, self._sums.losses_2[0]])
-        dist.all_reduce(summed_2, group=self.grid.group(WORLD))
-        norm = summed_2[0].sqrt()
-        self._outlier = self._outliers.is_next(summed_2[1], norm)
+        else:
+            summed_2 = torch.stack([total, self._sums.losses_2[0]])
+            dist.all_reduce(summed_2, group=self.grid.group(WORLD))
+            norm = summed_2[0].sqrt()
+            self._outlier = self._outliers.is_next(summed_2[1], norm)
         if self.config.recipe.outliers == "skip":
             self._outlier |= ~norm.isfinite()
         else:

@@ -22,7 +22,7 @@ class Transfers:
             done. If not, they are started where that graph ends, and go on beside the next.
     """
 
-    def __init__(self, begins: Sequence[Callable[[], Pending]], *, replayed: bool, in_graph: bool) -> None:
+    def __init__(self, begins: Sequence[Callable[[], Pending]], *, replayed: bool, in_graph: bool = False) -> None:
         self._begins, self._in_graph = begins, in_graph
         if replayed:
             stream = torch.cuda.Stream()

@@ -72,11 +72,15 @@ class Zero1Config(EngineConfig):
             recomputation: of the layers on the rank. Computed again, a call between two graphs would be made twice, and
                 nothing of the first forgotten.
         """
-        has_calls = grid.size("ep") > 1 or grid.size("cp") > 1
-        return self.cuda_graphs and not (has_calls and "full" in recomputation)
+        return self.cuda_graphs and not (_has_calls(grid) and "full" in recomputation)
 
     def calls_attention(self, grid: AxisSizes) -> bool:
         return self.cuda_graphs and grid.size("cp") > 1
+
+
+def _has_calls(grid: AxisSizes) -> bool:
+    """Whether the host makes calls between a micro-batch's graphs: of experts, or of attention."""
+    return grid.size("ep") > 1 or grid.size("cp") > 1
 
 
 class _Bucket(NamedTuple):
@@ -181,9 +185,9 @@ class Zero1Engine(AutogradEngine):
         self._buckets = buckets
         self._bucket_of = {name: index for index, bucket in enumerate(buckets) for name in bucket.names}
         replayed = self._graphs is not None and self._is_sharded
-        calls = self.grid.size("ep") > 1 or self.grid.size("cp") > 1  # which end a graph every few milliseconds
+        calls = _has_calls(self.grid)  # which end a graph every few milliseconds
         gathers, reductions = map(list, zip(*map(self._begins_of, buckets), strict=True)) if buckets else ([], [])
-        self._gathering = gathering = Transfers(gathers, replayed=replayed, in_graph=False)
+        self._gathering = gathering = Transfers(gathers, replayed=replayed)
         self._reducing = Transfers(reductions, replayed=replayed and calls, in_graph=not calls)
         self._read_first = of_module.pop(self.model)
         for module, own in of_module.items():

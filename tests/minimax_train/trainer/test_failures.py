@@ -76,7 +76,8 @@ def test_stacks_are_written(drills, name):
         elif stopped and rank == (name == "stopped") and "py-spy: " in line:
             assert "Permission" in line, line  # containers may forbid to read another process
         else:
-            assert "trainer.py" in found[file]
+            # A signal may come at any point of a step, which reports and saves as well.
+            assert ("train_step" if name == "slowed" else "_go_on") in found[file]
 
 
 def test_the_last_collectives_and_an_event_are_kept(drills):
