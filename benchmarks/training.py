@@ -93,7 +93,10 @@ def measure(
         dist.broadcast_object_list(shared)
         config = load_config([*overrides, f"run_dir={shared[0]}/run"])
         config.check_world_size(environment.world_size)
-        grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
+        parallel = config.parallel
+        grid = ProcessGrid.create(
+            device.type, timedelta(seconds=600), **parallel.sizes, token_groups=parallel.token_groups
+        )
         trainer = Trainer(config, grid, device)
         made_s = time.monotonic() - began
         try:

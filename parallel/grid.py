@@ -38,8 +38,7 @@ JOINED = {"dp_cp": ("dp", "cp"), "cp_tp": ("cp", "tp"), "dp_cp_tp": ("dp", "cp",
 # model. With one stage they are those of cp_tp and dp_cp_tp.
 SAME_SEQUENCES, WORLD = "pp_cp_tp", "world"
 OVER_STAGES = {SAME_SEQUENCES: ("pp", "cp", "tp"), WORLD: DENSE}
-# SMs that an expert layer's transfer may hold: it runs beside GEMMs, which get the others. The measurements of
-# docs/results.md, of two GPUs and emulated ones, were made with this bound.
+# SMs that an expert layer's transfer may hold where it runs beside GEMMs, which get the others.
 EXPERT_TRANSFER_CTAS = 16
 
 
@@ -59,12 +58,23 @@ class ProcessGrid:
 
     @classmethod
     def create(
-        cls, device_type: str, timeout: timedelta, *, pp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+        cls,
+        device_type: str,
+        timeout: timedelta,
+        *,
+        pp: int = 1,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        etp: int = 1,
+        token_groups: int = 1,
     ) -> ProcessGrid:
         """Lay the default process group out as a grid; all ranks together.
 
         Args:
             timeout: a collective of any group that takes longer ends the process with an error.
+            token_groups: in how many groups tokens go through the experts. With one, no GEMM runs beside the experts'
+                transfers over ``ep`` and ``etp``, and they hold as many SMs as NCCL likes.
 
         Raises:
             ValueError: when ``pp * cp * tp`` or ``pp * ep * etp`` does not divide the number of processes.
@@ -75,11 +85,8 @@ class ProcessGrid:
         # parallelism, whose transfers of all weights are started at once.
         is_nccl = _is_nccl(device_type)
         dense_options: dict[int | str, Any] = {axis: transfer_options() for axis in ("pp", "cp", "tp") if is_nccl}
-        expert_options: dict[int | str, Any] = {
-            axis: transfer_options(None if axis == "epp" else EXPERT_TRANSFER_CTAS)
-            for axis in ("epp", "ep", "etp")
-            if is_nccl
-        }
+        ctas = {"epp": None} | dict.fromkeys(("ep", "etp"), EXPERT_TRANSFER_CTAS if token_groups > 1 else None)
+        expert_options: dict[int | str, Any] = {axis: transfer_options(n) for axis, n in ctas.items() if is_nccl}
         sizes = (pp, world_size // (pp * cp * tp), cp, tp)
         dense = init_device_mesh(device_type, sizes, mesh_dim_names=DENSE, backend_override=dense_options)
         sizes = (pp, world_size // (pp * ep * etp), ep, etp)

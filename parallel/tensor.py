@@ -9,7 +9,7 @@ this rank has, C any number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.cross_entropy import VocabularyShard
-from minimax_train.kernels.deferral import defer, gradients_of
-from minimax_train.parallel.communicator import Communicator
+from minimax_train.kernels.deferral import defer, gradients_of, linear
+from minimax_train.parallel.communicator import Communicator, Pending
 
 
 class TensorParallel:
@@ -53,13 +53,27 @@ class TensorParallel:
     def project(self, x_tD: Tensor, *weights_WD: Tensor) -> tuple[Tensor, ...]:
         """``[t, D] -> [T, W]`` of each weight: all ranks' tokens in rank order, times ``[D, W]``.
 
-        What is kept for backward is ``[t, D]``: the tokens are gathered again, beside the GEMM for their gradient,
-        whose sum over ranks then travels beside the GEMMs for the weights' (arXiv 2205.05198, section 4.2.2).
+        This rank's tokens are multiplied while the others' arrive. What is kept for backward is ``[t, D]``: the tokens
+        are gathered again, beside the GEMM for their gradient, whose sum over ranks then travels beside the GEMMs for
+        the weights' (arXiv 2205.05198, section 4.2.2).
 
         Args:
             weights_WD: one or more, the dtype of x.
         """
         return _GatherProject.apply(x_tD, self._communicator, *defer(x_tD, *weights_WD))
+
+    def project_sum(self, x_TW: Tensor, weight_DW: Tensor) -> Tensor:
+        """``[T, W] -> [t, D]``: times ``[W, D]``, summed over ranks, of this rank's tokens.
+
+        Other ranks' tokens are multiplied first, and their results travel beside the next GEMM; in the backward pass
+        this rank's are, while the others' gradients arrive.
+
+        Args:
+            weight_DW: this rank's columns, the dtype of x.
+        """
+        if self._communicator is None:
+            return linear(x_TW, weight_DW)
+        return _ProjectSum.apply(x_TW, self._communicator, *defer(x_TW, weight_DW))
 
     def vocabulary(self, size: int) -> VocabularyShard | None:
         """This rank's part of a vocabulary, None where that is all of it."""
@@ -102,6 +116,22 @@ class _Move(torch.autograd.Function):
         return ctx.mirror(d, ctx.communicator), None, None, None
 
 
+def _times_gathered(x_tD: Tensor, weights_DW: Sequence[Tensor], communicator: Communicator) -> list[Tensor]:
+    """All ranks' tokens, and their products with each weight: first this rank's, while the others are gathered."""
+    gathering, t = communicator.all_gather(x_tD), len(x_tD)
+    start, end = communicator.rank * t, (communicator.rank + 1) * t
+    outputs_TW = [x_tD.new_empty(communicator.size * t, weight_DW.shape[1]) for weight_DW in weights_DW]
+    pairs = list(zip(weights_DW, outputs_TW, strict=True))
+    for weight_DW, out_TW in pairs:
+        torch.mm(x_tD, weight_DW, out=out_TW[start:end])
+    x_TD = gathering.wait().flatten(0, 1)
+    for rows in (slice(0, start), slice(end, None)):
+        for weight_DW, out_TW in pairs:
+            if len(out_TW[rows]):
+                torch.mm(x_TD[rows], weight_DW, out=out_TW[rows])
+    return [x_TD, *outputs_TW]
+
+
 class _GatherProject(torch.autograd.Function):
     """The gradient of x is summed over the weights in the GEMMs that make it."""
 
@@ -109,8 +139,9 @@ class _GatherProject(torch.autograd.Function):
     def forward(ctx, x_tD, communicator, deferral, *weights_WD):
         ctx.save_for_backward(x_tD, *weights_WD)
         ctx.communicator, ctx.deferral = communicator, deferral
-        x_TD = x_tD if communicator is None else _gathered(x_tD, communicator)
-        return tuple(F.linear(x_TD, weight_WD) for weight_WD in weights_WD)
+        if communicator is None:
+            return tuple(F.linear(x_tD, weight_WD) for weight_WD in weights_WD)
+        return tuple(_times_gathered(x_tD, [weight_WD.t() for weight_WD in weights_WD], communicator)[1:])
 
     @staticmethod
     @once_differentiable
@@ -131,3 +162,29 @@ class _GatherProject(torch.autograd.Function):
         scattering = communicator.reduce_scatter(dx_TD.unflatten(0, (communicator.size, -1)))
         d_weights_WD = gradients_of(ctx.deferral, d_weights)
         return scattering.wait(), None, None, *d_weights_WD
+
+
+class _ProjectSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TW, communicator, deferral, weight_DW):
+        ctx.save_for_backward(x_TW, weight_DW)
+        ctx.communicator, ctx.deferral = communicator, deferral
+        n, rank, x_ntW = communicator.size, communicator.rank, x_TW.unflatten(0, (communicator.size, -1))
+        arriving: list[tuple[Pending[None], Tensor]] = []
+        for distance in range(1, n):
+            part_tD = F.linear(x_ntW[(rank + distance) % n], weight_DW)
+            arrived_tD = torch.empty_like(part_tD)
+            sends, receives = {(rank + distance) % n: part_tD}, {(rank - distance) % n: arrived_tD}
+            arriving.append((communicator.exchange(sends, receives), arrived_tD))
+        y_tD = F.linear(x_ntW[rank], weight_DW)
+        for pending, arrived_tD in arriving:
+            pending.wait()
+            y_tD += arrived_tD
+        return y_tD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_tD):
+        x_TW, weight_DW = ctx.saved_tensors
+        dy_TD, dx_TW = _times_gathered(dy_tD, [weight_DW], ctx.communicator)
+        return dx_TW, None, None, *gradients_of(ctx.deferral, lambda: (dy_TD.t() @ x_TW,))

@@ -102,12 +102,14 @@ def _options(grid):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_transfers_beside_products_have_priority(world):
+@pytest.mark.parametrize(("world", "token_groups"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_transfers_beside_products_have_priority(world, token_groups):
+    """And those of experts leave them SMs, where there are products beside them."""
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
-    grid = {"tp": min(world, 2), "ep": min(world, 2), "etp": world // min(world, 2)}
+    grid = {"tp": min(world, 2), "ep": min(world, 2), "etp": world // min(world, 2), "token_groups": token_groups}
     for found in run_ranks(_options, world, start="spawn", device="cuda", **grid):
         for axis, (high_priority, max_ctas) in found.items():
             assert high_priority, axis
-            assert (max_ctas == EXPERT_TRANSFER_CTAS) == (axis in ("ep", "etp")), axis
+            bounded = token_groups > 1 and axis in ("ep", "etp")
+            assert (max_ctas == EXPERT_TRANSFER_CTAS) == bounded, axis

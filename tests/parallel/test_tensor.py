@@ -1,9 +1,10 @@
-"""Projections of gathered tokens against the same GEMMs on one rank."""
+"""Projections of gathered tokens, and those summed over ranks, against the same GEMMs on one rank."""
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from minimax_train.kernels.deferral import deferred, run
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.tensor import TensorParallel
 from support.compare import relative_error
@@ -40,7 +41,7 @@ def _project(grid, number):
     return [y.detach() for y in outputs], results, sum(kept.values())
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_equals_one_rank_in_float64(ranks, number):
     x, weights, gradients = _case(ranks)
@@ -57,3 +58,41 @@ def test_equals_one_rank_in_float64(ranks, number):
         for actual, wanted in zip([*outputs, my_dx, *my_d_weights], right, strict=True):
             assert relative_error(actual, wanted) < 1e-12
         assert kept == TOKENS * HIDDEN * 8  # this rank's tokens, not everybody's
+
+
+def _summed_case(ranks):
+    """Inputs of each rank, its columns of the weight, and the gradient of all tokens' outputs."""
+    g = torch.Generator().manual_seed(ranks)
+    T, width = ranks * TOKENS, WIDTHS[0]
+    xs = [torch.randn(T, width, dtype=torch.float64, generator=g).requires_grad_() for _ in range(ranks)]
+    weights = [torch.randn(HIDDEN, width, dtype=torch.float64, generator=g).requires_grad_() for _ in range(ranks)]
+    return xs, weights, torch.randn(T, HIDDEN, dtype=torch.float64, generator=g)
+
+
+def _project_sum(grid, split):
+    communicator = GroupCommunicator(grid.group("tp"))
+    xs, weights, d = _summed_case(communicator.size)
+    x, weight = xs[communicator.rank], weights[communicator.rank]
+    my_d = d.chunk(communicator.size)[communicator.rank]
+    if not split:
+        y = TensorParallel(communicator).project_sum(x, weight)
+        return y.detach(), *torch.autograd.grad(y, [x, weight], my_d)
+    with deferred():
+        y = TensorParallel(communicator).project_sum(x, weight)
+    with deferred() as pending:
+        y.backward(my_d)
+    assert weight.grad is None
+    run(pending)
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_sum_equals_one_rank_in_float64(ranks, split):
+    xs, weights, d = _summed_case(ranks)
+    y = torch.cat(xs, 1) @ torch.cat(weights, 1).T
+    gradients = torch.autograd.grad(y, [*xs, *weights], d)
+    for rank, actual in enumerate(run_ranks(_project_sum, ranks, split, tp=ranks)):
+        right = y.chunk(ranks)[rank], gradients[rank], gradients[ranks + rank]
+        for mine, wanted in zip(actual, right, strict=True):
+            assert relative_error(mine, wanted) < 1e-12
