@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from minimax_train.kernels.cross_entropy import VocabularyShard
 from minimax_train.kernels.deferral import defer, gradients_of, linear
-from minimax_train.parallel.communicator import Communicator, Pending
+from minimax_train.parallel.communicator import Communicator
 
 
 class TensorParallel:
@@ -65,8 +65,7 @@ class TensorParallel:
     def project_sum(self, x_TW: Tensor, weight_DW: Tensor) -> Tensor:
         """``[T, W] -> [t, D]``: times ``[W, D]``, summed over ranks, of this rank's tokens.
 
-        Other ranks' tokens are multiplied first, and their results travel beside the next GEMM; in the backward pass
-        this rank's are, while the others' gradients arrive.
+        In the backward pass the gradients of this rank's tokens are multiplied while the others' arrive.
 
         Args:
             weight_DW: this rank's columns, the dtype of x.
@@ -169,18 +168,7 @@ class _ProjectSum(torch.autograd.Function):
     def forward(ctx, x_TW, communicator, deferral, weight_DW):
         ctx.save_for_backward(x_TW, weight_DW)
         ctx.communicator, ctx.deferral = communicator, deferral
-        n, rank, x_ntW = communicator.size, communicator.rank, x_TW.unflatten(0, (communicator.size, -1))
-        arriving: list[tuple[Pending[None], Tensor]] = []
-        for distance in range(1, n):
-            part_tD = F.linear(x_ntW[(rank + distance) % n], weight_DW)
-            arrived_tD = torch.empty_like(part_tD)
-            sends, receives = {(rank + distance) % n: part_tD}, {(rank - distance) % n: arrived_tD}
-            arriving.append((communicator.exchange(sends, receives), arrived_tD))
-        y_tD = F.linear(x_ntW[rank], weight_DW)
-        for pending, arrived_tD in arriving:
-            pending.wait()
-            y_tD += arrived_tD
-        return y_tD
+        return _scattered(F.linear(x_TW, weight_DW), communicator)
 
     @staticmethod
     @once_differentiable
