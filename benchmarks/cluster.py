@@ -17,7 +17,7 @@ Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the 
     layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
 
 "ratio" is tokens/s per GPU over those of one GPU in the same part, "planned" what minimax-plan expects. "ms" is the
-mean of the timed steps, beside the longest of them; "data ms" what the host waits in a step for the loader. "made s",
+median of the timed steps, beside the longest of them; "data ms" what the host waits in a step for the loader. "made s",
 "warm s" and "whole s" are the seconds until a case's trainer was there, until three steps were done, and until all was.
 A case that cannot run says why. What is not reached within ``--seconds`` is left out, and said so.
 """

@@ -112,8 +112,7 @@ def measure(
 
 
 def timed(trainer: Trainer, steps: int) -> dict[str, float]:
-    """Rate and memory of some steps, with the host's time to launch one."""
-    started = time.perf_counter()
+    """Rate of the median of some steps, memory, and the host's time to launch one."""
     launched, flops_per_token, seconds, waited_s = [], [], [], 0.0  # FLOPs depend on the documents of a step
     late: TakenStep | None = None
 
@@ -134,7 +133,7 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
         late = taken
     assert late is not None
     metrics = report(late)  # waits for the device
-    step_s = (time.perf_counter() - started) / steps
+    step_s = statistics.median(seconds)
     tokens_per_s = late.plan.tokens / step_s
     tflops = statistics.mean(flops_per_token) * tokens_per_s
     return {

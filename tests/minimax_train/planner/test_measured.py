@@ -62,18 +62,18 @@ ENGINES = [
 ]
 # H200s of one host: axes, GPUs, milliseconds, GiB; 4 sequences for each GPU in a micro-batch, of which there is one.
 SEVERAL = [
-    ({}, 2, 246.9, 76.0),
-    ({"cp": 2}, 2, 258.1, 76.0),
-    ({"tp": 2}, 2, 289.7, 74.7),
-    ({"ep": 2}, 2, 316.1, 64.1),
-    ({"etp": 2}, 2, 278.1, 64.2),
-    ({}, 4, 251.3, 63.0),
+    ({}, 2, 242.3, 76.0),
+    ({"cp": 2}, 2, 249.7, 76.0),
+    ({"tp": 2}, 2, 284.8, 74.7),
+    ({"ep": 2}, 2, 316.1, 64.1),  # with a slow host: 284.8 and 288.2 on others,
+    ({"etp": 2}, 2, 276.2, 64.0),
+    ({}, 4, 247.7, 63.0),
     ({"cp": 4}, 4, 262.7, 63.1),
     ({"ep": 4}, 4, 322.9, 51.4),
     ({"etp": 4}, 4, 334.8, 55.0),
 ]
 # H200s that share one packed sequence, of 131,072 tokens for each: milliseconds, GiB.
-LONG = [(1, 926.3, 124.3), (2, 961.5, 112.8)]
+LONG = [(1, 914.6, 124.3), (2, 961.5, 112.8), (4, 952.9, 112.2)]
 # Two H200: milliseconds of 8 micro-batches' passes, and the share of the step in which a rank waits for the other.
 STAGED = [
     "model=small",
@@ -144,7 +144,7 @@ def test_several_micro_batches_on_two_gpus():
 @pytest.mark.parametrize("gpus, ms, gib", LONG)
 def test_one_packed_sequence_on_several_gpus(gpus, ms, gib):
     """Less memory was taken and a step took longer than planned, as where ``auto`` has more layers compute all again:
-    less was free than is planned, the more so on two GPUs."""
+    less was free than is planned, the most on two GPUs."""
     plan = planned("h200", MEDIUM, (131072 * gpus, 1), 1, world_size=gpus, cp=gpus)
     assert plan.fits
     assert gib < plan.memory_bytes / 2**30 < 1.13 * gib
