@@ -18,6 +18,10 @@ from torch import Tensor
 from minimax_train.documents import Documents
 from minimax_train.kernels.compile_cache import one_at_a_time
 
+# More tokens than a tile of any kernel has. Told that no document is longer than one tile, the package takes kernels
+# made for that, and compiles them: seconds in the middle of a run, when a ring first has only such pieces to compute.
+LEAST_BOUND = 257
+
 
 @cache
 def is_installed() -> bool:
@@ -40,7 +44,8 @@ def _interface() -> ModuleType:
 
 
 def _options(queries: Documents, keys: Documents, causal: bool, scale: float) -> dict[str, Any]:
-    lengths = {"max_seqlen_q": queries.max_length, "max_seqlen_k": keys.max_length}
+    longest_q, longest_k = (max(documents.max_length, LEAST_BOUND) for documents in (queries, keys))
+    lengths = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
     lengths |= {"cu_seqlens_q": queries.cu_seqlens, "cu_seqlens_k": keys.cu_seqlens}
     return {"causal": causal, "softmax_scale": scale, **lengths}
 

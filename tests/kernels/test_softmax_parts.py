@@ -217,6 +217,28 @@ def test_gpu_parts_merge_to_the_whole(implementation, num_queries, keys, cuts):
 
 
 @pytest.mark.gpu
+def test_gpu_compiles_nothing_for_short_pieces():
+    """FlashAttention-4 has kernels for pieces of one tile, of queries and of keys, which a ring has by chance."""
+    _skip_if_missing("flash4")
+
+    def step(queries, keys, causal):
+        documents = [Documents.from_lengths(lengths, "cuda") for lengths in (queries, keys)]
+        q, k, v, d_out = (x.cuda().bfloat16() for x in _inputs(queries, keys, (10, 2, 128, 128)))
+        options = {"causal": causal, "scale": SCALE, "implementation": "flash4"}
+        out, lse = attention_forward(q, k, v, *documents, **options)
+        attention_backward(d_out, q, k, v, out, lse, *documents, **options)
+
+    interface = flash4._interface()
+    caches = [function.compile_cache.cache for function in (interface._flash_attn_fwd, interface._flash_attn_bwd)]
+    for causal in (False, True):
+        step([700, 900], [700, 900], causal)
+        compiled = [set(cache) for cache in caches]
+        for queries, keys in [([9], [900]), ([900], [1000]), ([9, 3], [9, 5]), ([40], [9 + 40]), ([200], [300])]:
+            step(queries, keys, causal)
+        assert [set(cache) for cache in caches] == compiled
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["flash", "flash4"])
 def test_gpu_never_waits_for_the_device(implementation):
     _skip_if_missing(implementation)
