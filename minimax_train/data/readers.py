@@ -1,4 +1,4 @@
-"""The rows of one file, or of a part of it: text, JSON, Parquet, Arrow, or a streaming data set of ``datasets``.
+"""The rows of one file of text or JSON, or of a part of it; files of columns are in ``tables.py``.
 
 Only the columns of the text are read: what others hold, and whether it changes, does not matter. A row is a number from
 0 in its part of the file, which a saved position means; where the next row begins, if a reader can start there; and the
@@ -15,26 +15,17 @@ import json
 import lzma
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from minimax_train.data.columns import NoText, TextColumns
-from minimax_train.errors import ConfigError
 
-# pyarrow is imported where it is used: a trainer that reads in worker processes does without.
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow as pa
-
-_ROWS_PER_READ = 256
 _BYTES_PER_READ = 1 << 20
 _MOST_COUNTED = 1 << 30  # bytes in which lines are counted for a message: a second
 _HEAD = 1 << 22  # bytes by which lines of a compressed file are measured
 _SURELY_A_LINE = 1 << 26  # bytes: in which a line is taken to begin, without looking
-_GROUPS_PER_SLICE = 16  # of Parquet, from which on slices of whole row groups are about as large as each other
 # An integer becomes a float, for a number of 5,000 digits in another column is no error.
 _JSON = json.JSONDecoder(parse_int=float)
 _BY_EXTENSION = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
@@ -46,7 +37,6 @@ _BY_HEAD = {
     b"PK\x03\x04": "zip",
     b"PK\x05\x06": "zip",
 }
-_ARROW_FILE = b"ARROW1"
 
 
 class Part(NamedTuple):
@@ -138,34 +128,6 @@ def read_json(path: str, columns: TextColumns, start_row: int, offset: int, part
             row += 1
 
 
-def read_parquet(path: str, columns: TextColumns, start_row: int, offset: int, part: Part) -> Iterator[Row]:
-    """The rows of a Parquet file; row groups before ``start_row`` are not read."""
-    import pyarrow.parquet as pq
-
-    with open_raw(path) as opened:
-        file, row = pq.ParquetFile(opened), 0
-        for name in columns.names:
-            _check_column(columns, name, path, file.schema_arrow)
-        first, end = part.begin + start_row, file.metadata.num_rows if part.end is None else part.end
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < end and row + rows > first:
-                batches = file.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=list(columns.names))
-                yield from _from_batches(batches, path, columns, row, Part(first, end), part.begin)
-            row += rows
-
-
-def read_arrow(path: str, columns: TextColumns, start_row: int, offset: int, part: Part) -> Iterator[Row]:
-    """The rows of an Arrow IPC file or stream, as ``datasets`` saves it; record batches before are not decoded."""
-    with _arrow_batches(path) as batches:
-        yield from _from_batches(batches, path, columns, 0, Part(part.begin + start_row, part.end), part.begin)
-
-
-def read_shard(shard: datasets.IterableDataset, name: str, columns: TextColumns, start_row: int) -> Iterator[Row]:
-    """The rows of one shard of a streaming data set in Arrow format."""
-    return _from_batches(shard.iter(batch_size=_ROWS_PER_READ), name, columns, 0, Part(start_row, None), 0)
-
-
 def line_size(path: str) -> float | None:
     """Bytes of a file of JSON lines, as it is compressed, that a line takes, by its head. None for a zip archive."""
     with open(path, "rb") as raw:
@@ -200,38 +162,13 @@ def cut_json(path: str, slices: int, smallest: int) -> list[int] | None:
     return edges
 
 
-def cut_parquet(path: str, slices: int, smallest: int) -> list[int] | None:
-    """Rows at which a file is cut into slices of at least ``smallest`` rows, between row groups if there are many."""
-    if not os.path.isfile(path):
-        return None
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
-    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    bounds = [0]
-    for rows in groups:
-        bounds.append(bounds[-1] + rows)
-    edges = cut_evenly(metadata.num_rows, slices)
-    if len(groups) >= _GROUPS_PER_SLICE * slices:
-        edges = [bounds[len(groups) * i // slices] for i in range(slices + 1)]
-    return edges if _least(edges) >= max(smallest, 1) else None
-
-
-def cut_arrow(path: str, slices: int, smallest: int) -> list[int] | None:
-    """The same of an Arrow file, at any row."""
-    if not os.path.isfile(path):
-        return None
-    with _arrow_batches(path) as batches:
-        edges = cut_evenly(sum(len(batch) for batch in batches), slices)
-    return edges if _least(edges) >= max(smallest, 1) else None
-
-
 def cut_evenly(size: int, slices: int) -> list[int]:
     """Where bytes or rows are cut into slices, begin and end among them."""
     return [size * i // slices for i in range(slices + 1)]
 
 
-def _least(edges: list[int]) -> int:
+def least(edges: list[int]) -> int:
+    """Bytes or rows of the smallest slice."""
     return min(b - a for a, b in pairwise(edges))
 
 
@@ -350,101 +287,3 @@ def _text_of(item: Any, columns: TextColumns) -> str | NoText | None:
         except UnicodeEncodeError as error:
             return NoText(f"holds half a surrogate pair, \\u{ord(text[error.start]):04x}, which is no text")
     return text
-
-
-@contextmanager
-def _arrow_batches(path: str) -> Iterator[Iterator[pa.RecordBatch]]:
-    import pyarrow as pa
-
-    is_local = os.path.isfile(path)
-    with pa.memory_map(path) if is_local else pa.PythonFile(open_raw(path), mode="r") as file:
-        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-        file.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(file)
-            yield (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            yield iter(pa.ipc.open_stream(file))
-
-
-def _from_batches(
-    batches: Iterable[Any], name: str, columns: TextColumns, row: int, part: Part, base: int
-) -> Iterator[Row]:
-    """The rows of ``part`` of batches that begin at ``row``, numbered from ``base`` on."""
-    for batch in batches:
-        if part.end is not None and row >= part.end:
-            return
-        first, count = max(part.begin - row, 0), len(batch)
-        if part.end is not None:
-            count = min(count, part.end - row)
-        if first < count:
-            found = [_values(_column(batch, name, columns, column), first, count) for column in columns.names]
-            for i, values in enumerate(zip(*found, strict=True), row + first):
-                wrong = next((value for value in values if isinstance(value, UnicodeDecodeError)), None)
-                if wrong is not None:
-                    yield i - base, 0, BadDocument(name, "row", i + 1, f"not UTF-8: {wrong.reason}")
-                else:
-                    yield i - base, 0, columns.fill(values)
-        row += len(batch)
-
-
-def _values(texts: Any, first: int, end: int) -> list[Any]:
-    texts = texts.slice(first, end - first)
-    try:
-        return texts.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(text) for text in texts]
-
-
-def _value(text: pa.Scalar) -> str | UnicodeDecodeError | None:
-    try:
-        return text.as_py()
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _column(batch: Any, where: str, columns: TextColumns, name: str) -> Any:
-    """A column of exactly that name, or what dots lead to, as text."""
-    import pyarrow as pa
-    import pyarrow.compute
-
-    found: Any = None
-    for index in _check_column(columns, name, where, batch.schema):
-        if found is None:
-            found = batch.column(index)
-        else:
-            found = pa.compute.call_function("struct_field", [found], pa.compute.StructFieldOptions([index]))
-    return found.cast(found.type.value_type) if pa.types.is_dictionary(found.type) else found
-
-
-def _check_column(columns: TextColumns, name: str, where: str, schema: pa.Schema) -> list[int]:
-    """Indices of a column and of the fields in it.
-
-    Raises:
-        ConfigError: when there is none, or it holds no text.
-    """
-    import pyarrow as pa
-
-    try:
-        path, kind = _find(list(schema), name)
-    except KeyError:
-        shown = ", ".join(schema.names) or "none"
-        raise ConfigError(f"{columns.of_column(name)}: not in {where!r}; columns are {shown}") from None
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    if not any(is_kind(kind) for is_kind in is_text):
-        raise ConfigError(f"{columns.of_column(name)}: holds {kind} in {where!r}, must hold text")
-    return path
-
-
-def _find(fields: list[pa.Field], name: str) -> tuple[list[int], pa.DataType]:
-    import pyarrow as pa
-
-    names = [field.name for field in fields]
-    if name in names:
-        return [names.index(name)], fields[names.index(name)].type
-    outer, dot, inner = name.partition(".")
-    if not dot or outer not in names or not pa.types.is_struct(kind := fields[names.index(outer)].type):
-        raise KeyError(name)
-    path, found = _find([kind.field(i) for i in range(kind.num_fields)], inner)
-    return [names.index(outer), *path], found

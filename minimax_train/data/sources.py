@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
     from minimax_train.data.tokenizer import Tokenizer
 
 TRAIN, VALIDATION = "train", "validation"
-_READERS = {
-    "text": readers.read_text,
-    "json": readers.read_json,
-    "parquet": readers.read_parquet,
-    "arrow": readers.read_arrow,
-}
 _ALL_BAD = 1000  # bad documents at the start of a file, and no other: a wrong setting rather than some bad documents
 _SMALLEST_BYTES, _SMALLEST_ROWS = 1 << 16, 64  # of a slice; reading less than this in every stream is no matter
 _SLICES_PER_STREAM = 16  # so that no stream gets a sixteenth more than another, however many files there are
@@ -238,18 +232,21 @@ class Source:
             found = TokenFile(name).read(part, start_row, *self.ids)
             return ((row, 0, tokens) for row, tokens in found)
         if self.format is not None:
-            return _READERS[self.format](name, self.columns, start_row, offset, part)
+            return _reader(self.format)(name, self.columns, start_row, offset, part)
         assert self.dataset is not None
+        from minimax_train.data import tables
+
         one_shard = self.dataset.shard(num_shards=self.dataset.num_shards, index=shard, contiguous=False)
-        return readers.read_shard(one_shard, name, self.columns, start_row)
+        return tables.read_shard(one_shard, name, self.columns, start_row)
 
     def _cut(self, file: str, slices: int) -> list[int] | None:
         if self.format == "json":
             return readers.cut_json(file, slices, _SMALLEST_BYTES)
-        if self.format == "parquet":
-            return readers.cut_parquet(file, slices, _SMALLEST_ROWS)
-        if self.format == "arrow":
-            return readers.cut_arrow(file, slices, _SMALLEST_ROWS)
+        if self.format in ("parquet", "arrow"):
+            from minimax_train.data import tables
+
+            cut = tables.cut_parquet if self.format == "parquet" else tables.cut_arrow
+            return cut(file, slices, _SMALLEST_ROWS)
         if self.is_tokens and (rows := TokenFile(file).num_documents) >= slices * max(_SMALLEST_ROWS, 1):
             return readers.cut_evenly(rows, slices)
         return None
@@ -271,6 +268,14 @@ class Source:
             return False
         # Decoders raise a plain OSError without a number for what they cannot decode.
         return type(error) is not OSError or error.errno is not None
+
+
+def _reader(file_format: str) -> Callable[[str, TextColumns, int, int, Part], Iterator[Row]]:
+    if file_format in ("text", "json"):
+        return readers.read_text if file_format == "text" else readers.read_json
+    from minimax_train.data import tables  # imports pyarrow
+
+    return {"parquet": tables.read_parquet, "arrow": tables.read_arrow}[file_format]
 
 
 def _reason(error: Exception) -> str:

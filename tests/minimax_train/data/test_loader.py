@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minimax_train.data import DataConfig, build_train_loader, merge_states, readers
+from minimax_train.data import DataConfig, build_train_loader, merge_states, tables
 from minimax_train.parallel.context.layout import SequenceLayout
 from support.data import WordTokenizer, next_micro_batches, random_documents, rows_of, write_shards
 
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch):
-    monkeypatch.setattr(readers, "_ROWS_PER_READ", 3)  # so that reads end and resume inside of tables
+    monkeypatch.setattr(tables, "_ROWS_PER_READ", 3)  # so that reads end and resume inside of tables
 
 
 @pytest.fixture(params=LAYOUTS)

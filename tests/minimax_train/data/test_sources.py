@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minimax_train.data import DataConfig, build_train_loader, build_validation_sequences, readers, sources
+from minimax_train.data import DataConfig, build_train_loader, build_validation_sequences, readers, sources, tables
 from minimax_train.data.config import MixtureSourceConfig
 from minimax_train.data.files import is_held_out, stdlib_files
 from minimax_train.data.sources import TRAIN, VALIDATION, open_source
@@ -48,7 +48,7 @@ def test_documents_come_back_in_order(tmp_path, file_format):
 
 @pytest.mark.parametrize("file_format", ["json", "parquet"])
 def test_reading_from_any_row(tmp_path, file_format, monkeypatch):
-    monkeypatch.setattr(readers, "_ROWS_PER_READ", 4)
+    monkeypatch.setattr(tables, "_ROWS_PER_READ", 4)
     texts = [f"document {i}" if i % 5 else "" for i in range(23)]
     source = opened(files_config(write_shards(tmp_path, file_format, [texts]), file_format=file_format))
     for start in range(24):
