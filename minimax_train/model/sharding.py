@@ -34,8 +34,13 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, local(self.weight))
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
+        """
+        Args:
+            product: of x and the weight; another where ranks make it together, as
+                :meth:`minimax_train.parallel.tensor.TensorParallel.project_sum`.
+        """
+        return product(x, local(self.weight))
 
 
 Cut = tuple[int, ...]

@@ -65,7 +65,7 @@ class LightningAttention(nn.Module):
         silu = partial(silu_qkv, head_dim=self.config.head_dim, implementation=self.silu)
         q_THK, k_THK, v_THK = cheap(silu, qkv_TW)
         out_THK = self._attend(q_THK, k_THK, v_THK, context)
-        return tp.project_sum(self.norm(out_THK.flatten(1), gate_TW), local(self.o_proj.weight))
+        return self.o_proj(self.norm(out_THK.flatten(1), gate_TW), tp.project_sum)
 
     def _attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, context: TokenContext) -> Tensor:
         config, ranks = self.config, self.ranks

@@ -50,7 +50,7 @@ class SoftmaxAttention(nn.Module):
         q_TW, k_TW = (self._rotated(x_TW, context) for x_TW in (q_TW, k_TW))
         q_THK, k_TGK, v_TGK = (x_TW.unflatten(-1, (-1, K)) for x_TW in (q_TW, k_TW, v_TW))
         out_THK = self._attend(q_THK, k_TGK, v_TGK, context)
-        return tp.project_sum(out_THK.flatten(1), local(self.o_proj.weight))
+        return self.o_proj(out_THK.flatten(1), tp.project_sum)
 
     def _rotated(self, x_TW: Tensor, context: TokenContext) -> Tensor:
         K = self.config.head_dim

@@ -56,7 +56,7 @@ class MeanAttention(nn.Module):
             v_SW = TensorParallel(self.ranks.cp).gather(v_TW)[places.argsort()]
             mean_TW = shard.take(_means(v_SW, shard.whole))
         factor_H = torch.tensor(tp.local_range(self.config.num_heads)) + 1
-        return tp.project_sum(mean_TW * factor_H.repeat_interleave(self.config.head_dim), local(self.o_proj.weight))
+        return self.o_proj(mean_TW * factor_H.repeat_interleave(self.config.head_dim), tp.project_sum)
 
     def initializers(self):
         sizes = self.config.hidden_size, self.config.num_heads * self.config.head_dim
