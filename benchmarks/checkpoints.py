@@ -209,7 +209,7 @@ def main() -> int:
         ]
     )
     config.check_world_size(environment.world_size)
-    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.sizes)
+    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.grid)
     trainer = Trainer(config, grid, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     with closing(trainer.loader), closing(trainer.saver):

@@ -65,8 +65,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, float] | None:
     device = environment.init_process_group("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=600))
     config = load_config(overrides)
     config.check_world_size(environment.world_size)
-    parallel = config.parallel
-    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **parallel.sizes, token_groups=parallel.token_groups)
+    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.grid)
     own = of_rank(Trainer(config, grid, device), steps)
     gc.collect()  # communicators wait for the graphs that were captured with them
     ranks: list[dict[str, float]] = [{}] * environment.world_size

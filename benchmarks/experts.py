@@ -265,7 +265,10 @@ def main() -> None:
     parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
     parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
     parser.add_argument(
-        "--sms", type=int, default=EXPERT_TRANSFER_CTAS, help="SMs a transfer occupies; over NCCL, at most"
+        "--sms",
+        type=int,
+        default=EXPERT_TRANSFER_CTAS,
+        help="SMs a transfer occupies; over NCCL, at most, also with one group, where a run has no bound",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])

@@ -144,8 +144,7 @@ def measure(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     config = load_config([*long, *overrides, "engine=fsdp", f"run_dir={shared[0]}/run"])
     config.check_world_size(environment.world_size)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    parallel = config.parallel
-    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **parallel.sizes, token_groups=parallel.token_groups)
+    grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.grid)
     trainer = Trainer(config, grid, device)
     shares, simulations, passes = list[float](), list[float](), dict[str, float]()
     with closing(trainer.loader):

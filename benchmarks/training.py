@@ -93,10 +93,7 @@ def measure(
         dist.broadcast_object_list(shared)
         config = load_config([*overrides, f"run_dir={shared[0]}/run"])
         config.check_world_size(environment.world_size)
-        parallel = config.parallel
-        grid = ProcessGrid.create(
-            device.type, timedelta(seconds=600), **parallel.sizes, token_groups=parallel.token_groups
-        )
+        grid = ProcessGrid.create(device.type, timedelta(seconds=600), **config.parallel.grid)
         trainer = Trainer(config, grid, device)
         made_s = time.monotonic() - began
         try:

@@ -164,10 +164,7 @@ def run(config: Config, environment: ProcessEnvironment, leave: Leave) -> None:
             _set_pg_timeout(timeout + BACKSTOP)
             if config.has_other_grids:
                 config = on_first_rank(lambda: on_grid_of_stage(config, environment.world_size))
-            parallel = config.parallel
-            grid = ProcessGrid.create(
-                device_type, timeout + BACKSTOP, **parallel.sizes, token_groups=parallel.token_groups
-            )
+            grid = ProcessGrid.create(device_type, timeout + BACKSTOP, **config.parallel.grid)
             startup.mark("process groups")
             trainer = Trainer(config, grid, device, startup, leave, phases)
             if grid.is_first:

@@ -98,6 +98,11 @@ class ParallelConfig:
         return {"pp": self.pp, "tp": self.tp, "cp": self.cp, "ep": self.ep, "etp": self.etp}
 
     @property
+    def grid(self) -> dict[str, int]:
+        """What :meth:`minimax_train.parallel.grid.ProcessGrid.create` takes."""
+        return self.sizes | {"token_groups": self.token_groups}
+
+    @property
     def stages_of_rank(self) -> int:
         """Pipeline stages on every rank."""
         return len(self.pp_layers) // self.pp if self.pp_layers else SCHEDULES[self.pp_schedule].parts

@@ -18,8 +18,9 @@ from torch import Tensor
 from minimax_train.documents import Documents
 from minimax_train.kernels.compile_cache import one_at_a_time
 
-# More tokens than a tile of any kernel has. Told that no document is longer than one tile, the package takes kernels
-# made for that, and compiles them: seconds in the middle of a run, when a ring first has only such pieces to compute.
+# Longer than a tile of any kernel: the largest has 256 rows. Told that no document is longer than a tile, the package
+# compiles a kernel for that (is_static_persistent, single_q_block, single_k_block of its interface): seconds in the
+# middle of a run, when a ring first has only such pieces to compute.
 LEAST_BOUND = 257
 
 

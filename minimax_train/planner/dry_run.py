@@ -38,7 +38,7 @@ def dry_run(config: Config, world_size: int, rank: int = 0) -> tuple[float, int]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Set timeout is now only supported")
-            grid = ProcessGrid.create("cpu", timeout, **config.parallel.sizes)
+            grid = ProcessGrid.create("cpu", timeout, **config.parallel.grid)
             engine = build_engine(config, grid, torch.device("meta"), Phases())
         num_bytes = held_bytes(engine)
         del engine

@@ -78,9 +78,7 @@ def _train(_: ProcessGrid, work: Sequence[Work]) -> list[Numbers]:
 
 
 def _continue(work: Work) -> Numbers:
-    trainer = Trainer(
-        work.config, ProcessGrid.create("cpu", TIMEOUT, **work.config.parallel.sizes), torch.device("cpu")
-    )
+    trainer = Trainer(work.config, ProcessGrid.create("cpu", TIMEOUT, **work.config.parallel.grid), torch.device("cpu"))
     numbers = []
     for _ in range(work.steps):
         metrics = trainer.metrics(trainer.train_step())

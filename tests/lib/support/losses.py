@@ -150,7 +150,7 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
     for stage in run.stages:
         config = load_config(overrides(folder, *SHARED, *run.what, f"recipe.steps={stage.steps}", *stage.how))
         config.check_world_size(stage.ranks)
-        ranks = run_ranks(_train, stage.ranks, config, **config.parallel.sizes)
+        ranks = run_ranks(_train, stage.ranks, config, **config.parallel.grid)
         rows += _rows_of_steps(ranks, stage.steps - len(rows))
     steps: dict[str, dict[str, Any]] = {str(step): {} for step in range(1, STEPS + 1)}
     for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines():

@@ -95,7 +95,7 @@ def _results(_: ProcessGrid, configs: Sequence[Config]) -> list[Any]:
 
 
 def _two_steps(config: Config) -> Any:
-    trainer = Trainer(config, ProcessGrid.create("cpu", TIMEOUT, **config.parallel.sizes), torch.device("cpu"))
+    trainer = Trainer(config, ProcessGrid.create("cpu", TIMEOUT, **config.parallel.grid), torch.device("cpu"))
     found: list[Any] = [trainer.evaluate(trainer.plan())]
     for _ in range(2):
         sums, norm = gradients_of_a_step(trainer)

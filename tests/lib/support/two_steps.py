@@ -71,7 +71,7 @@ class NaiveAdamW(torch.optim.Optimizer):
 
 
 def build_trainer(config: Config, device: str) -> Trainer:
-    grid = ProcessGrid.create(device, TIMEOUT, **config.parallel.sizes)
+    grid = ProcessGrid.create(device, TIMEOUT, **config.parallel.grid)
     return Trainer(config, grid, torch.device(device, torch.cuda.current_device() if device == "cuda" else None))
 
 

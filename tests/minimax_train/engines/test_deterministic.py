@@ -33,13 +33,13 @@ def test_refused(tmp_path):
     assert str(caught.value).startswith("kernels.softmax='flash4': its backward pass adds up in no fixed order: ")
 
 
-def _train(_, runs):
+def _train(_, configs):
     """Losses, gradient norms and weights of each run."""
     use_deterministic_algorithms()
     found = []
-    for sizes, config in runs:
+    for config in configs:
         device = torch.device("cuda", torch.cuda.current_device())
-        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **sizes), device)
+        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **config.parallel.grid), device)
         steps = [trainer.train_step() for _ in range(6)]
         trainer.guard.check()
         numbers = [(float(step.totals.loss), float(step.report.gradient_norm)) for step in steps]
@@ -54,13 +54,11 @@ def _train(_, runs):
 def test_two_runs_give_the_same_bits(tmp_path, link):
     """bfloat16, documents that softmax attention's backward pass splits over many blocks; each run twice."""
     more = [*ON_GPU, "data.sequence_length=2112", "recipe.global_batch_size=4", "deterministic=true"]
-    cases = [([], {}), (["engine=fsdp"], {}), (["parallel.ep=2"], {"ep": 2}), (["parallel.tp=2"], {"tp": 2})]
-    runs = [
-        (sizes, tiny_run(tmp_path / f"{i}-{again}", *more, *options))
-        for i, (options, sizes) in enumerate(cases)
-        for again in range(2)
+    cases = [[], ["engine=fsdp"], ["parallel.ep=2"], ["parallel.tp=2"]]
+    configs = [
+        tiny_run(tmp_path / f"{i}-{again}", *more, *options) for i, options in enumerate(cases) for again in range(2)
     ]
-    for results in run_gpu_ranks(_train, link, runs):
+    for results in run_gpu_ranks(_train, link, configs):
         for first, second in zip(results[::2], results[1::2], strict=True):
             assert first[0] == second[0]
             assert torch.equal(first[1], second[1])

@@ -27,12 +27,12 @@ STAGES = [
 GRIDS = [{}, {"tp": 2}, {"etp": 2}, {"ep": 2}, {"cp": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}]
 
 
-def _train(_, runs):
+def _train(_, configs):
     """Loss and gradient norm of every step of each run, and how many graphs were recorded."""
     found = []
-    for sizes, config in runs:
+    for config in configs:
         device = torch.device("cuda", torch.cuda.current_device())
-        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **sizes), device)
+        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **config.parallel.grid), device)
         steps, recorded = [], 0
         while not trainer.is_over:
             taken = trainer.train_step()
@@ -50,7 +50,7 @@ def _check(folder, world, grids, device):
     def run(grid, graphs):
         name = "-".join([*(f"{axis}{size}" for axis, size in grid.items()), str(graphs)])
         axes = [f"parallel.{axis}={size}" for axis, size in grid.items()]
-        return grid, tiny_run(folder / name, *SIZES, *STAGES, *axes, f"engine.cuda_graphs={graphs}")
+        return tiny_run(folder / name, *SIZES, *STAGES, *axes, f"engine.cuda_graphs={graphs}")
 
     options = {"start": "spawn", "timeout_s": 300, "device": device}
     for results in run_ranks(_train, world, [run(*case) for case in cases], **options):

@@ -36,12 +36,12 @@ CASES = {
 }
 
 
-def _results(_, runs):
+def _results(_, configs):
     """Loss before and after a step, and the gradients of the second, of each run on its own grid."""
     results = []
-    for sizes, config in runs:
+    for config in configs:
         device = torch.device("cuda", torch.cuda.current_device())
-        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **sizes), device)
+        trainer = Trainer(config, ProcessGrid.create("cuda", TIMEOUT, **config.parallel.grid), device)
         before = gradients_of_a_step(trainer)[0]["loss"]
         trainer.engine.step(1e-3)
         after = gradients_of_a_step(trainer)[0]["loss"]
@@ -60,7 +60,7 @@ def _check(folder, device):
         if "pp" in sizes:
             schedule = "zero_bubble" if "tp" in sizes else "interleaved_1f1b"
             groups += ["engine=fsdp", f"parallel.pp_schedule={schedule}"]
-        return sizes, tiny_run(folder / "-".join([name, *sizes]), *overrides, *groups)
+        return tiny_run(folder / "-".join([name, *sizes]), *overrides, *groups)
 
     # One rank first: it compiles the kernels.
     gpu = {"start": "spawn", "timeout_s": 500}

@@ -40,7 +40,7 @@ def test_gradients_equal_one_rank(tmp_path):
 def _gradients_of_each(_, configs):
     found = []
     for config in configs:
-        trainer = Trainer(config, ProcessGrid.create("cpu", TIMEOUT, **config.parallel.sizes), torch.device("cpu"))
+        trainer = Trainer(config, ProcessGrid.create("cpu", TIMEOUT, **config.parallel.grid), torch.device("cpu"))
         gradients_of_a_step(trainer)
         found.append(gradients_of(trainer))
         trainer.loader.close()
