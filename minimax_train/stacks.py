@@ -81,15 +81,31 @@ def last_collective() -> str:
     does not tell the end of any. Empty where it knows none; it does not know those within CUDA graphs."""
     for name, newest in (("_dump_nccl_trace_json", False), ("_dump_fr_trace_json", True)):
         dump: Callable[[bool, bool], str] | None = getattr(c10d, name, None)
-        entries = (
-            within(_FLIGHT_RECORDER_S, lambda dump=dump: json.loads(dump(True, True))["entries"]) if dump else None
-        )
-        entries = [entry for entry in entries or [] if entry.get("state") != "completed"]
-        if entries:
+        # With those that ended, by which one sees that others have.
+        entries = within(_FLIGHT_RECORDER_S, lambda dump=dump: json.loads(dump(True, False))["entries"]) if dump else []
+        if entries := _under_way(entries or []):
             entry = entries[-1 if newest else 0]
             group = entry["process_group"][1].removeprefix("mesh_").replace("default_pg", "of all ranks")
             return f"{entry['profiling_name'].rpartition(':')[2]} (group {group})"
     return ""
+
+
+def _under_way(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a flight recorder's entries that have not ended, in their order.
+
+    Collectives that were started as one stay as scheduled for ever: the recorder hears only of the end of the whole.
+    But a group's collectives run one after the other, so none is under way where a later one of its group has ended.
+    """
+    ended: dict[str, int] = {}
+    for place, entry in enumerate(entries):
+        if entry.get("state") == "completed" and not entry.get("is_p2p"):
+            ended[str(entry["process_group"])] = place
+    return [
+        entry
+        for place, entry in enumerate(entries)
+        if entry.get("state") != "completed"
+        and (entry.get("is_p2p") or place > ended.get(str(entry["process_group"]), -1))
+    ]
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
