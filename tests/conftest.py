@@ -11,9 +11,16 @@ if not HAS_GPU:
     # Read when a kernel is defined, so before anything imports triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def _keep_inherited() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 # Garbage of earlier tests may own threads, as a process group of gloo does. A rank forked from here has none of them,
-# and would wait for them for ever, should its garbage collector find such an object.
-os.register_at_fork(after_in_child=gc.freeze)
+# and would wait for them for ever, should its garbage collector find such an object: also while it still runs what
+# other modules have registered for a fork, which comes before this.
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable, after_in_child=_keep_inherited)
 
 
 def pytest_collection_modifyitems(items):
