@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minimax_train.parallel.communicator import Pending
+from minimax_train.parallel.communicator import Communicator, Pending
 
 # One line for transfers of all kinds and sizes, unlike the lines of each kind in minimax_train.parallel.cost. Two H200
 # over NVLink: an all-gather of 4 MB takes 39 us, a send-receive of 1 GB 2.98 ms. And a 400 Gb/s card per GPU.
@@ -30,7 +30,7 @@ RATES = {"nvlink": (20e-6, 335e9), "network": (30e-6, 50e9)}
 
 
 @dataclass
-class EmulatedLink:
+class EmulatedLink(Communicator):
     """One rank's end of an emulated link.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,21 @@ class Communicator(Protocol):
         They arrive in ``out``, which ``wait()`` returns. Both tensors may have more rows than are sent or received.
         """
 
+    def all_gather_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
+        """:meth:`all_gather` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        return _all([self.all_gather(x, out) for x, out in zip(xs, outs, strict=True)])
+
+    def reduce_scatter_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
+        """:meth:`reduce_scatter` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        return _all([self.reduce_scatter(x, out) for x, out in zip(xs, outs, strict=True)])
+
+    def all_to_all_each(
+        self, xs: Sequence[Tensor], outs: Sequence[Tensor], input_splits: list[int], output_splits: list[int]
+    ) -> Pending[None]:
+        """:meth:`all_to_all` of several contiguous tensors, as many rows of each; over NCCL as one kernel."""
+        pairs = zip(xs, outs, strict=True)
+        return _all([self.all_to_all(x, out, input_splits, output_splits) for x, out in pairs])
+
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
         """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
 
@@ -63,7 +78,15 @@ class Communicator(Protocol):
         """
 
 
-class GroupCommunicator:
+def _all(pending: Sequence[Pending[Any]]) -> Pending[None]:
+    def wait() -> None:
+        for each in pending:
+            each.wait()
+
+    return Pending(wait)
+
+
+class GroupCommunicator(Communicator):
     """A communicator over a process group: NCCL as it is, gloo with CUDA tensors staged through the host.
 
     Args:
@@ -84,28 +107,29 @@ class GroupCommunicator:
         return self._start(_reduce_scatter, x, x.new_empty(x.shape[1:]) if out is None else out)
 
     def all_gather_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`all_gather` of several contiguous tensors into buffers; over NCCL as one kernel."""
-        return self._start_each(_all_gather, xs, outs)
+        return self._start_each(_all_gather, [*zip(xs, outs, strict=True)])
 
     def reduce_scatter_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`reduce_scatter` of several contiguous tensors into buffers; over NCCL as one kernel."""
-        return self._start_each(_reduce_scatter, xs, outs)
+        return self._start_each(_reduce_scatter, [*zip(xs, outs, strict=True)])
 
-    def _start_each(self, collective: Callable, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        if not (self._is_nccl and xs[0].is_cuda):
-            every = [self._start(collective, x, out) for x, out in zip(xs, outs, strict=True)]
+    def all_to_all_each(
+        self, xs: Sequence[Tensor], outs: Sequence[Tensor], input_splits: list[int], output_splits: list[int]
+    ) -> Pending[None]:
+        pairs = zip(xs, outs, strict=True)
+        operations = [_sent_and_received(x, out, input_splits, output_splits) for x, out in pairs]
+        return self._start_each(dist.all_to_all_single, operations)
 
-            def wait() -> None:
-                for each in every:
-                    each.wait()
-
-            return Pending(wait)
+    def _start_each(self, collective: Callable, operations: Sequence[tuple[Any, ...]]) -> Pending[None]:
+        """Each of what is sent, a buffer, and sizes if the collective takes any."""
+        device = operations[0][0].device
+        if len(operations) == 1 or not (self._is_nccl and device.type == "cuda"):
+            return _all([self._start(collective, *operation) for operation in operations])
         # Not the group's own coalesced collectives: those of a capture stay in the flight recorder as never ended.
-        device, group = xs[0].device, self.group
+        group = self.group
         group._start_coalescing(device)
         try:
-            for x, out in zip(xs, outs, strict=True):
-                collective(out.view(-1), x.view(-1), group=group, async_op=True)
+            for x, out, *splits in operations:
+                collective(out.view(-1), x.view(-1), *splits, group=group, async_op=True)
         finally:  # else all that comes later would be part of it
             work = group._end_coalescing(device)
         return Pending(lambda: (work.wait(), None)[1])
@@ -119,10 +143,8 @@ class GroupCommunicator:
         return Pending(lambda: (work.wait(), out)[1])
 
     def all_to_all(self, x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]) -> Pending[Tensor]:
-        row = prod(x.shape[1:])
-        splits = ([row * rows for rows in sizes] for sizes in (output_splits, input_splits))
-        sent, received = x[: sum(input_splits)], out[: sum(output_splits)]
-        pending = self._start(dist.all_to_all_single, sent, received, *splits)
+        operation = _sent_and_received(x, out, input_splits, output_splits)
+        pending = self._start(dist.all_to_all_single, *operation)
         return Pending(lambda: (pending.wait(), out)[1])
 
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
@@ -146,6 +168,15 @@ class GroupCommunicator:
             outgoing.clear()  # kept alive until here
 
         return Pending(wait)
+
+
+def _sent_and_received(
+    x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]
+) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """What an all-to-all takes: the rows, and how many elements come from and go to each rank."""
+    row = prod(x.shape[1:])
+    received, sent = ([row * rows for rows in splits] for splits in (output_splits, input_splits))
+    return x[: sum(input_splits)], out[: sum(output_splits)], received, sent
 
 
 def transfer_options(max_ctas: int | None = None) -> dist.ProcessGroupNCCL.Options:

@@ -47,7 +47,7 @@ class RoutedTokenDispatcher(Dispatcher):
         self.buckets, self.ep, self.etp = buckets, ep, etp
         self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
         ends_B = self.permutation.offsets_E
-        counts = etp.all_gather(ep.all_gather(computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
+        (counts,) = etp.all_gather(*ep.all_gather(computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
         self._counts_JIB = counts.tensor.view(etp.size, ep.size, -1)
         self._on_host = etp.to_host(counts)
         self.offsets_E: Tensor | None = None
@@ -75,11 +75,12 @@ class RoutedTokenDispatcher(Dispatcher):
     def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
 
-    def dispatch_group(self, group: BucketGroup, x_RD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
-        direct = group.by_expert and dispatched_ND is not None
-        out = dispatched_ND[group.routed] if direct else group.padded
-        sent = self.ep.all_to_all(x_RD[group.source], group.input_splits, group.output_splits, out)
-        return self.etp.all_gather(sent)
+    def dispatch_group(self, group: BucketGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
+        into = [dispatched_ND[group.routed] if group.by_expert else None, None][: len(sent)]
+        sources = [x[group.source] for x in sent]
+        return self.etp.all_gather(
+            *self.ep.all_to_all(sources, group.input_splits, group.output_splits, into, group.padded)
+        )
 
     def permute(self, group: BucketGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
         routed_RD = dispatched_ND[group.routed]
@@ -96,9 +97,10 @@ class RoutedTokenDispatcher(Dispatcher):
             return [x.new_empty(len(group.place_N), x.shape[1]) for x in results]
         return [x.index_select(0, group.place_N) for x in results]  # what is in the padding does not matter
 
-    def combine_group(self, group: BucketGroup, y_ND: Transfer, combined_RD: Tensor) -> Transfer:
-        summed = self.etp.reduce_scatter(y_ND)
-        return self.ep.all_to_all(summed, group.output_splits, group.input_splits, combined_RD[group.source])
+    def combine_group(self, group: BucketGroup, results: list[Transfer], combined: list[Tensor]) -> list[Transfer]:
+        summed = self.etp.reduce_scatter(*results)
+        into = [out[group.source] for out in combined]
+        return self.ep.all_to_all(summed, group.output_splits, group.input_splits, into)
 
 
 @dataclass
@@ -142,7 +144,7 @@ class TokenDispatcher(Dispatcher):
             for t in split_groups(T, num_groups)
             if t.start < t.stop
         ]
-        self._gathered = [etp.all_gather(computed(experts_TK))]
+        self._gathered = etp.all_gather(computed(experts_TK))
 
     def plan(self) -> list[Transfer]:
         """Sort each group's assignments, while the first groups travel; for the forward pass only.
@@ -167,9 +169,8 @@ class TokenDispatcher(Dispatcher):
     def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
         return combined
 
-    def dispatch_group(self, group: TokenGroup, x_TD: Transfer, dispatched_ND: Tensor | None) -> Transfer:
-        out = None if dispatched_ND is None else dispatched_ND[group.dispatched]
-        return self.etp.all_gather(x_TD[group.tokens], out)
+    def dispatch_group(self, group: TokenGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
+        return self.etp.all_gather(*(x[group.tokens] for x in sent), into=dispatched_ND[group.dispatched])
 
     def permute(self, group: TokenGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
         return group.permutation.permute(arrived_ND)
@@ -180,8 +181,8 @@ class TokenDispatcher(Dispatcher):
     def unpermute(self, group: TokenGroup, y_RD: Tensor, d_weights_R: Tensor | None) -> tuple[Tensor, ...]:
         return group.permutation.unpermute(y_RD, d_weights_R)
 
-    def combine_group(self, group: TokenGroup, y_ND: Transfer, combined_TD: Tensor) -> Transfer:
-        return self.etp.reduce_scatter(y_ND, combined_TD[group.tokens])
+    def combine_group(self, group: TokenGroup, results: list[Transfer], combined: list[Tensor]) -> list[Transfer]:
+        return self.etp.reduce_scatter(*results, into=[out[group.tokens] for out in combined])
 
     @cached_property
     def _permutation(self) -> Permutation:

@@ -11,7 +11,7 @@ memory until the host next looks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -79,46 +79,69 @@ class CommunicationStream:
         self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
-    def _after(self, event: Event) -> Iterator[None]:
-        """What is started inside waits for the event and this stream, and not for other work of the current one."""
-        if event is None:
+    def _after(self, xs: Sequence[Transfer]) -> Iterator[None]:
+        """What is started inside waits for these and this stream, and not for other work of the current one."""
+        events = [x.event for x in xs if x.event is not None]
+        if not events:
             yield
             return
         if self._stream is None:
             # Before the GEMMs: a transfer that gets no SMs when it is ready waits for a whole GEMM.
             self._stream = torch.cuda.Stream(priority=-1)
-        self._stream.wait_event(event)
+        for event in events:
+            self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             yield
 
-    def all_gather(self, x: Transfer, out: Tensor | None = None) -> Transfer:
-        """``[n, ...] -> [size * n, ...]``, by rank."""
-        if self.size == 1 or not x.tensor.numel():
-            return x
-        with self._after(x.event):
-            out = out if out is None else out.unflatten(0, (self.size, -1))
-            gathered = self.communicator.all_gather(x.tensor, out).wait().flatten(0, 1)
-            return Transfer(gathered, record_event(gathered), x)
+    def all_gather(self, *xs: Transfer, into: Tensor | None = None) -> list[Transfer]:
+        """``[n, ...] -> [size * n, ...]`` of each, by rank; the first into a buffer, if one is given."""
+        if self.size == 1 or not xs[0].tensor.numel():
+            return [*xs]
+        with self._after(xs):
+            outs = _buffers(xs, into, self.size * len(xs[0].tensor))
+            by_rank = [out.unflatten(0, (self.size, -1)) for out in outs]
+            self.communicator.all_gather_each([x.tensor for x in xs], by_rank).wait()
+            return _made(outs, xs)
 
-    def reduce_scatter(self, x: Transfer, out: Tensor | None = None) -> Transfer:
-        """``[size * n, ...] -> [n, ...]``, this rank's rows of the sum over ranks."""
-        if self.size == 1 or not x.tensor.numel():
-            return x
-        with self._after(x.event):
-            summed = self.communicator.reduce_scatter(x.tensor.unflatten(0, (self.size, -1)), out).wait()
-            return Transfer(summed, record_event(summed), x)
+    def reduce_scatter(self, *xs: Transfer, into: Sequence[Tensor] | None = None) -> list[Transfer]:
+        """``[size * n, ...] -> [n, ...]`` of each, this rank's rows of the sum over ranks; into buffers, if given."""
+        if self.size == 1 or not xs[0].tensor.numel():
+            return [*xs]
+        with self._after(xs):
+            outs = _buffers(xs, None, len(xs[0].tensor) // self.size) if into is None else into
+            by_rank = [x.tensor.unflatten(0, (self.size, -1)) for x in xs]
+            self.communicator.reduce_scatter_each(by_rank, outs).wait()
+            return _made(outs, xs)
 
-    def all_to_all(self, x: Transfer, input_splits: list[int], output_splits: list[int], out: Tensor | int) -> Transfer:
-        """Rows to and from each rank; into ``out``, or into as many new rows."""
-        with self._after(x.event):
-            out = out if isinstance(out, Tensor) else x.tensor.new_empty(out, *x.tensor.shape[1:])
-            received = self.communicator.all_to_all(x.tensor, out, input_splits, output_splits).wait()
-            return Transfer(received, record_event(received), x)
+    def all_to_all(
+        self,
+        xs: Sequence[Transfer],
+        input_splits: list[int],
+        output_splits: list[int],
+        into: Sequence[Tensor | None],
+        rows: int = 0,
+    ) -> list[Transfer]:
+        """Rows of each to and from each rank; into buffers, or into as many new rows."""
+        with self._after(xs):
+            pairs = zip(xs, into, strict=True)
+            outs = [x.tensor.new_empty(rows, *x.tensor.shape[1:]) if out is None else out for x, out in pairs]
+            self.communicator.all_to_all_each([x.tensor for x in xs], outs, input_splits, output_splits).wait()
+            return _made(outs, xs)
 
     def to_host(self, x: Transfer) -> Transfer:
         """To pinned memory, so that the host goes on."""
-        with self._after(x.event):
+        with self._after([x]):
             return Transfer(x.tensor.to("cpu", non_blocking=True), record_event(x.tensor), x)
+
+
+def _buffers(xs: Sequence[Transfer], first: Tensor | None, rows: int) -> list[Tensor]:
+    made = [x.tensor.new_empty(rows, *x.tensor.shape[1:]) for x in xs[first is not None :]]
+    return made if first is None else [first, *made]
+
+
+def _made(outs: Sequence[Tensor], xs: Sequence[Transfer]) -> list[Transfer]:
+    event = record_event(outs[0])
+    return [Transfer(out, event, x) for out, x in zip(outs, xs, strict=True)]
 
 
 def split_groups(size: int, groups: int) -> list[slice]:
@@ -151,8 +174,7 @@ class OverlappedRoundTrip:
 
     def _dispatch_next(self, count: int) -> None:
         for group in islice(self._groups, count):
-            pairs = zip(self._sent, (self.dispatched_ND, None), strict=False)
-            self._under_way.append((group, [self._dispatcher.dispatch_group(group, x, out) for x, out in pairs]))
+            self._under_way.append((group, self._dispatcher.dispatch_group(group, self._sent, self.dispatched_ND)))
 
     def __iter__(self) -> Iterator[Any]:
         while self._under_way:
@@ -172,8 +194,7 @@ class OverlappedRoundTrip:
         results = self._dispatcher.unpermute(group, y_RD, d_weights_R)
         if not self._combined:
             self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
-        for x, out in zip(results, self._combined, strict=True):
-            self._returning.append(self._dispatcher.combine_group(group, computed(x), out))
+        self._returning += self._dispatcher.combine_group(group, [computed(x) for x in results], self._combined)
         for transfer in self._arrived:
             transfer.release()
 

@@ -18,9 +18,9 @@ T, K, E, D, F = 13, 2, 4, 6, 12
 def streams(monkeypatch):
     streams = Streams("/parallel/")
 
-    def after(axis, event):
+    def after(axis, xs):
         axis._stream = axis._stream or streams.make()
-        return streams.on(axis._stream, event)
+        return streams.on(axis._stream, *(x.event for x in xs))
 
     monkeypatch.setattr(overlap.CommunicationStream, "_after", after)
     monkeypatch.setattr(overlap, "record_event", streams.record_event)

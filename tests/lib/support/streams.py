@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimax_train.parallel.communicator import Pending
+from minimax_train.parallel.communicator import Communicator, Pending
 
 COMPUTE = 0
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
@@ -92,9 +92,10 @@ class Streams(TorchDispatchMode):
         self.clocks[self.current] |= event.clock
 
     @contextmanager
-    def on(self, stream: int, event: Event) -> Iterator[None]:
+    def on(self, stream: int, *events: Event) -> Iterator[None]:
         self._stack.append(stream)
-        self.wait_event(event)
+        for event in events:
+            self.wait_event(event)
         try:
             yield
         finally:
@@ -166,7 +167,7 @@ class Streams(TorchDispatchMode):
         self.problems.add(f"{what}: {use.where} on stream {use.stream}, {other.where} on stream {other.stream}")
 
 
-class Link:
+class Link(Communicator):
     """A communicator of which every other rank sends what this one does: transfers on a stream of their own.
 
     As those of NCCL they begin after what the current stream was given before, keep what they send and fill until
