@@ -6,6 +6,7 @@ and over an emulated link (``benchmarks/``).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -38,18 +39,21 @@ class Communicator(Protocol):
     rank: int
     size: int
 
+    @abstractmethod
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         """Start gathering equal tensors of all ranks; ``wait()`` returns ``[size, *x.shape]``, by rank.
 
         In ``out`` if given, which must be contiguous.
         """
 
+    @abstractmethod
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Pending[Tensor]:
         """Start summing ``[size, ...]`` over all ranks; ``wait()`` returns this rank's slice of the sum.
 
         In ``out`` if given, which must be contiguous.
         """
 
+    @abstractmethod
     def all_to_all(self, x: Tensor, out: Tensor, input_splits: list[int], output_splits: list[int]) -> Pending[Tensor]:
         """Start sending ``input_splits[r]`` rows of x to each rank r, in order, and receiving ``output_splits[r]``.
 
@@ -57,20 +61,21 @@ class Communicator(Protocol):
         """
 
     def all_gather_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`all_gather` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        """:meth:`all_gather` of several contiguous tensors into buffers; over NCCL as one group call."""
         return _all([self.all_gather(x, out) for x, out in zip(xs, outs, strict=True)])
 
     def reduce_scatter_each(self, xs: Sequence[Tensor], outs: Sequence[Tensor]) -> Pending[None]:
-        """:meth:`reduce_scatter` of several contiguous tensors into buffers; over NCCL as one kernel."""
+        """:meth:`reduce_scatter` of several contiguous tensors into buffers; over NCCL as one group call."""
         return _all([self.reduce_scatter(x, out) for x, out in zip(xs, outs, strict=True)])
 
     def all_to_all_each(
         self, xs: Sequence[Tensor], outs: Sequence[Tensor], input_splits: list[int], output_splits: list[int]
     ) -> Pending[None]:
-        """:meth:`all_to_all` of several contiguous tensors, as many rows of each; over NCCL as one kernel."""
+        """:meth:`all_to_all` of several contiguous tensors, as many rows of each; over NCCL as one group call."""
         pairs = zip(xs, outs, strict=True)
         return _all([self.all_to_all(x, out, input_splits, output_splits) for x, out in pairs])
 
+    @abstractmethod
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Pending[None]:
         """Start sending a tensor to each of some ranks and receiving one from each of some, into the given buffers.
 
@@ -120,7 +125,10 @@ class GroupCommunicator(Communicator):
         return self._start_each(dist.all_to_all_single, operations)
 
     def _start_each(self, collective: Callable, operations: Sequence[tuple[Any, ...]]) -> Pending[None]:
-        """Each of what is sent, a buffer, and sizes if the collective takes any."""
+        """
+        Args:
+            operations: of each what is sent, a buffer, and splits as ``all_to_all_single`` takes them.
+        """
         device = operations[0][0].device
         if len(operations) == 1 or not (self._is_nccl and device.type == "cuda"):
             return _all([self._start(collective, *operation) for operation in operations])
@@ -129,7 +137,7 @@ class GroupCommunicator(Communicator):
         group._start_coalescing(device)
         try:
             for x, out, *splits in operations:
-                collective(out.view(-1), x.view(-1), *splits, group=group, async_op=True)
+                collective(out.view(-1), x.contiguous().view(-1), *splits, group=group, async_op=True)
         finally:  # else all that comes later would be part of it
             work = group._end_coalescing(device)
         return Pending(lambda: (work.wait(), None)[1])

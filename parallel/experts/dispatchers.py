@@ -47,7 +47,7 @@ class RoutedTokenDispatcher(Dispatcher):
         self.buckets, self.ep, self.etp = buckets, ep, etp
         self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
         ends_B = self.permutation.offsets_E
-        (counts,) = etp.all_gather(*ep.all_gather(computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
+        (counts,) = etp.all_gather(*ep.all_gather(*computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
         self._counts_JIB = counts.tensor.view(etp.size, ep.size, -1)
         self._on_host = etp.to_host(counts)
         self.offsets_E: Tensor | None = None
@@ -144,7 +144,7 @@ class TokenDispatcher(Dispatcher):
             for t in split_groups(T, num_groups)
             if t.start < t.stop
         ]
-        self._gathered = etp.all_gather(computed(experts_TK))
+        self._gathered = etp.all_gather(*computed(experts_TK))
 
     def plan(self) -> list[Transfer]:
         """Sort each group's assignments, while the first groups travel; for the forward pass only.

@@ -65,9 +65,10 @@ class Transfer:
         del self.tensor, self._kept
 
 
-def computed(x: Tensor) -> Transfer:
-    """A tensor that the current stream is computing."""
-    return Transfer(x, record_event(x))
+def computed(*xs: Tensor) -> list[Transfer]:
+    """Tensors that the current stream is computing."""
+    event = record_event(xs[0])
+    return [Transfer(x, event) for x in xs]
 
 
 class CommunicationStream:
@@ -80,15 +81,16 @@ class CommunicationStream:
 
     @contextmanager
     def _after(self, xs: Sequence[Transfer]) -> Iterator[None]:
-        """What is started inside waits for these and this stream, and not for other work of the current one."""
-        events = [x.event for x in xs if x.event is not None]
+        """What is started inside waits for these and for what this axis was given before, and for no other work of the
+        current stream."""
+        events = {id(x.event): x.event for x in xs if x.event is not None}
         if not events:
             yield
             return
         if self._stream is None:
             # Before the GEMMs: a transfer that gets no SMs when it is ready waits for a whole GEMM.
             self._stream = torch.cuda.Stream(priority=-1)
-        for event in events:
+        for event in events.values():
             self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             yield
@@ -166,7 +168,7 @@ class OverlappedRoundTrip:
         self._dispatcher, sent = dispatcher, tuple(x.contiguous() for x in sent)
         self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
         self._combined: list[Tensor] = []
-        self._sent = [computed(x) for x in sent]
+        self._sent = computed(*sent)
         self._groups: Iterator[Any] = iter(dispatcher.groups)
         self._under_way: deque[tuple[Any, list[Transfer]]] = deque()
         self._dispatch_next(AHEAD)
@@ -194,7 +196,7 @@ class OverlappedRoundTrip:
         results = self._dispatcher.unpermute(group, y_RD, d_weights_R)
         if not self._combined:
             self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
-        self._returning += self._dispatcher.combine_group(group, [computed(x) for x in results], self._combined)
+        self._returning += self._dispatcher.combine_group(group, computed(*results), self._combined)
         for transfer in self._arrived:
             transfer.release()
 
