@@ -45,7 +45,9 @@ class ExpertParallel:
             raise ValueError(f"parallel.ep={ep.size}: must divide the number of experts, {num_experts}")
         if token_groups < 1:
             raise ValueError(f"parallel.token_groups={token_groups}: must be positive")
-        self.buckets = ExpertBuckets(num_experts, ep.size, token_groups)
+        # Every etp rank needs what stays on another one, too.
+        stays = ep.size > 1 and etp.size == 1 and token_groups == 1
+        self.buckets = ExpertBuckets(num_experts, ep.size, token_groups, own=ep.rank if stays else None)
         self.ep, self.etp = CommunicationStream(ep), CommunicationStream(etp)
 
     def __call__(

@@ -7,7 +7,8 @@ Two experts on each of two ranks, one part of the tokens, two groups: bucket b o
     expert           0            2            1            3
 
 A rank sorts its routed tokens by bucket id. What it sends to each rank in group 0's all-to-all is then contiguous, and
-so is the whole group. The rank that holds the experts sorts what it receives by its own buckets: by expert.
+so is the whole group. The rank that holds the experts sorts what it receives by its own buckets: by expert. Where the
+tokens that stay on a rank are a group of their own, it sorts them last.
 
 Shape legend: T tokens, K assignments per token, B bucket ids, E experts, P parts of the tokens, J etp ranks, I ep
 ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a group as they arrive, R by expert.
@@ -16,6 +17,7 @@ ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a g
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -29,16 +31,22 @@ class ExpertBuckets:
     Every rank's tokens are divided into ``token_parts`` equal parts, usually one. An *expert bucket* is the routed
     tokens of one expert and one part. The buckets of a rank's experts are ordered by expert, then part; a group is a
     range of this order, the same for every rank. Bucket *ids* number the buckets of all ranks by group, rank, bucket.
+
+    Args:
+        own: this rank, if the tokens that stay on it are to be a group of their own, the first; of the others there is
+            one group then. The rank sorts its own experts' tokens last, so that those that travel are contiguous.
     """
 
-    def __init__(self, num_experts: int, ep: int, groups: int) -> None:
-        self.num_experts, self.ep, self.groups, self.local_experts = num_experts, ep, groups, num_experts // ep
+    def __init__(self, num_experts: int, ep: int, groups: int, own: int | None = None) -> None:
+        assert own is None or groups == 1
+        self.num_experts, self.ep, self.groups, self.own = num_experts, ep, groups, own
+        self.local_experts = num_experts // ep
         # Only as many parts of the tokens as it takes for a bucket to be no more than the smallest group.
         self.token_parts = -(-max(1, 2 * (groups - 1)) // self.local_experts)
         self.count = num_experts * self.token_parts
         # The buckets of a rank that each group has, at least one.
         self.ranges = split_groups(self.count // ep, groups)
-        self._ids_EP: dict[torch.device, Tensor] = {}
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def ids(self, group: int, rank: int) -> slice:
         """Ids of the buckets that a group has of a rank's experts."""
@@ -53,18 +61,36 @@ class ExpertBuckets:
         return slice(buckets.start // self.token_parts, -(-buckets.stop // self.token_parts))
 
     def assign(self, experts_TK: Tensor) -> Tensor:
-        """The bucket id of each assignment, int64 ``[T, K]``; -1 where it has no expert."""
-        T, device = len(experts_TK), experts_TK.device
-        if device not in self._ids_EP:
+        """The bucket of each assignment, int64 ``[T, K]``, by its place in the order in which this rank sorts; -1 where
+        it has no expert."""
+        places_EP, _ = self._tables(experts_TK.device)
+        part_T = torch.arange(len(experts_TK), device=experts_TK.device) * self.token_parts // max(len(experts_TK), 1)
+        return places_EP[experts_TK, part_T[:, None]]
+
+    def by_id(self, counts_B: Tensor) -> Tensor:
+        """Tokens per bucket in the order in which this rank sorts -> by id."""
+        return counts_B if self.own is None else counts_B.index_select(0, self._tables(counts_B.device)[1])
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The place of each expert's and part's bucket in this rank's order, and of each id."""
+        if device not in self._on:
+            order = [*range(self.count)]
+            if self.own is not None:
+                mine = self.ids(0, self.own)
+                order = order[: mine.start] + order[mine.stop :] + order[mine]
+            place_B = torch.empty(self.count, dtype=torch.int64)
+            place_B[order] = torch.arange(self.count)
             # The last row is for assignments without expert: index -1 reads it.
-            ids_EP = torch.full((self.num_experts + 1, self.token_parts), -1)
+            places_EP = torch.full((self.num_experts + 1, self.token_parts), -1)
             for group, of_rank in enumerate(self.ranges):
                 for rank in range(self.ep):
-                    ids = self.ids(group, rank)
-                    ids_EP[:-1].view(self.ep, -1)[rank, of_rank] = torch.arange(ids.start, ids.stop)
-            self._ids_EP[device] = ids_EP.to(device)
-        part_T = torch.arange(T, device=device) * self.token_parts // max(T, 1)
-        return self._ids_EP[device][experts_TK, part_T[:, None]]
+                    places_EP[:-1].view(self.ep, -1)[rank, of_rank] = place_B[self.ids(group, rank)]
+            self._on[device] = places_EP.to(device), place_B.to(device)
+        return self._on[device]
+
+
+Counts = list[list[list[int]]]
+"""``[J][I][B]``, how many tokens each rank has for each bucket."""
 
 
 @dataclass
@@ -72,13 +98,15 @@ class BucketGroup:
     """One group: the routed tokens that this rank sends in it, and those that it receives for its experts.
 
     Attributes:
-        source: place of what it sends among its routed tokens in the order of bucket ids; results come back there.
+        source: place of what it sends among its routed tokens in the order in which it sorts; results come back there.
         input_splits, output_splits: how many it sends to, and receives from, each ep rank.
         padded: the most that any of its etp ranks receives; each passes on as many to the others.
-        routed: place of what it receives among the routed tokens of all groups, sorted by expert.
+        routed: place of what it receives among the routed tokens of all groups.
         experts: which of its experts these are for.
-        ids: of the buckets of these experts.
+        buckets: the range of this rank's buckets that it has.
+        counts: ``[J][I][c]``, how many tokens it receives of each rank for each of these buckets.
         by_expert: whether tokens arrive sorted by expert and without padding, so that nothing need be moved.
+        stays: whether these are the tokens that stay on this rank: nothing is sent.
         offsets_E: end of each of these experts' tokens within the group, int32.
         source_R, place_N: unless ``by_expert``, where each routed token lies among the arrived ones, and the inverse,
             0 for padding, int64.
@@ -90,66 +118,99 @@ class BucketGroup:
     padded: int
     routed: slice
     experts: slice
-    ids: slice
+    buckets: slice
+    counts: Counts
     by_expert: bool
+    stays: bool = False
     offsets_E: Tensor = field(init=False)
     source_R: Tensor = field(init=False)
     place_N: Tensor = field(init=False)
 
+    def permute_dispatched(self, dispatched_RD: Tensor) -> Tensor:
+        return dispatched_RD[self.routed]
 
-def make_groups(buckets: ExpertBuckets, counts: list[list[list[int]]], i: int, j: int) -> list[BucketGroup]:
-    """The groups of rank (i of ep, j of etp).
 
-    Args:
-        counts: ``[J, I, B]``, how many tokens each rank has for each bucket id.
-    """
+def make_groups(buckets: ExpertBuckets, counts: Counts, i: int, j: int) -> list[BucketGroup]:
+    """The groups of rank (i of ep, j of etp), given all ranks' tokens per bucket id."""
     groups: list[BucketGroup] = []
     source = routed = 0
-    for index in range(buckets.groups):
+    for index, of_rank in enumerate(buckets.ranges):
         ids, experts = buckets.ids(index, i), buckets.experts(index)
         input_splits = [sum(counts[j][i][buckets.ids(index, rank)]) for rank in range(buckets.ep)]
-        received = [[sum(counts_B[ids]) for counts_B in ranks] for ranks in counts]
-        sizes = [sum(splits) for splits in received]
+        received = [[of[ids] for of in ranks] for ranks in counts]
+        if buckets.own is not None:
+            own, input_splits[i] = received[0][i], 0
+            received[0][i], routed = [0] * len(own), sum(own)
+            last = slice(sum(input_splits), sum(input_splits) + routed)
+            groups.append(
+                BucketGroup(last, [], [], routed, slice(routed), experts, of_rank, [[own]], by_expert=True, stays=True)
+            )
+        sizes = [sum(map(sum, ranks)) for ranks in received]
         groups.append(
             BucketGroup(
                 source=slice(source, source := source + sum(input_splits)),
                 input_splits=input_splits,
-                output_splits=received[j],
+                output_splits=[*map(sum, received[j])],
                 padded=max(sizes),
                 routed=slice(routed, routed := routed + sum(sizes)),
                 experts=experts,
-                ids=ids,
-                by_expert=len(counts) == 1 and experts.stop - experts.start == 1,
+                buckets=of_rank,
+                counts=received,
+                by_expert=len(counts) == 1
+                and (experts.stop - experts.start == 1 or (buckets.own is not None and buckets.ep == 2)),
             )
         )
     return groups
 
 
-def locate(buckets: ExpertBuckets, groups: list[BucketGroup], counts_JIB: Tensor) -> Tensor:
-    """Fill in the groups' tensors on the device, from tokens per bucket ``[J, I, B]`` of all ranks.
+def locate(buckets: ExpertBuckets, groups: list[BucketGroup], device: torch.device) -> Tensor | None:
+    """Fill in the groups' tensors. The numbers in them, few, go from the host to the device as one copy.
 
     Returns:
-        The end of each of this rank's experts' routed tokens, of all groups together, int32.
+        The end of each of this rank's experts' routed tokens, of all groups together, int32; None where tokens that
+        stay are a group of their own, so that all together do not lie by expert.
     """
-    counts_C = torch.cat([counts_JIB[:, :, group.ids] for group in groups], -1).sum((0, 1))
-    offsets_e = counts_C.view(-1, buckets.token_parts).sum(1).cumsum(0).int()
+    per_bucket = [[sum(x) for x in zip(*chain(*group.counts), strict=True)] for group in groups]
+    tables = [_ends(buckets, group.buckets, of) for group, of in zip(groups, per_bucket, strict=True)]
+    if buckets.own is None:
+        tables.append(_ends(buckets, slice(None), [*chain(*per_bucket)]))
+    moved = [group for group in groups if not group.by_expert]
+    for group in moved:
+        tables += _runs(group)
+    numbers = torch.tensor([*chain(*tables)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    tensors = iter(numbers.to(device, non_blocking=True).split([*map(len, tables)]))
     for group in groups:
-        # Of its first and its last expert a group may have some of the parts only.
-        group.offsets_E = offsets_e[group.experts].clamp(max=group.routed.stop) - group.routed.start
-        if not group.by_expert:
-            _locate_arrivals(group, counts_JIB[:, :, group.ids])
+        group.offsets_E = next(tensors)
+    offsets_e = next(tensors) if buckets.own is None else None
+    for group in moved:
+        size = group.routed.stop - group.routed.start
+        routed_R = torch.arange(size, device=device)
+        moved_X, counts_X = next(tensors), next(tensors)
+        group.source_R = routed_R + moved_X.repeat_interleave(counts_X, output_size=size)
+        group.place_N = routed_R.new_zeros(len(group.counts) * group.padded).scatter_(0, group.source_R, routed_R)
     return offsets_e
 
 
-def _locate_arrivals(group: BucketGroup, counts_JIc: Tensor) -> None:
-    J, device, size = len(counts_JIc), counts_JIc.device, group.routed.stop - group.routed.start
-    # Tokens arrive by etp rank, ep rank, bucket (j, i, c), each etp rank's padded; experts want them by (c, j, i). The
-    # X = J I c runs of tokens of one rank and bucket move as they are.
-    arrival_JX = counts_JIc.flatten(1)
-    starts_JX = arrival_JX.cumsum(1) - arrival_JX + group.padded * torch.arange(J, device=device)[:, None]
-    starts_X = starts_JX.view_as(counts_JIc).permute(2, 0, 1).flatten()
-    counts_X = counts_JIc.permute(2, 0, 1).flatten()
-    moved_X = starts_X - (counts_X.cumsum(0) - counts_X)
-    routed_R = torch.arange(size, device=device)
-    group.source_R = routed_R + moved_X.repeat_interleave(counts_X, output_size=size)
-    group.place_N = routed_R.new_zeros(J * group.padded).scatter_(0, group.source_R, routed_R)
+def _ends(buckets: ExpertBuckets, of_rank: slice, tokens: list[int]) -> list[int]:
+    """The end of each expert's tokens, given those of consecutive buckets."""
+    ends = {place // buckets.token_parts: end for place, end in enumerate(accumulate(tokens), of_rank.start or 0)}
+    return [*ends.values()]  # of each expert's last bucket
+
+
+def _runs(group: BucketGroup) -> tuple[list[int], list[int]]:
+    """Of the X = J I c runs of tokens of one rank and bucket, in the order in which experts want them: how far each
+    moves, from there to where it arrived, and how many tokens it has.
+
+    Tokens arrive by etp rank, ep rank, bucket (j, i, c), each etp rank's padded; experts want them by (c, j, i).
+    """
+    starts = [
+        [*accumulate(chain(*ranks), initial=group.padded * j)] for j, ranks in enumerate(group.counts)
+    ]  # of [j][i * c]
+    num_buckets, moved, counts, routed = len(group.counts[0][0]), list[int](), list[int](), 0
+    for c in range(num_buckets):
+        for j, ranks in enumerate(group.counts):
+            for i, of in enumerate(ranks):
+                moved.append(starts[j][i * num_buckets + c] - routed)
+                counts.append(of[c])
+                routed += of[c]
+    return moved, counts

@@ -14,7 +14,7 @@ hidden, F expert hidden, N tokens of all groups, or one, as they arrive, R route
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +38,9 @@ class RoutedTokenDispatcher(Dispatcher):
         dispatch_group   all-to-all over ep, to the rank with the expert; all-gather over etp, to the expert's slices
         combine_group    reduce-scatter over etp, which sums the slices' parts; all-to-all over ep
 
-    How many tokens go where is exchanged first; the host waits for it once, when it asks for the groups.
+    How many tokens go where is exchanged first; the host waits for it once, when it asks for the groups. With one group
+    and without etp, tokens for this rank's own experts come before it, as a group of their own: their GEMMs run while
+    the others arrive.
     """
 
     def __init__(
@@ -47,14 +49,14 @@ class RoutedTokenDispatcher(Dispatcher):
         self.buckets, self.ep, self.etp = buckets, ep, etp
         self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
         ends_B = self.permutation.offsets_E
-        (counts,) = etp.all_gather(*ep.all_gather(*computed(ends_B.diff(prepend=ends_B.new_zeros(1))[None])))
-        self._counts_JIB = counts.tensor.view(etp.size, ep.size, -1)
+        counts_B = buckets.by_id(ends_B.diff(prepend=ends_B.new_zeros(1)))
+        (counts,) = etp.all_gather(*ep.all_gather(*computed(counts_B[None])))
         self._on_host = etp.to_host(counts)
-        self.offsets_E: Tensor | None = None
+        self._is_located = False
 
     @cached_property
     def groups(self) -> list[BucketGroup]:
-        counts = self._on_host.synchronize().view_as(self._counts_JIB).tolist()
+        counts = self._on_host.synchronize().view(self.etp.size, self.ep.size, -1).tolist()
         self._on_host.release()
         return make_groups(self.buckets, counts, self.ep.rank, self.etp.rank)
 
@@ -62,10 +64,15 @@ class RoutedTokenDispatcher(Dispatcher):
     def num_dispatched(self) -> int:
         return self.groups[-1].routed.stop
 
+    @property
+    def parts(self) -> Sequence[Any]:
+        return (self,) if self.buckets.own is None else self.groups
+
     def plan(self) -> None:
-        """Compute the order of arrivals on the device, while the first groups travel; for the forward pass only."""
-        if self.offsets_E is None:
-            self.offsets_E = locate(self.buckets, self.groups, self._counts_JIB)
+        """Tell the device in which order tokens arrive, while the first groups travel; for the forward pass only."""
+        if not self._is_located:
+            self.offsets_E = locate(self.buckets, self.groups, self.permutation.offsets_E.device)
+            self._is_located = True
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
         x_RD = self.permutation.permute(x_TD)  # beside the exchange of counts
@@ -78,14 +85,18 @@ class RoutedTokenDispatcher(Dispatcher):
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
 
     def dispatch_group(self, group: BucketGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
-        into = [dispatched_ND[group.routed] if group.by_expert else None, None][: len(sent)]
         sources = [x[group.source] for x in sent]
+        if group.stays:
+            return sources
+        into = [dispatched_ND[group.routed] if group.by_expert else None, None][: len(sent)]
         return self.etp.all_gather(
             *self.ep.all_to_all(sources, group.input_splits, group.output_splits, into, group.padded)
         )
 
     def permute(self, group: BucketGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
         routed_RD = dispatched_ND[group.routed]
+        if group.stays:
+            return routed_RD.copy_(arrived_ND)
         return routed_RD if group.by_expert else torch.index_select(arrived_ND, 0, group.source_R, out=routed_RD)
 
     def permute_weights(self, group: BucketGroup, weights_N1: Tensor) -> Tensor:
@@ -100,8 +111,12 @@ class RoutedTokenDispatcher(Dispatcher):
         return [x.index_select(0, group.place_N) for x in results]  # what is in the padding does not matter
 
     def combine_group(self, group: BucketGroup, results: list[Transfer], combined: list[Tensor]) -> list[Transfer]:
-        summed = self.etp.reduce_scatter(*results)
         into = [out[group.source] for out in combined]
+        if group.stays:
+            for x, out in zip(results, into, strict=True):
+                out.copy_(x.tensor)
+            return []
+        summed = self.etp.reduce_scatter(*results)
         return self.ep.all_to_all(summed, group.output_splits, group.input_splits, into)
 
 

@@ -186,22 +186,40 @@ def test_groups_share_the_tokens_for_every_rank(experts, ep, groups):
 @pytest.mark.parametrize("groups", [1, 2, 3, 5])
 @pytest.mark.parametrize("most", [0, 3, 40])
 def test_every_token_meets_its_expert_and_comes_back(experts, ep, etp, groups, most):
+    _meet(experts, ep, etp, groups, most, [None] * ep)
+
+
+@pytest.mark.parametrize(("experts", "ep"), [(2, 2), (3, 3), (12, 3), (10, 2), (20, 5)])
+@pytest.mark.parametrize("most", [0, 3, 40])
+def test_every_token_meets_its_expert_where_those_that_stay_are_a_group(experts, ep, most):
+    _meet(experts, ep, 1, 1, most, range(ep))
+
+
+def _meet(experts, ep, etp, groups, most, own):
     """Ranks with different numbers of tokens, some with none; a token is its expert's number and one of its own."""
-    buckets, g = ExpertBuckets(experts, ep, groups), torch.Generator().manual_seed(most)
+    buckets_of, g = [ExpertBuckets(experts, ep, groups, own[i]) for i in range(ep)], torch.Generator().manual_seed(most)
+    buckets = buckets_of[0]
     ranks = [(i, j) for i in range(ep) for j in range(etp)]
     sources, counts = {}, torch.zeros(etp, ep, buckets.count, dtype=torch.int64)
     for number, (i, j) in enumerate(ranks):
         assigned = torch.randint(-1, experts, (int(torch.randint(most + 1, (), generator=g)), 2), generator=g)
-        ids = buckets.assign(assigned)
+        ids = buckets_of[i].assign(assigned)
         order = ids.flatten().sort(stable=True).indices[int((ids < 0).sum()) :]
         sources[i, j] = torch.stack([assigned.flatten()[order], 1000 * number + order], 1)
-        counts[j, i] = torch.bincount(ids[ids >= 0], minlength=buckets.count)
-    plans = {(i, j): make_groups(buckets, counts.tolist(), i, j) for i, j in ranks}
-    ends_of_all = {rank: locate(buckets, plan, counts) for rank, plan in plans.items()}
+        counts[j, i] = buckets_of[i].by_id(torch.bincount(ids[ids >= 0], minlength=buckets.count))
+    plans = {(i, j): make_groups(buckets_of[i], counts.tolist(), i, j) for i, j in ranks}
+    ends_of_all = {rank: locate(buckets_of[rank[0]], plan, torch.device("cpu")) for rank, plan in plans.items()}
     back = {rank: torch.zeros_like(tokens) for rank, tokens in sources.items()}
     local = experts // ep
+    if own[0] is not None:
+        for (i, _), plan in plans.items():
+            group, here = plan[0], sources[i, 0][plan[0].source]
+            assert (here[:, 0] // local == i).all() and group.routed == slice(len(here))
+            for expert, (start, end) in enumerate(pairwise([0, *group.offsets_E.tolist()]), i * local):
+                assert (here[start:end, 0] == expert).all()
+            back[i, 0][group.source] = here
     for index in range(groups):
-        of = {rank: plan[index] for rank, plan in plans.items()}
+        of = {rank: plan[index - groups] for rank, plan in plans.items()}
         # What each rank has for each other one, as the all-to-all takes it.
         outgoing = {rank: sources[rank][of[rank].source].split(of[rank].input_splits) for rank in ranks}
         received = {(i, j): torch.cat([outgoing[a, j][i] for a in range(ep)]) for i, j in ranks}
@@ -214,8 +232,9 @@ def test_every_token_meets_its_expert_and_comes_back(experts, ep, etp, groups, m
                 assert start <= end and (routed[start:end, 0] == expert).all()
             assert ends[-1] == len(routed) == group.routed.stop - group.routed.start
             # One GEMM over all groups' tokens: they lie in order of experts over all groups, too.
-            here = torch.arange(group.routed.start, group.routed.stop)
-            assert (torch.bucketize(here, ends_of_all[i, j], right=True) + i * local == routed[:, 0]).all()
+            if (ends := ends_of_all[i, j]) is not None:
+                here = torch.arange(group.routed.start, group.routed.stop)
+                assert (torch.bucketize(here, ends, right=True) + i * local == routed[:, 0]).all()
             returned = routed if group.by_expert or not len(routed) else routed[group.place_N]
             mine = returned[j * group.padded :][: sum(group.output_splits)] if len(routed) else returned
             for a, tokens in enumerate(mine.split(group.output_splits)):
