@@ -46,29 +46,29 @@ class Dispatcher:
         trip.combine(group, y_RD, d_weights_R)   starts to send the experts' output back (forward), or the gradients of
                                                  tokens and weights (backward)
 
-    After the last group, ``trip.dispatched`` are tensors with the dispatched tokens of all groups, and ``trip.wait()``
-    returns what was sent back: ``[T, D]``, and in backward ``[T, K]`` as well.
+    After the last group, ``trip.dispatched_ND`` holds the dispatched tokens of all groups, and ``trip.wait()`` returns
+    what was sent back: ``[T, D]``, and in backward ``[T, K]`` as well.
 
-    The gradients of the experts' weights are sums over ``parts``, of which each has ``routed`` and ``offsets_E`` as a
-    group has, for all experts of this rank, and ``permute_dispatched``.
+    The gradients of the experts' weights are sums over ``parts``, each with ``routed`` and ``offsets_E`` as a group has
+    them, for all experts of this rank, and with ``permute_dispatched``.
     """
 
     is_local = False
     """Whether no other rank takes part."""
     routed = slice(None)
     offsets_E: Any
-    """End of each expert's routed tokens of all groups, int32."""
+    """End of each expert's routed tokens of all groups, int32, where those of all groups together lie by expert."""
 
     @property
     def parts(self) -> Sequence[Any]:
-        return (self,)  # routed tokens of all groups lie by expert
+        return (self,)
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:  # of the weights one in forward, none in backward
         raise NotImplementedError
 
-    def permute_dispatched(self, *dispatched: Tensor) -> Tensor:
-        """What a round trip dispatched -> a part's routed tokens by expert, ``[R, D]``: operands of weight GEMMs."""
-        return dispatched[0]
+    def permute_dispatched(self, dispatched_ND: Tensor) -> Tensor:
+        """Dispatched tokens of all groups -> a part's routed tokens by expert, ``[R, D]``: operands of weight GEMMs."""
+        return dispatched_ND
 
 
 class LocalDispatcher(Dispatcher):
@@ -82,19 +82,19 @@ class LocalDispatcher(Dispatcher):
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> _LocalRoundTrip:
         return _LocalRoundTrip(self, x_TD, *weights_TK)
 
-    def permute_dispatched(self, *dispatched: Tensor) -> Tensor:
-        return self.permutation.permute(*dispatched)
+    def permute_dispatched(self, dispatched_ND: Tensor) -> Tensor:
+        return self.permutation.permute(dispatched_ND)
 
 
 class _LocalRoundTrip:
     def __init__(self, group: LocalDispatcher, x_TD: Tensor, *weights_TK: Tensor) -> None:
-        self.group, self.dispatched, self.weights_TK = group, (x_TD,), weights_TK
+        self.group, self.dispatched_ND, self.weights_TK = group, x_TD, weights_TK
 
     def __iter__(self) -> Iterator[LocalDispatcher]:
         yield self.group
 
     def permute(self, group: LocalDispatcher) -> Tensor:
-        return group.permutation.permute(*self.dispatched)
+        return group.permutation.permute(self.dispatched_ND)
 
     def permute_weights(self, group: LocalDispatcher) -> Tensor:
         return group.permutation.permute_weights(*self.weights_TK)
@@ -130,20 +130,18 @@ class _GroupedExperts(torch.autograd.Function):
             kept += [hidden_R2F, weights_R]
             trip.combine(group, gemms.down(act_RF, down, offsets_E))
             del act_RF  # before the next group's
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(gate_up_E2FD, down_EDF, *kept, *trip.dispatched)
+        ctx.save_for_backward(trip.dispatched_ND, gate_up_E2FD, down_EDF, *kept)
         ctx.dispatcher, ctx.gemms, ctx.deferral = dispatcher, gemms, deferral
         return trip.wait()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
-        gate_up_E2FD, down_EDF, *kept = ctx.saved_tensors
-        kept, x_dispatched = kept[: ctx.num_kept], kept[ctx.num_kept :]
+        x_ND, gate_up_E2FD, down_EDF, *kept = ctx.saved_tensors
         dispatcher, gemms, R, F = ctx.dispatcher, ctx.gemms, sum(map(len, kept[::2])), down_EDF.shape[2]
         trip = dispatcher.dispatch(dy_TD)
         # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
-        whole = (dy_TD.new_empty(R, 2 * F), dy_TD.new_empty(R, F)) if len(kept) > 2 else None
+        whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
         early = dispatcher.is_local and ctx.deferral is None  # no other rank waits for dx
         d_down_EDF = None
         for group, hidden_R2F, weights_R in zip(trip, kept[::2], kept[1::2], strict=True):
@@ -157,17 +155,17 @@ class _GroupedExperts(torch.autograd.Function):
             trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
         operands = [*(whole or (d_hidden_R2F, act_RF))]
         del whole, out, d_hidden_R2F, act_RF
-        dy_dispatched = trip.dispatched
+        dy_ND, parts = trip.dispatched_ND, dispatcher.parts
 
         def d_weights() -> tuple[Tensor, Tensor]:
             d_down, act_RF = d_down_EDF, operands.pop()
             if d_down is None:
-                pairs = ((part, part.permute_dispatched(*dy_dispatched)) for part in dispatcher.parts)
-                d_down = _sum(gemms.d_down(dy_RD, act_RF[part.routed], part.offsets_E) for part, dy_RD in pairs)
+                d_down = _sum(gemms.d_down(p.permute_dispatched(dy_ND), act_RF[p.routed], p.offsets_E) for p in parts)
             del act_RF
             d_hidden_R2F = operands.pop()
-            pairs = ((part, part.permute_dispatched(*x_dispatched)) for part in dispatcher.parts)
-            d_gate_up = _sum(gemms.d_gate_up(d_hidden_R2F[part.routed], x_RD, part.offsets_E) for part, x_RD in pairs)
+            d_gate_up = _sum(
+                gemms.d_gate_up(d_hidden_R2F[p.routed], p.permute_dispatched(x_ND), p.offsets_E) for p in parts
+            )
             return d_gate_up, d_down
 
         gradients = gradients_of(ctx.deferral, d_weights)

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-ALL = slice(None)
-
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
@@ -19,8 +17,6 @@ class Permutation:
 
     Assignments of no expert (-1) come last, past ``offsets_E[-1]``: permuted tokens are zero there, and what is
     unpermuted may hold anything.
-
-    Where it is known that many have none, fewer routed tokens are kept than there are assignments: R < T * K.
 
     Attributes:
         assignment_R: the assignment (``token * K + k``) of each routed token, int64.
@@ -35,13 +31,8 @@ class Permutation:
     ops: Any
 
     @classmethod
-    def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: Any, size: int | None = None) -> Permutation:
-        """
-        Args:
-            size: R, no less than assignments have an expert; if None, as many as there are assignments.
-        """
-        assignment_R, routed_TK, offsets_E = ops.sort_by_expert(experts_TK, num_experts)
-        return cls(assignment_R[:size], routed_TK, offsets_E, ops)
+    def by_expert(cls, experts_TK: Tensor, num_experts: int, ops: Any) -> Permutation:
+        return cls(*ops.sort_by_expert(experts_TK, num_experts), ops=ops)
 
     def permute(self, x_TD: Tensor) -> Tensor:
         """``[T, D] -> [R, D]``."""
@@ -51,18 +42,9 @@ class Permutation:
         """``[T, K] -> [R]``."""
         return weights_TK.flatten()[self.assignment_R]
 
-    def unpermute(
-        self, y_RD: Tensor, weights_R: Tensor | None = None, tokens: slice = ALL, out_TD: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """``[R, D] -> [T, D]``, the sum of each token's assignments; and ``[R] -> [T, K]`` if there are weights.
-
-        Args:
-            tokens: of these alone.
-            out_TD: where to write the first.
-        """
-        routed_TK = self.routed_TK[tokens]
-        y_TD = self.ops.unpermute(y_RD, routed_TK, self.offsets_E, out_TD)
+    def unpermute(self, y_RD: Tensor, weights_R: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``[R, D] -> [T, D]``, the sum of each token's assignments; and ``[R] -> [T, K]`` if there are weights."""
+        y_TD = self.ops.unpermute(y_RD, self.routed_TK, self.offsets_E)
         if weights_R is None:
             return (y_TD,)
-        places_TK = routed_TK.clamp(max=len(weights_R) - 1)
-        return y_TD, weights_R[places_TK].where(routed_TK < self.offsets_E[-1], 0)
+        return y_TD, weights_R[self.routed_TK].where(self.routed_TK < self.offsets_E[-1], 0)

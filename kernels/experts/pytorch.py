@@ -42,10 +42,9 @@ def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Te
     return x_TD[assignment_R // routed_TK.shape[1]].where(_is_routed_R1(assignment_R, offsets_E), 0)
 
 
-def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, out_TD: Tensor | None = None) -> Tensor:
-    """``[R, D] -> [T, D]``, contiguous, in a given tensor if there is one."""
-    y_TKD = y_RD[routed_TK.clamp(max=len(y_RD) - 1)]
-    return torch.sum(y_TKD.where((routed_TK < offsets_E[-1])[..., None], 0), 1, out=out_TD)
+def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
+    """``[R, D] -> [T, D]``."""
+    return y_RD.where(_is_routed_R1(y_RD, offsets_E), 0)[routed_TK].sum(1)
 
 
 def _is_routed_R1(like: Tensor, offsets_E: Tensor) -> Tensor:

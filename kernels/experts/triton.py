@@ -152,19 +152,19 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
     x_TD = _rows_contiguous(x_TD)
-    (T, D), K, R = x_TD.shape, routed_TK.shape[1], len(assignment_R)
-    out_RD = torch.empty(R, D, dtype=x_TD.dtype, device=x_TD.device)
+    (T, D), K = x_TD.shape, routed_TK.shape[1]
+    out_RD = torch.empty(T * K, D, dtype=x_TD.dtype, device=x_TD.device)
     BT, BD = _tile(D)
     triton_kernels.permute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-        x_TD, routed_TK, offsets_E, out_RD, T, R, x_TD.stride(0), D=D, E=len(offsets_E), K=K, BT=BT, BD=BD
+        x_TD, routed_TK, offsets_E, out_RD, T, x_TD.stride(0), D=D, E=len(offsets_E), K=K, BT=BT, BD=BD
     )
     return out_RD
 
 
-def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, out_TD: Tensor | None = None) -> Tensor:
+def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
     """Sums in float32."""
     (T, K), D = routed_TK.shape, y_RD.shape[1]
-    out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=y_RD.device) if out_TD is None else out_TD
+    out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=y_RD.device)
     BT, BD = _tile(D)
     triton_kernels.unpermute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
         y_RD, routed_TK, offsets_E, out_TD, T, D=D, E=len(offsets_E), K=K, BT=BT, BD=BD

@@ -163,10 +163,10 @@ def rank(
 
 @triton.jit
 def permute(
-    x, routed_of, offsets, out, T, R, x_t,
+    x, routed_of, offsets, out, T, x_t,
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[routed token] = x[token]``, each token read once; zero where there is no expert, and none from R on."""
+    """``out[routed token] = x[token]``, each token read once; zero where there is no expert."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = tokens < T
@@ -176,7 +176,7 @@ def permute(
     for k in tl.static_range(K):
         routed_T = tl.load(routed_of + tokens * K + k, mask=valid, other=0)
         at = out + routed_T[:, None] * D + columns[None, :]
-        tl.store(at, tl.where((routed_T < used)[:, None], x_TD, 0.0), mask=mask & (routed_T < R)[:, None])
+        tl.store(at, tl.where((routed_T < used)[:, None], x_TD, 0.0), mask=mask)
 
 
 @triton.jit

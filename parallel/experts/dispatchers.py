@@ -14,7 +14,8 @@ hidden, F expert hidden, N tokens of all groups, or one, as they arrive, R route
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -68,18 +69,16 @@ class RoutedTokenDispatcher(Dispatcher):
     def parts(self) -> Sequence[Any]:
         return (self,) if self.buckets.own is None else self.groups
 
-    def plan(self) -> None:
+    def plan(self) -> list[Transfer]:
         """Tell the device in which order tokens arrive, while the first groups travel; for the forward pass only."""
         if not self._is_located:
             self.offsets_E = locate(self.buckets, self.groups, self.permutation.offsets_E.device)
             self._is_located = True
+        return []
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
         x_RD = self.permutation.permute(x_TD)  # beside the exchange of counts
         return OverlappedRoundTrip(self, x_RD, *(self.permutation.permute_weights(w)[:, None] for w in weights_TK))
-
-    def dispatched(self, sent_RD: Tensor, dispatched_ND: Tensor) -> tuple[Tensor, ...]:
-        return (dispatched_ND,)
 
     def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
@@ -120,34 +119,29 @@ class RoutedTokenDispatcher(Dispatcher):
         return self.ep.all_to_all(summed, group.output_splits, group.input_splits, into)
 
 
+@dataclass
 class TokenGroup:
-    """Some tokens that go through the experts together: this rank's own, or a range of every other rank's.
+    """One group: the same range of every rank's tokens.
 
     Attributes:
-        tokens: the range, of every rank's tokens.
-        dispatched: place of this range of all ranks' tokens among the gathered ones, by group, rank and token; None for
-            own tokens, which nobody gathers.
-        routed: place of these tokens' routed tokens among those of all groups.
-        permutation: of their assignments; what sorts them is launched when it is first asked for.
+        tokens: that range.
+        dispatched: place of these tokens of all ranks among the dispatched ones, by group, rank and token.
+        routed: place of their routed tokens among those of all groups.
+        permutation: of their assignments.
     """
 
+    tokens: slice
+    dispatched: slice
+    routed: slice
+    permutation: Permutation = field(init=False)
     experts = slice(None)
-
-    def __init__(
-        self, tokens: slice, dispatched: slice | None, routed: slice, sort: Callable[[TokenGroup], Permutation]
-    ) -> None:
-        self.tokens, self.dispatched, self.routed, self._sort = tokens, dispatched, routed, [sort]
-
-    @cached_property
-    def permutation(self) -> Permutation:
-        return self._sort.pop()(self)  # it refers to the dispatcher, which refers to this group
 
     @property
     def offsets_E(self) -> Tensor:
         return self.permutation.offsets_E
 
-    def permute_dispatched(self, own_TD: Tensor, gathered_ND: Tensor) -> Tensor:
-        return self.permutation.permute(own_TD if self.dispatched is None else gathered_ND[self.dispatched])
+    def permute_dispatched(self, dispatched_ND: Tensor) -> Tensor:
+        return self.permutation.permute(dispatched_ND[self.dispatched])
 
 
 class TokenDispatcher(Dispatcher):
@@ -156,8 +150,7 @@ class TokenDispatcher(Dispatcher):
         dispatch_group   all-gather over etp
         combine_group    reduce-scatter over etp, which sums the slices' parts
 
-    All assignments are gathered first. Every rank has as many tokens as any other, so the host never waits. This rank's
-    own tokens are the first group: their GEMMs run while the others' arrive, and their results are sent with those.
+    All assignments are gathered first. Every rank has as many tokens as any other, so the host never waits.
     """
 
     def __init__(
@@ -165,66 +158,48 @@ class TokenDispatcher(Dispatcher):
     ) -> None:
         (T, K), J = experts_TK.shape, etp.size
         self.etp, self.num_experts, self.ops, self.num_dispatched = etp, num_experts, ops, J * T
-        self._own = TokenGroup(slice(T), None, slice(T * K), lambda _: self._sort(experts_TK))
-        self._of_own: tuple[Tensor, Tensor | None] | None = None
-        self.groups = [self._own]
-        for t in split_groups(T, num_groups):
-            if t.start < t.stop:
-                routed = slice(T * K + (J - 1) * K * t.start, T * K + (J - 1) * K * t.stop)
-                self.groups.append(TokenGroup(t, slice(J * t.start, J * t.stop), routed, self._sort_others))
-        (self._gathered,) = etp.all_gather(*computed(experts_TK))
+        self.groups = [
+            TokenGroup(t, slice(J * t.start, J * t.stop), slice(J * K * t.start, J * K * t.stop))
+            for t in split_groups(T, num_groups)
+            if t.start < t.stop
+        ]
+        self._gathered = etp.all_gather(*computed(experts_TK))
+
+    def plan(self) -> list[Transfer]:
+        """Sort each group's assignments, while the first groups travel; for the forward pass only.
+
+        Returns:
+            The transfers that the round trip must keep until its end.
+        """
+        gathered, self._gathered = self._gathered, []
+        for experts in gathered:  # none in backward
+            experts_JTK = experts.wait().unflatten(0, (self.etp.size, -1))
+            for group in self.groups:
+                experts_NK = experts_JTK[:, group.tokens].flatten(0, 1)
+                group.permutation = Permutation.by_expert(experts_NK, self.num_experts, self.ops)
+        return gathered
 
     @property
-    def parts(self) -> list[TokenGroup]:
+    def parts(self) -> Sequence[Any]:
         return self.groups
-
-    def plan(self) -> None:
-        """Nothing: each group's assignments are sorted when it is asked for them."""
-
-    def _sort(self, experts_TK: Tensor, size: int | None = None) -> Permutation:
-        return Permutation.by_expert(experts_TK, self.num_experts, self.ops, size)
-
-    def _sort_others(self, group: TokenGroup) -> Permutation:
-        """As if this rank's own tokens of the range had no experts."""
-        experts_JtK = self._gathered.wait().unflatten(0, (self.etp.size, -1))[:, group.tokens].contiguous()
-        experts_JtK[self.etp.rank] = -1
-        if group is self.groups[-1]:
-            self._gathered.release()
-        return self._sort(experts_JtK.flatten(0, 1), group.routed.stop - group.routed.start)
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
         return OverlappedRoundTrip(self, x_TD, *weights_TK)
 
-    def dispatched(self, own_TD: Tensor, gathered_ND: Tensor) -> tuple[Tensor, ...]:
-        return own_TD, gathered_ND
-
     def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
         return combined
 
-    def dispatch_group(self, group: TokenGroup, sent: list[Transfer], gathered_ND: Tensor) -> list[Transfer]:
-        parts = [x[group.tokens] for x in sent]
-        return parts if group.dispatched is None else self.etp.all_gather(*parts, into=gathered_ND[group.dispatched])
+    def dispatch_group(self, group: TokenGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
+        return self.etp.all_gather(*(x[group.tokens] for x in sent), into=dispatched_ND[group.dispatched])
 
-    def permute(self, group: TokenGroup, arrived_ND: Tensor, gathered_ND: Tensor) -> Tensor:
+    def permute(self, group: TokenGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
         return group.permutation.permute(arrived_ND)
 
     def permute_weights(self, group: TokenGroup, weights_NK: Tensor) -> Tensor:
         return group.permutation.permute_weights(weights_NK)
 
     def unpermute(self, group: TokenGroup, y_RD: Tensor, d_weights_R: Tensor | None) -> tuple[Tensor, ...]:
-        """Of own tokens nothing yet: each other group's results go out with theirs."""
-        if group is self._own:
-            self._of_own = y_RD, d_weights_R
-            return ()
-        assert self._of_own is not None
-        results = group.permutation.unpermute(y_RD, d_weights_R)
-        into = [x.unflatten(0, (self.etp.size, -1))[self.etp.rank] for x in results]
-        own = self._own.permutation.unpermute(*self._of_own, group.tokens, into[0])
-        for x, out in zip(own[1:], into[1:], strict=True):
-            out.copy_(x)
-        if group is self.groups[-1]:
-            self._of_own = None
-        return results
+        return group.permutation.unpermute(y_RD, d_weights_R)
 
     def combine_group(self, group: TokenGroup, results: list[Transfer], combined: list[Tensor]) -> list[Transfer]:
         return self.etp.reduce_scatter(*results, into=[out[group.tokens] for out in combined])

@@ -166,22 +166,17 @@ class OverlappedRoundTrip:
 
     def __init__(self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, *sent: Tensor) -> None:
         self._dispatcher, sent = dispatcher, tuple(x.contiguous() for x in sent)
-        self._dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
+        self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
         self._combined: list[Tensor] = []
         self._sent = computed(*sent)
         self._groups: Iterator[Any] = iter(dispatcher.groups)
         self._under_way: deque[tuple[Any, list[Transfer]]] = deque()
         self._dispatch_next(AHEAD)
-        dispatcher.plan()
-        self._returning = [*self._sent]
-
-    @property
-    def dispatched(self) -> tuple[Tensor, ...]:
-        return self._dispatcher.dispatched(self._sent[0].tensor, self._dispatched_ND)
+        self._returning = [*self._sent, *dispatcher.plan()]
 
     def _dispatch_next(self, count: int) -> None:
         for group in islice(self._groups, count):
-            self._under_way.append((group, self._dispatcher.dispatch_group(group, self._sent, self._dispatched_ND)))
+            self._under_way.append((group, self._dispatcher.dispatch_group(group, self._sent, self.dispatched_ND)))
 
     def __iter__(self) -> Iterator[Any]:
         while self._under_way:
@@ -192,16 +187,16 @@ class OverlappedRoundTrip:
             yield group
 
     def permute(self, group: Any) -> Tensor:
-        return self._dispatcher.permute(group, self._arrived[0].tensor, self._dispatched_ND)
+        return self._dispatcher.permute(group, self._arrived[0].tensor, self.dispatched_ND)
 
     def permute_weights(self, group: Any) -> Tensor:
         return self._dispatcher.permute_weights(group, self._arrived[1].tensor)
 
     def combine(self, group: Any, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
-        if results := self._dispatcher.unpermute(group, y_RD, d_weights_R):
-            if not self._combined:
-                self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
-            self._returning += self._dispatcher.combine_group(group, computed(*results), self._combined)
+        results = self._dispatcher.unpermute(group, y_RD, d_weights_R)
+        if not self._combined:
+            self._combined = [x.new_empty(len(self._sent[0].tensor), x.shape[1]) for x in results]
+        self._returning += self._dispatcher.combine_group(group, computed(*results), self._combined)
         for transfer in self._arrived:
             transfer.release()
 

@@ -7,7 +7,7 @@ from minimax_train.documents import Documents
 from minimax_train.parallel.context.layout import SequenceLayout
 from minimax_train.parallel.context.lightning import lightning_attention_cp
 from minimax_train.parallel.context.softmax import softmax_attention_cp
-from minimax_train.parallel.experts import ExpertParallel, overlap
+from minimax_train.parallel.experts import ExpertParallel, dispatchers, overlap
 from support.streams import Link, Streams
 
 GRIDS = [(1, 2), (1, 3), (2, 1), (2, 2)]
@@ -75,9 +75,15 @@ def _keep_nothing_that_is_sent_back(monkeypatch):
     monkeypatch.setattr(overlap.OverlappedRoundTrip, "combine", combine)
 
 
+def _keep_no_assignments(monkeypatch):
+    original = dispatchers.TokenDispatcher.plan
+    monkeypatch.setattr(dispatchers.TokenDispatcher, "plan", lambda dispatcher: original(dispatcher)[:0])
+
+
 MISTAKES = [
     *((_keep_nothing, sizes) for sizes in GRIDS),
     *((_keep_nothing_that_is_sent_back, sizes) for sizes in GRIDS),
+    *((_keep_no_assignments, sizes) for sizes in GRIDS if sizes[0] == 1),
 ]
 
 
