@@ -212,6 +212,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         "planned ms",
         "tokens/s",
         "MFU %",
+        "computes ms",
         "busy %",
         "exposed %",
         "data ms",

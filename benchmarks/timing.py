@@ -135,11 +135,13 @@ class Occupancy:
 
     Attributes:
         busy: share of the time in which a kernel or a copy ran that is not NCCL's.
+        whole_us: that time, in microseconds.
         exposed: share in which NCCL's kernels ran and nothing else.
         exposed_us: the same in microseconds, by NCCL's kernel: of those that ran, the one that had begun first.
         launches: kernels and copies.
     """
 
+    whole_us: float
     busy: float
     exposed: float
     exposed_us: dict[str, float]
@@ -169,4 +171,4 @@ class Occupancy:
             elif collectives:
                 exposed_us[spans[next(iter(collectives))][0]] += until - at
         whole = edges[-1][0] - edges[0][0] if edges else float("nan")
-        return cls(busy / whole, sum(exposed_us.values()) / whole, dict(exposed_us), len(spans))
+        return cls(whole, busy / whole, sum(exposed_us.values()) / whole, dict(exposed_us), len(spans))

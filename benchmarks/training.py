@@ -9,10 +9,11 @@ checkpoints. ``--rows`` packed sequences of 8,192 tokens make a micro-batch, or 
 is text-01 at full width: one lightning and one softmax layer, 8 experts, a vocabulary of 32,000. *Balanced* routing
 gives every expert as many assignments as any other, whatever the router says. Documents are the standard library's
 files, of some 4,000 tokens; the few of 100,000 and more make long sequences hard to compare, so ``--longest`` leaves
-out those of so many tokens and more. After warm-up the steps are timed
-without a profiler, then three more are profiled: "busy" is the share of their time in which a kernel other than a
-collective's runs, "exposed" that in which only collectives do (by kind in the JSON), "launches" are kernels a step.
-FLOPs are the library's own count (``metrics/flops.py``).
+out those of so many tokens and more. After warm-up the steps are timed without a profiler, then three more are
+profiled, which takes them longer where the host is in the way: "busy" is the share of their time in which a kernel
+other than a collective's runs, "computes" that time in a step, to be compared with steps without a profiler; "exposed"
+is the share in which only collectives run (by kind in the JSON), "launches" are kernels a step. FLOPs are the library's
+own count (``metrics/flops.py``).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch
 import torch.distributed as dist
 from timing import Occupancy
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 import minimax_train.model.experts
 from minimax_train.config import load_config
@@ -60,6 +61,7 @@ COLUMNS = (
     "MFU %",
     "ms",
     "longest ms",
+    "computes ms",
     "busy %",
     "exposed %",
     "launches",
@@ -147,25 +149,31 @@ def timed(trainer: Trainer, steps: int) -> dict[str, float]:
 
 
 def occupancy(trainer: Trainer, steps: int) -> Occupancy | None:
-    """Of the GPU in some steps more, under the profiler; None without one."""
+    """Of the GPU in some steps more, under the profiler, after one in which that gets ready; None without a GPU."""
     if trainer.device.type != "cuda":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(steps):
+    windows = schedule(wait=0, warmup=1, active=steps, repeat=1)
+    with profile(activities=[ProfilerActivity.CUDA], schedule=windows) as recorded:
+        for taken in range(1 + steps):
             trainer.train_step()
-        trainer.guard.check()
+            if taken in (0, steps):
+                torch.cuda.synchronize()
+            recorded.step()
+    trainer.guard.check()
     return Occupancy.of(recorded)
 
 
 def profiled(trainer: Trainer, steps: int = 3) -> dict[str, float]:
-    """Shares of the time in which the device computes, and in which it only communicates; launches a step."""
+    """Shares of the time in which the device computes, and in which it only communicates; what a step has of it, and of
+    launches."""
     found = occupancy(trainer, steps)
     if found is None:
-        return dict.fromkeys(("busy %", "exposed %", "launches"), float("nan"))
+        return dict.fromkeys(("computes ms", "busy %", "exposed %", "launches"), float("nan"))
     kinds = defaultdict[str, float](float)
     for name, us in found.exposed_us.items():  # a kernel for each dtype and algorithm: ncclDevKernel_AllGather_RING_LL
         kinds[name.removeprefix("ncclDevKernel_").partition("_")[0]] += 1e-3 * us / steps
     return {
+        "computes ms": 1e-3 * found.busy * found.whole_us / steps,
         "busy %": 100 * found.busy,
         "exposed %": 100 * found.exposed,
         "launches": found.launches / steps,

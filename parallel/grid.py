@@ -73,8 +73,8 @@ class ProcessGrid:
 
         Args:
             timeout: a collective of any group that takes longer ends the process with an error.
-            token_groups: in how many groups tokens go through the experts. With one, of the experts' transfers only the
-                gradients' return runs beside GEMMs, and they may hold as many SMs as NCCL likes.
+            token_groups: in how many groups tokens go through the experts. With one, most of the experts' transfers run
+                beside no GEMM or a short one, and may hold as many SMs as NCCL likes.
 
         Raises:
             ValueError: when ``pp * cp * tp`` or ``pp * ep * etp`` does not divide the number of processes.

@@ -2,7 +2,7 @@
 
     forward     dispatch x and weights;    of each group:  permute, up, down, unpermute, combine
     backward    dispatch dy;               of each group:  permute, d_hidden, dx, unpermute, combine
-                then, once over all groups:                d_down, d_gate_up; or later (``kernels/deferral.py``)
+                then, of all groups:                       d_down, d_gate_up; or later (``kernels/deferral.py``)
 
 A *dispatcher* says where tokens go between the two. With all experts on one rank they stay (:class:`LocalDispatcher`,
 one group); ``parallel/experts/dispatchers.py`` sends them to other ranks and back, in groups, of which one's transfers
@@ -16,7 +16,7 @@ hidden, F expert hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,35 +49,31 @@ class Dispatcher:
     After the last group, ``trip.dispatched_ND`` holds the dispatched tokens of all groups, and ``trip.wait()`` returns
     what was sent back: ``[T, D]``, and in backward ``[T, K]`` as well.
 
-    The gradients of the experts' weights are sums over ``parts``, each with ``routed`` and ``offsets_E`` as a group has
-    them, for all experts of this rank, and with ``permute_dispatched``.
+    The gradients of the experts' weights are sums over ``parts``, which together have all routed tokens. A part has
+
+        routed, offsets_E                    as a group, for all experts of this rank
+        permute_dispatched(dispatched_ND)    its routed tokens by expert, ``[R, D]``: operands of weight GEMMs
     """
 
     is_local = False
     """Whether no other rank takes part."""
-    routed = slice(None)
-    offsets_E: Any
-    """End of each expert's routed tokens of all groups, int32, where those of all groups together lie by expert."""
-
-    @property
-    def parts(self) -> Sequence[Any]:
-        return (self,)
+    parts: Any
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:  # of the weights one in forward, none in backward
         raise NotImplementedError
 
-    def permute_dispatched(self, dispatched_ND: Tensor) -> Tensor:
-        """Dispatched tokens of all groups -> a part's routed tokens by expert, ``[R, D]``: operands of weight GEMMs."""
-        return dispatched_ND
-
 
 class LocalDispatcher(Dispatcher):
-    """All experts are here, and the only group is the dispatcher itself."""
+    """All experts are here, and the only group and part is the dispatcher itself."""
 
-    is_local, experts = True, slice(None)
+    is_local, routed, experts = True, slice(None), slice(None)
 
     def __init__(self, permutation: Permutation) -> None:
         self.permutation, self.offsets_E = permutation, permutation.offsets_E
+
+    @property
+    def parts(self) -> tuple[LocalDispatcher]:
+        return (self,)
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> _LocalRoundTrip:
         return _LocalRoundTrip(self, x_TD, *weights_TK)
@@ -177,6 +173,7 @@ def _sum(tensors: Iterator[Tensor]) -> Tensor:
     total = next(tensors)
     for x in tensors:
         total += x
+        del x  # before the next one is made
     return total
 
 

@@ -6,9 +6,9 @@ Two experts on each of two ranks, one part of the tokens, two groups: bucket b o
     group, rank      0, 0         0, 1         1, 0         1, 1
     expert           0            2            1            3
 
-A rank sorts its routed tokens by bucket id. What it sends to each rank in group 0's all-to-all is then contiguous, and
-so is the whole group. The rank that holds the experts sorts what it receives by its own buckets: by expert. Where the
-tokens that stay on a rank are a group of their own, it sorts them last.
+A rank sorts its routed tokens by bucket id, but those that stay on it last where they are a group of their own. What it
+sends to each rank in group 0's all-to-all is then contiguous, and so is the whole group. The rank that holds the
+experts sorts what it receives by its own buckets: by expert.
 
 Shape legend: T tokens, K assignments per token, B bucket ids, E experts, P parts of the tokens, J etp ranks, I ep
 ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a group as they arrive, R by expert.
@@ -17,6 +17,7 @@ ranks, c buckets of a group on one rank, e experts of this rank, N tokens of a g
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, chain
 
 import torch
@@ -26,7 +27,7 @@ from minimax_train.parallel.experts.overlap import split_groups
 
 
 class ExpertBuckets:
-    """How routed tokens are divided into groups, the same on all ranks.
+    """How routed tokens are divided into groups, the same on all ranks, and in which order a rank sorts its own.
 
     Every rank's tokens are divided into ``token_parts`` equal parts, usually one. An *expert bucket* is the routed
     tokens of one expert and one part. The buckets of a rank's experts are ordered by expert, then part; a group is a
@@ -89,6 +90,9 @@ class ExpertBuckets:
         return self._on[device]
 
 
+ALIGNED = 4
+"""Of so many int32 the addresses are multiples of 16 bytes, for which Triton compiles kernels of their own."""
+
 Counts = list[list[list[int]]]
 """``[J][I][B]``, how many tokens each rank has for each bucket."""
 
@@ -103,13 +107,13 @@ class BucketGroup:
         padded: the most that any of its etp ranks receives; each passes on as many to the others.
         routed: place of what it receives among the routed tokens of all groups.
         experts: which of its experts these are for.
-        buckets: the range of this rank's buckets that it has.
+        of_rank: which of the buckets of its rank's experts these are.
         counts: ``[J][I][c]``, how many tokens it receives of each rank for each of these buckets.
         by_expert: whether tokens arrive sorted by expert and without padding, so that nothing need be moved.
         stays: whether these are the tokens that stay on this rank: nothing is sent.
         offsets_E: end of each of these experts' tokens within the group, int32.
-        source_R, place_N: unless ``by_expert``, where each routed token lies among the arrived ones, and the inverse,
-            0 for padding, int64.
+        runs_X: unless ``by_expert``, the X runs of tokens that move as they are, in the order in which experts want
+            them: how far each arrived from where it belongs, and how many tokens it has, int32.
     """
 
     source: slice
@@ -118,13 +122,25 @@ class BucketGroup:
     padded: int
     routed: slice
     experts: slice
-    buckets: slice
+    of_rank: slice
     counts: Counts
     by_expert: bool
     stays: bool = False
     offsets_E: Tensor = field(init=False)
-    source_R: Tensor = field(init=False)
-    place_N: Tensor = field(init=False)
+    runs_X: tuple[Tensor, Tensor] = field(init=False)
+
+    # Launched when they are first asked for: after the GEMMs of tokens that stay.
+    @cached_property
+    def source_R(self) -> Tensor:
+        """Where each routed token lies among the arrived ones, int64."""
+        (moved_X, counts_X), size = self.runs_X, self.routed.stop - self.routed.start
+        return torch.arange(size, device=moved_X.device) + moved_X.repeat_interleave(counts_X, output_size=size)
+
+    @cached_property
+    def place_N(self) -> Tensor:
+        """The inverse, 0 for padding, int64."""
+        routed_R = torch.arange(len(self.source_R), device=self.source_R.device)
+        return routed_R.new_zeros(len(self.counts) * self.padded).scatter_(0, self.source_R, routed_R)
 
     def permute_dispatched(self, dispatched_RD: Tensor) -> Tensor:
         return dispatched_RD[self.routed]
@@ -141,9 +157,19 @@ def make_groups(buckets: ExpertBuckets, counts: Counts, i: int, j: int) -> list[
         if buckets.own is not None:
             own, input_splits[i] = received[0][i], 0
             received[0][i], routed = [0] * len(own), sum(own)
-            last = slice(sum(input_splits), sum(input_splits) + routed)
             groups.append(
-                BucketGroup(last, [], [], routed, slice(routed), experts, of_rank, [[own]], by_expert=True, stays=True)
+                BucketGroup(
+                    source=slice(sum(input_splits), sum(input_splits) + routed),
+                    input_splits=[],
+                    output_splits=[],
+                    padded=routed,
+                    routed=slice(routed),
+                    experts=experts,
+                    of_rank=of_rank,
+                    counts=[[own]],
+                    by_expert=True,
+                    stays=True,
+                )
             )
         sizes = [sum(map(sum, ranks)) for ranks in received]
         groups.append(
@@ -154,7 +180,7 @@ def make_groups(buckets: ExpertBuckets, counts: Counts, i: int, j: int) -> list[
                 padded=max(sizes),
                 routed=slice(routed, routed := routed + sum(sizes)),
                 experts=experts,
-                buckets=of_rank,
+                of_rank=of_rank,
                 counts=received,
                 by_expert=len(counts) == 1
                 and (experts.stop - experts.start == 1 or (buckets.own is not None and buckets.ep == 2)),
@@ -164,30 +190,28 @@ def make_groups(buckets: ExpertBuckets, counts: Counts, i: int, j: int) -> list[
 
 
 def locate(buckets: ExpertBuckets, groups: list[BucketGroup], device: torch.device) -> Tensor | None:
-    """Fill in the groups' tensors. The numbers in them, few, go from the host to the device as one copy.
+    """Fill in the groups' tensors: some numbers, which go from the host to the device as one copy.
 
     Returns:
         The end of each of this rank's experts' routed tokens, of all groups together, int32; None where tokens that
         stay are a group of their own, so that all together do not lie by expert.
     """
     per_bucket = [[sum(x) for x in zip(*chain(*group.counts), strict=True)] for group in groups]
-    tables = [_ends(buckets, group.buckets, of) for group, of in zip(groups, per_bucket, strict=True)]
+    tables = [_ends(buckets, group.of_rank, of) for group, of in zip(groups, per_bucket, strict=True)]
     if buckets.own is None:
         tables.append(_ends(buckets, slice(None), [*chain(*per_bucket)]))
     moved = [group for group in groups if not group.by_expert]
     for group in moved:
         tables += _runs(group)
-    numbers = torch.tensor([*chain(*tables)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    tensors = iter(numbers.to(device, non_blocking=True).split([*map(len, tables)]))
+    padded = [[*table, *[0] * (-len(table) % ALIGNED)] for table in tables]
+    numbers = torch.tensor([*chain(*padded)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    parts = zip(numbers.to(device, non_blocking=True).split([*map(len, padded)]), tables, strict=True)
+    tensors = (part[: len(table)] for part, table in parts)
     for group in groups:
         group.offsets_E = next(tensors)
     offsets_e = next(tensors) if buckets.own is None else None
     for group in moved:
-        size = group.routed.stop - group.routed.start
-        routed_R = torch.arange(size, device=device)
-        moved_X, counts_X = next(tensors), next(tensors)
-        group.source_R = routed_R + moved_X.repeat_interleave(counts_X, output_size=size)
-        group.place_N = routed_R.new_zeros(len(group.counts) * group.padded).scatter_(0, group.source_R, routed_R)
+        group.runs_X = next(tensors), next(tensors)
     return offsets_e
 
 
@@ -198,8 +222,7 @@ def _ends(buckets: ExpertBuckets, of_rank: slice, tokens: list[int]) -> list[int
 
 
 def _runs(group: BucketGroup) -> tuple[list[int], list[int]]:
-    """Of the X = J I c runs of tokens of one rank and bucket, in the order in which experts want them: how far each
-    moves, from there to where it arrived, and how many tokens it has.
+    """Of the X = J I c runs of tokens of one rank and bucket.
 
     Tokens arrive by etp rank, ep rank, bucket (j, i, c), each etp rank's padded; experts want them by (c, j, i).
     """

@@ -44,15 +44,19 @@ class RoutedTokenDispatcher(Dispatcher):
     the others arrive.
     """
 
+    routed = slice(None)
+
     def __init__(
         self, experts_TK: Tensor, buckets: ExpertBuckets, ep: CommunicationStream, etp: CommunicationStream, ops: Any
     ) -> None:
         self.buckets, self.ep, self.etp = buckets, ep, etp
-        self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)  # by bucket id
+        self.permutation = Permutation.by_expert(buckets.assign(experts_TK), buckets.count, ops)
         ends_B = self.permutation.offsets_E
+        # By id before they are gathered: each rank sorts in an order of its own.
         counts_B = buckets.by_id(ends_B.diff(prepend=ends_B.new_zeros(1)))
         (counts,) = etp.all_gather(*ep.all_gather(*computed(counts_B[None])))
         self._on_host = etp.to_host(counts)
+        self.offsets_E: Tensor | None = None
         self._is_located = False
 
     @cached_property
@@ -66,8 +70,12 @@ class RoutedTokenDispatcher(Dispatcher):
         return self.groups[-1].routed.stop
 
     @property
-    def parts(self) -> Sequence[Any]:
+    def parts(self) -> Sequence[RoutedTokenDispatcher | BucketGroup]:
+        """Without tokens that stay, those of all groups together lie by expert: they are one part."""
         return (self,) if self.buckets.own is None else self.groups
+
+    def permute_dispatched(self, dispatched_RD: Tensor) -> Tensor:
+        return dispatched_RD
 
     def plan(self) -> list[Transfer]:
         """Tell the device in which order tokens arrive, while the first groups travel; for the forward pass only."""
@@ -180,7 +188,7 @@ class TokenDispatcher(Dispatcher):
         return gathered
 
     @property
-    def parts(self) -> Sequence[Any]:
+    def parts(self) -> list[TokenGroup]:
         return self.groups
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
