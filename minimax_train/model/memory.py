@@ -144,10 +144,12 @@ class ActivationMemory:
 
     def _gradients(self, layer: int, tokens: int) -> int:
         """Of a block's backward pass at its peak: of attention's activations, or of those between the experts' GEMMs,
-        and of the residual stream and the half's output."""
+        and of the residual stream and the half's output. With ep and etp the experts' tokens are there as they arrived
+        over either, by expert, and on their way back."""
         model = self.model
         D, attention = model.hidden_size, model.attentions[layer].activations(model)
-        experts = model.experts_per_token * (3 * model.expert_hidden_size + 2 * D)
+        copies = 5 * self.etp if self.ep > 1 and self.etp > 1 else 2
+        experts = model.experts_per_token * (3 * model.expert_hidden_size + copies * D)
         return tokens * self.itemsize * (2 * D + max(attention.kept + attention.cheap, experts))
 
     def _head(self, tokens: int) -> int:

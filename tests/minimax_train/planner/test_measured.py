@@ -65,12 +65,20 @@ SEVERAL = [
     ({}, 2, 242.3, 76.0),
     ({"cp": 2}, 2, 249.7, 76.0),
     ({"tp": 2}, 2, 284.8, 74.7),
-    ({"ep": 2}, 2, 316.1, 64.1),  # with a slow host: 284.8 and 288.2 on others,
+    ({"ep": 2}, 2, 270.7, 63.9),
     ({"etp": 2}, 2, 276.2, 64.0),
     ({}, 4, 247.7, 63.0),
     ({"cp": 4}, 4, 262.7, 63.1),
-    ({"ep": 4}, 4, 322.9, 51.4),
     ({"etp": 4}, 4, 334.8, 55.0),
+]
+# The same of SLICE.
+SLICES = [
+    ({"cp": 2}, 2, 459.8, 68.5),
+    ({"tp": 2}, 2, 475.5, 64.2),
+    ({"ep": 2}, 2, 455.7, 56.4),
+    ({"etp": 2}, 2, 456.6, 56.0),
+    ({"ep": 4}, 4, 459.9, 42.3),
+    ({"ep": 2, "etp": 2}, 4, 476.0, 48.8),
 ]
 # H200s that share one packed sequence, of 131,072 tokens for each: milliseconds, GiB.
 LONG = [(1, 914.6, 124.3), (2, 961.5, 112.8), (4, 952.9, 112.2)]
@@ -134,6 +142,14 @@ def test_several_gpus(axes, gpus, ms, gib):
     plan = planned("h200", MEDIUM, (8192, 4 * shared), 1, world_size=gpus, **axes)
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.015)
     assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.045)
+
+
+@pytest.mark.parametrize("axes, gpus, ms, gib", SLICES)
+def test_several_gpus_at_full_width(axes, gpus, ms, gib):
+    shared = axes.get("cp", 1) * axes.get("tp", 1)
+    plan = planned("h200", SLICE, (8192, 4 * shared), 1, world_size=gpus, **axes)
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.035)
+    assert 0.92 * ms < 1e3 * plan.cost.seconds < ms
 
 
 def test_several_micro_batches_on_two_gpus():
