@@ -68,8 +68,9 @@ SEVERAL = [
     ({"ep": 2}, 2, 270.7, 63.9),
     ({"etp": 2}, 2, 276.2, 64.0),
     ({}, 4, 247.7, 63.0),
-    ({"cp": 4}, 4, 262.7, 63.1),
-    ({"etp": 4}, 4, 334.8, 55.0),
+    ({"cp": 4}, 4, 255.1, 63.0),
+    ({"ep": 4}, 4, 303.3, 51.4),
+    ({"etp": 4}, 4, 330.6, 54.9),
 ]
 # The same of SLICE.
 SLICES = [
@@ -141,7 +142,7 @@ def test_several_gpus(axes, gpus, ms, gib):
     shared = axes.get("cp", 1) * axes.get("tp", 1)
     plan = planned("h200", MEDIUM, (8192, 4 * shared), 1, world_size=gpus, **axes)
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.015)
-    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.045)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.055)
 
 
 @pytest.mark.parametrize("axes, gpus, ms, gib", SLICES)
