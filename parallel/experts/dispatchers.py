@@ -93,7 +93,8 @@ class RoutedTokenDispatcher(Dispatcher):
 
     def dispatch_group(self, group: BucketGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
         sources = [x[group.source] for x in sent]
-        if group.stays:
+        if group.stays:  # this is done while the host starts the others' transfer
+            dispatched_ND[group.routed].copy_(sources[0].tensor)
             return sources
         into = [dispatched_ND[group.routed] if group.by_expert else None, None][: len(sent)]
         return self.etp.all_gather(
@@ -102,8 +103,6 @@ class RoutedTokenDispatcher(Dispatcher):
 
     def permute(self, group: BucketGroup, arrived_ND: Tensor, dispatched_ND: Tensor) -> Tensor:
         routed_RD = dispatched_ND[group.routed]
-        if group.stays:
-            return routed_RD.copy_(arrived_ND)
         return routed_RD if group.by_expert else torch.index_select(arrived_ND, 0, group.source_R, out=routed_RD)
 
     def permute_weights(self, group: BucketGroup, weights_N1: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
+from minimax_train.kernels.deferral import deferred
+from minimax_train.kernels.deferral import run as run_deferred
 from minimax_train.kernels.experts import expert_mlp_naive
 from minimax_train.parallel.communicator import GroupCommunicator
 from minimax_train.parallel.experts import ExpertParallel
@@ -126,6 +129,43 @@ def _uneven(grid, tokens_of_ranks, groups):
 def test_ranks_with_different_numbers_of_tokens(groups):
     assert max(run_ranks(_uneven, 2, [5, 0], groups)) < 1e-10
     assert max(run_ranks(_uneven, 4, [0, 7, 1, 0], groups)) < 1e-10
+
+
+def _gradients_of_leaves(grid, axis, how):
+    """With the gradients of the experts' weights deferred, or after all is computed again: the worst error."""
+    every, alone = GroupCommunicator(grid.group("dp")), _alone()
+    ep, etp = (every, alone) if axis == "ep" else (alone, every)
+    case = _case(every.size, "drops", torch.float64)
+    _, dx, d_weights, *d_experts = _reference(case)
+    expected = [dx[every.rank], d_weights[every.rank], *_slices(*d_experts, ep, etp)]
+    x, weights, experts, gate_up, down, dy = case
+    leaves = [x[every.rank], weights[every.rank], *_slices(gate_up, down, ep, etp)]
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    worst = 0.0
+    for groups in (1, 2):
+        layer = ExpertParallel(ep, etp, num_experts=EXPERTS, token_groups=groups)
+
+        def run_layer(x, weights, *of_experts, layer=layer):
+            return layer(x, weights, experts[every.rank], *of_experts)
+
+        for leaf in leaves:
+            leaf.grad = None
+        if how == "deferred":
+            with deferred() as pending:
+                run_layer(*leaves).backward(dy[every.rank])
+            assert leaves[2].grad is leaves[3].grad is None
+            run_deferred(pending)
+        else:
+            checkpoint(run_layer, *leaves, use_reentrant=False).backward(dy[every.rank])
+        pairs = zip(leaves, expected, strict=True)
+        worst = max(worst, *(relative_error(leaf.grad, e) if e.norm() else 0.0 for leaf, e in pairs))
+    return worst
+
+
+@pytest.mark.parametrize("how", ["deferred", "computed again"])
+@pytest.mark.parametrize("axis", ["ep", "etp"])
+def test_weight_gradients_later_and_recomputation(axis, how):
+    assert max(run_ranks(_gradients_of_leaves, 2, axis, how)) < 1e-10
 
 
 def _columns_first(grid):
