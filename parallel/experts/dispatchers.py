@@ -56,8 +56,6 @@ class RoutedTokenDispatcher(Dispatcher):
         counts_B = buckets.by_id(ends_B.diff(prepend=ends_B.new_zeros(1)))
         (counts,) = etp.all_gather(*ep.all_gather(*computed(counts_B[None])))
         self._on_host = etp.to_host(counts)
-        self.offsets_E: Tensor | None = None
-        self._is_located = False
 
     @cached_property
     def groups(self) -> list[BucketGroup]:
@@ -77,11 +75,14 @@ class RoutedTokenDispatcher(Dispatcher):
     def permute_dispatched(self, dispatched_RD: Tensor) -> Tensor:
         return dispatched_RD
 
+    @cached_property
+    def offsets_E(self) -> Tensor | None:
+        """As :func:`locate` returns it, which is called once."""
+        return locate(self.buckets, self.groups, self.permutation.offsets_E.device)
+
     def plan(self) -> list[Transfer]:
         """Tell the device in which order tokens arrive, while the first groups travel; for the forward pass only."""
-        if not self._is_located:
-            self.offsets_E = locate(self.buckets, self.groups, self.permutation.offsets_E.device)
-            self._is_located = True
+        _ = self.offsets_E
         return []
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:

@@ -137,18 +137,22 @@ def test_engines(engine, ms, gib):
     assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
 
 
+def on_several(model, axes, gpus):
+    """4 sequences for each GPU."""
+    shared = axes.get("cp", 1) * axes.get("tp", 1)
+    return planned("h200", model, (8192, 4 * shared), 1, world_size=gpus, **axes)
+
+
 @pytest.mark.parametrize("axes, gpus, ms, gib", SEVERAL)
 def test_several_gpus(axes, gpus, ms, gib):
-    shared = axes.get("cp", 1) * axes.get("tp", 1)
-    plan = planned("h200", MEDIUM, (8192, 4 * shared), 1, world_size=gpus, **axes)
+    plan = on_several(MEDIUM, axes, gpus)
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.015)
     assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.055)
 
 
 @pytest.mark.parametrize("axes, gpus, ms, gib", SLICES)
 def test_several_gpus_at_full_width(axes, gpus, ms, gib):
-    shared = axes.get("cp", 1) * axes.get("tp", 1)
-    plan = planned("h200", SLICE, (8192, 4 * shared), 1, world_size=gpus, **axes)
+    plan = on_several(SLICE, axes, gpus)
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.035)
     assert 0.92 * ms < 1e3 * plan.cost.seconds < ms
 
