@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Compute = Callable[[], tuple[Tensor, ...]]
-"""Makes the gradients of some weights."""
+Compute = Callable[[], tuple[Tensor | None, ...]]
+"""Makes the gradients of some weights; None for those that it has put where they belong."""
 
 
 class Deferred(NamedTuple):

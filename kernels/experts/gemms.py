@@ -36,6 +36,12 @@ class GroupedGemm(NamedTuple):
     weights: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _put(x: Tensor, out: Tensor | None, adds: bool) -> Tensor:
+    if out is None:
+        return x
+    return out.add_(x) if adds else out.copy_(x)
+
+
 def _tokens_by_expert(a_RM: Tensor, weight_EMN: Tensor, offsets_E: Tensor) -> Tensor:
     out_RN = torch.empty(len(a_RM), weight_EMN.shape[-1], dtype=a_RM.dtype, device=a_RM.device)
     for (start, end), weight_MN in zip(pairwise([0, *offsets_E.tolist()]), weight_EMN.unbind(0), strict=True):
@@ -100,13 +106,22 @@ class SeparateGemms:
     def dx(self, d_hidden_R2F: Tensor, gate_up_E2FD: Tensor, offsets_E: Tensor) -> Tensor:
         return self.gemm.tokens(d_hidden_R2F, gate_up_E2FD, offsets_E)
 
-    def d_gate_up(self, d_hidden_R2F: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """``[E, 2F, D]``, gate over up; zero for an expert without tokens."""
-        return self.gemm.weights(d_hidden_R2F, x_RD, offsets_E)
+    def d_gate_up(
+        self, d_hidden_R2F: Tensor, x_RD: Tensor, offsets_E: Tensor, out: Tensor | None = None, adds: bool = False
+    ) -> Tensor:
+        """``[E, 2F, D]``, gate over up; zero for an expert without tokens.
 
-    def d_down(self, dy_RD: Tensor, act_RF: Tensor, offsets_E: Tensor) -> Tensor:
-        """``[E, D, F]``; zero for an expert without tokens."""
-        return self.gemm.weights(dy_RD, act_RF, offsets_E)
+        Args:
+            out: where to write it, contiguous, of any floating dtype.
+            adds: rather add it to what is there.
+        """
+        return _put(self.gemm.weights(d_hidden_R2F, x_RD, offsets_E), out, adds)
+
+    def d_down(
+        self, dy_RD: Tensor, act_RF: Tensor, offsets_E: Tensor, out: Tensor | None = None, adds: bool = False
+    ) -> Tensor:
+        """``[E, D, F]``; zero for an expert without tokens. Arguments as of :meth:`d_gate_up`."""
+        return _put(self.gemm.weights(dy_RD, act_RF, offsets_E), out, adds)
 
 
 @OnDemand

@@ -8,6 +8,8 @@ A *dispatcher* says where tokens go between the two. With all experts on one ran
 one group); ``parallel/experts/dispatchers.py`` sends them to other ranks and back, in groups, of which one's transfers
 run beside another's GEMMs. The gradients of the experts' weights come last, so that those of the tokens travel beside.
 
+The gradients of the weights go to where an engine adds them up, if it has such a place (``kernels/accumulation.py``).
+
 Kept from forward to backward: the dispatched tokens, gate and up of each routed token (2F), its weight, the dispatcher.
 
 Shape legend: T tokens, K assignments per token, N dispatched tokens, R routed tokens sorted by expert, E experts, D
@@ -16,13 +18,15 @@ hidden, F expert hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimax_train.kernels.accumulation import Accumulator, add_gradient, find_accumulators
 from minimax_train.kernels.deferral import defer, gradients_of
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.kernels.experts.gemms import SeparateGemms, choose_implementation
@@ -111,12 +115,14 @@ def grouped_experts(
     gemms: SeparateGemms,
 ) -> Tensor:
     """The weighted sum of what its experts make of each token ``[T, D]``, differentiable in all four tensors."""
-    return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, *defer(x_TD, gate_up_E2FD, down_EDF))
+    deferral, *weights = defer(x_TD, gate_up_E2FD, down_EDF)
+    accumulators = find_accumulators(weights) if deferral is None else None
+    return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, deferral, accumulators, *weights)
 
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, dispatcher, gemms, deferral, gate_up_E2FD, down_EDF):
+    def forward(ctx, x_TD, weights_TK, dispatcher, gemms, deferral, accumulators, gate_up_E2FD, down_EDF):
         gate_up_E2FD, down_EDF, kept = gate_up_E2FD.contiguous(), down_EDF.contiguous(), []
         trip = dispatcher.dispatch(x_TD, weights_TK)
         for group in trip:
@@ -127,7 +133,7 @@ class _GroupedExperts(torch.autograd.Function):
             trip.combine(group, gemms.down(act_RF, down, offsets_E))
             del act_RF  # before the next group's
         ctx.save_for_backward(trip.dispatched_ND, gate_up_E2FD, down_EDF, *kept)
-        ctx.dispatcher, ctx.gemms, ctx.deferral = dispatcher, gemms, deferral
+        ctx.dispatcher, ctx.gemms, ctx.deferral, ctx.accumulators = dispatcher, gemms, deferral, accumulators
         return trip.wait()[0]
 
     @staticmethod
@@ -139,42 +145,43 @@ class _GroupedExperts(torch.autograd.Function):
         # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
         whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
         early = dispatcher.is_local and ctx.deferral is None  # no other rank waits for dx
+        of_gate_up, of_down = ctx.accumulators or (None, None)
         d_down_EDF = None
         for group, hidden_R2F, weights_R in zip(trip, kept[::2], kept[1::2], strict=True):
             gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
             dy_RD, out = trip.permute(group), whole and tuple(x[group.routed] for x in whole)
             d_hidden_R2F, act_RF, d_weights_R = gemms.d_hidden(dy_RD, hidden_R2F, down, offsets_E, weights_R, out)
             if early:  # first free what dx does not need
-                d_down_EDF = gemms.d_down(dy_RD, act_RF, offsets_E)
+                d_down_EDF = add_gradient(of_down, down_EDF, partial(gemms.d_down, dy_RD, act_RF, offsets_E))
                 act_RF = None
             del dy_RD
             trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
-        operands = [*(whole or (d_hidden_R2F, act_RF))]
-        del whole, out, d_hidden_R2F, act_RF
+        operands = [d_hidden_R2F] if early else [*(whole or (d_hidden_R2F, act_RF))]
+        whole = out = d_hidden_R2F = act_RF = None
         dy_ND, parts = trip.dispatched_ND, dispatcher.parts
 
-        def d_weights() -> tuple[Tensor, Tensor]:
-            d_down, act_RF = d_down_EDF, operands.pop()
-            if d_down is None:
-                d_down = _sum(gemms.d_down(p.permute_dispatched(dy_ND), act_RF[p.routed], p.offsets_E) for p in parts)
-            del act_RF
-            d_hidden_R2F = operands.pop()
-            d_gate_up = _sum(
-                gemms.d_gate_up(d_hidden_R2F[p.routed], p.permute_dispatched(x_ND), p.offsets_E) for p in parts
-            )
-            return d_gate_up, d_down
+        def d_weight(accumulator: Accumulator | None, weight: Tensor, gemm: Callable, dispatched_ND: Tensor) -> Any:
+            operand = operands.pop()
+
+            def make(out: Tensor | None, adds: bool) -> Tensor | None:
+                for part in parts:
+                    tokens_RD = part.permute_dispatched(dispatched_ND)
+                    out, adds = gemm(operand[part.routed], tokens_RD, part.offsets_E, out, adds), True
+                return out
+
+            return add_gradient(accumulator, weight, make)
+
+        def d_weights() -> tuple[Tensor | None, Tensor | None]:
+            d_down = d_down_EDF
+            if not early:
+                d_down = d_weight(of_down, down_EDF, lambda act, dy, *how: gemms.d_down(dy, act, *how), dy_ND)
+            return d_weight(of_gate_up, gate_up_E2FD, gemms.d_gate_up, x_ND), d_down
 
         gradients = gradients_of(ctx.deferral, d_weights)
-        return *trip.wait(), None, None, None, *gradients
-
-
-def _sum(tensors: Iterator[Tensor]) -> Tensor:
-    """In the first one's memory."""
-    total = next(tensors)
-    for x in tensors:
-        total += x
-        del x  # before the next one is made
-    return total
+        results = trip.wait()
+        for accumulator in ctx.accumulators or ():
+            accumulator.added()
+        return *results, None, None, None, None, *gradients
 
 
 def expert_mlp(

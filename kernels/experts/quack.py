@@ -141,12 +141,16 @@ def _tokens(
     return out_RN
 
 
-def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, interleave: bool = False) -> Tensor:
+def _weights(
+    tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, out_EMN: Tensor | None, adds: bool,
+    *, interleave: bool = False,
+) -> Tensor:  # fmt: skip
     """``[E, M, N]``, the sum over each expert's tokens of ``a^T b``; rows of the result un-interleaved if asked."""
-    out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
+    if out_EMN is None:
+        out_EMN = torch.empty(len(offsets_E), a_RM.shape[1], b_RN.shape[1], dtype=a_RM.dtype, device=a_RM.device)
     if not len(a_RM):
-        return out_EMN.zero_()
-    key = (tile, out_EMN.shape, interleave)
+        return out_EMN if adds else out_EMN.zero_()
+    key = (tile, out_EMN.shape, out_EMN.dtype, adds, interleave)
     starts, taken = _starts_and_zero(offsets_E)
     rows = {"cu_seqlens_k": starts, "tile_count_semaphore": taken}
     if key in _plans:
@@ -154,7 +158,7 @@ def _weights(tile: Tile, a_RM: Tensor, b_RN: Tensor, offsets_E: Tensor, *, inter
     else:
         _plans[key] = gemm(
             a_RM.T, b_RN.T, out_EMN, None, **rows, **tile.arguments,
-            concat_layout=("out",) if interleave else None,
+            concat_layout=("out",) if interleave else None, add_to_output=adds,
         )  # fmt: skip
     return out_EMN
 
@@ -194,8 +198,8 @@ class QuackGemms(SeparateGemms):
         out_RD = d_hidden_R2F.new_empty(len(d_hidden_R2F), gate_up_E2FD.shape[2])
         return _tokens(_identity, WIDE, d_hidden_R2F, gate_up_E2FD.mT, out_RD, offsets_E, interleave=True)
 
-    def d_gate_up(self, d_hidden_R2F, x_RD, offsets_E):
-        return _weights(WIDE, d_hidden_R2F, x_RD, offsets_E, interleave=True)
+    def d_gate_up(self, d_hidden_R2F, x_RD, offsets_E, out=None, adds=False):
+        return _weights(WIDE, d_hidden_R2F, x_RD, offsets_E, out, adds, interleave=True)
 
-    def d_down(self, dy_RD, act_RF, offsets_E):
-        return _weights(WIDE, dy_RD, act_RF, offsets_E)
+    def d_down(self, dy_RD, act_RF, offsets_E, out=None, adds=False):
+        return _weights(WIDE, dy_RD, act_RF, offsets_E, out, adds)

@@ -36,6 +36,7 @@ from minimax_train.engines.graphs import MicroBatchGraphs
 from minimax_train.engines.parameter_shards import ParameterShards, aligned, shard_shape
 from minimax_train.engines.transfers import Transfers
 from minimax_train.errors import require_choice
+from minimax_train.kernels.accumulation import set_accumulator
 from minimax_train.kernels.adamw import adamw_, squared_norm
 from minimax_train.model import initialize
 from minimax_train.model.sharding import ParameterLayout, local, set_parameter
@@ -91,6 +92,39 @@ class _Bucket(NamedTuple):
     ranks: GroupCommunicator
 
 
+class _Accumulator:
+    """Of one parameter (``kernels/accumulation.py``), whether a GEMM adds to it or autograd's hook.
+
+    The hook would keep an engine that it referred to, and all its memory, for as long as the parameter.
+    """
+
+    def __init__(self, engine: Zero1Engine, name: str) -> None:
+        self._engine, self._name = weakref.ref(engine), name
+
+    def sum(self) -> tuple[Tensor, bool]:
+        engine = self._alive()
+        return engine._gradient_of[self._name], not engine._is_first
+
+    def added(self) -> None:
+        engine = self._alive()
+        engine._summed.add(self._name)
+        engine._reduce(self._name)
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """What autograd made; nothing where a GEMM has added it."""
+        if parameter.grad is None:
+            return
+        total, adds = self.sum()
+        total.add_(parameter.grad) if adds else total.copy_(parameter.grad)
+        parameter.grad = None
+        self.added()
+
+    def _alive(self) -> Zero1Engine:
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+
 class Zero1Engine(AutogradEngine):
     """ZeRO-1 and AdamW, micro-batches as CUDA graphs where they can be."""
 
@@ -120,8 +154,10 @@ class Zero1Engine(AutogradEngine):
         self._left = dict[int, int]()  # of the step's buckets: parameters whose gradients are not complete
         self._called = Counter[int]()  # and those that were completed by calls between graphs
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
+        self._accumulators = {name: _Accumulator(self, name) for name in self.parameters}
         for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._adder(name))
+            set_accumulator(parameter, self._accumulators[name])
+            parameter.register_post_accumulate_grad_hook(self._accumulators[name].add)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.
@@ -213,23 +249,6 @@ class Zero1Engine(AutogradEngine):
         for group in self._groups.values():
             shards |= group.shards(getattr(group, kind))
         return {name: layout.shard(self.grid, shards[name]) for name, layout in self.layouts.items()}
-
-    def _adder(self, name: str) -> Any:
-        # A hook that referred to the engine would keep it, and all its memory, for as long as the parameter.
-        engine_of = weakref.ref(self)
-
-        def add(parameter: nn.Parameter) -> None:
-            engine = engine_of()
-            assert engine is not None and parameter.grad is not None
-            if engine._is_first:
-                engine._gradient_of[name].copy_(parameter.grad)
-            else:
-                engine._gradient_of[name].add_(parameter.grad)
-            parameter.grad = None
-            engine._summed.add(name)
-            engine._reduce(name)
-
-        return add
 
     def _reduce(self, name: str) -> None:
         """A gradient of the step is complete: start to sum those of its bucket over the ranks, once all are."""

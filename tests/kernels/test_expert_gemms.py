@@ -62,6 +62,13 @@ def test_gemms_equal_autograd(poisoned_empty, implementation, dtype, ends, in_pl
     assert out is None or (d_kept is out[0] and act_again is out[1])
     dx = gemms.dx(d_kept, gate_up, offsets)
     d_gate_up, d_down = gemms.d_gate_up(d_kept, x, offsets), gemms.d_down(dy, act_again, offsets)
+    # Written and then added to sums of more digits.
+    wide = [w.new_full(w.shape, float("nan"), dtype=torch.promote_types(dtype, torch.float32)) for w in (gate_up, down)]
+    for adds in (False, True):
+        assert gemms.d_gate_up(d_kept, x, offsets, wide[0], adds) is wide[0]
+        assert gemms.d_down(dy, act_again, offsets, wide[1], adds) is wide[1]
+    for twice, once in zip(wide, (d_gate_up, d_down), strict=True):
+        assert relative_error(twice, 2 * once.double()) < TOLERANCES[dtype]
     assert act_again[:used].dtype == dtype and relative_error(act_again[:used], act[:used]) < TOLERANCES[dtype]
     ours = [y[:used], dx[:used], d_weights[:used], d_gate_up, d_down]
     right = _reference(x[:used], dy[:used], weights[:used], gate_up, down, ends)
