@@ -51,7 +51,7 @@ class Dispatcher:
                                                  tokens and weights (backward)
 
     After the last group, ``trip.dispatched_ND`` holds the dispatched tokens of all groups, and ``trip.wait()`` returns
-    what was sent back: ``[T, D]``, and in backward ``[T, K]`` as well.
+    what was sent back: ``[T, D]``, to which ``residual`` times the tokens is added, and in backward ``[T, K]`` as well.
 
     The gradients of the experts' weights are sums over ``parts``, which together have all routed tokens. A part has
 
@@ -63,7 +63,11 @@ class Dispatcher:
     """Whether no other rank takes part."""
     parts: Any
 
-    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> Any:  # of the weights one in forward, none in backward
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> Any:
+        """
+        Args:
+            weights_TK: one in forward, none in backward.
+        """
         raise NotImplementedError
 
 
@@ -79,16 +83,16 @@ class LocalDispatcher(Dispatcher):
     def parts(self) -> tuple[LocalDispatcher]:
         return (self,)
 
-    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> _LocalRoundTrip:
-        return _LocalRoundTrip(self, x_TD, *weights_TK)
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> _LocalRoundTrip:
+        return _LocalRoundTrip(self, residual, x_TD, *weights_TK)
 
     def permute_dispatched(self, dispatched_ND: Tensor) -> Tensor:
         return self.permutation.permute(dispatched_ND)
 
 
 class _LocalRoundTrip:
-    def __init__(self, group: LocalDispatcher, x_TD: Tensor, *weights_TK: Tensor) -> None:
-        self.group, self.dispatched_ND, self.weights_TK = group, x_TD, weights_TK
+    def __init__(self, group: LocalDispatcher, residual: float, x_TD: Tensor, *weights_TK: Tensor) -> None:
+        self.group, self.residual, self.dispatched_ND, self.weights_TK = group, residual, x_TD, weights_TK
 
     def __iter__(self) -> Iterator[LocalDispatcher]:
         yield self.group
@@ -100,7 +104,8 @@ class _LocalRoundTrip:
         return group.permutation.permute_weights(*self.weights_TK)
 
     def combine(self, group: LocalDispatcher, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
-        self.combined = group.permutation.unpermute(y_RD, d_weights_R)
+        x_TD = self.dispatched_ND if self.residual else None
+        self.combined = group.permutation.unpermute(y_RD, d_weights_R, x_TD, self.residual)
 
     def wait(self) -> tuple[Tensor, ...]:
         return self.combined
@@ -113,18 +118,20 @@ def grouped_experts(
     down_EDF: Tensor,
     dispatcher: Dispatcher,
     gemms: SeparateGemms,
+    residual: float = 0.0,
 ) -> Tensor:
-    """The weighted sum of what its experts make of each token ``[T, D]``, differentiable in all four tensors."""
+    """The weighted sum of what its experts make of each token ``[T, D]``, plus ``residual`` times the token,
+    differentiable in all four tensors."""
     deferral, *weights = defer(x_TD, gate_up_E2FD, down_EDF)
     accumulators = find_accumulators(weights) if deferral is None else None
-    return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, deferral, accumulators, *weights)
+    return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, residual, deferral, accumulators, *weights)
 
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, dispatcher, gemms, deferral, accumulators, gate_up_E2FD, down_EDF):
+    def forward(ctx, x_TD, weights_TK, dispatcher, gemms, residual, deferral, accumulators, gate_up_E2FD, down_EDF):
         gate_up_E2FD, down_EDF, kept = gate_up_E2FD.contiguous(), down_EDF.contiguous(), []
-        trip = dispatcher.dispatch(x_TD, weights_TK)
+        trip = dispatcher.dispatch(x_TD, weights_TK, residual=residual)
         for group in trip:
             gate_up, down, offsets_E = gate_up_E2FD[group.experts], down_EDF[group.experts], group.offsets_E
             weights_R = trip.permute_weights(group)
@@ -133,7 +140,8 @@ class _GroupedExperts(torch.autograd.Function):
             trip.combine(group, gemms.down(act_RF, down, offsets_E))
             del act_RF  # before the next group's
         ctx.save_for_backward(trip.dispatched_ND, gate_up_E2FD, down_EDF, *kept)
-        ctx.dispatcher, ctx.gemms, ctx.deferral, ctx.accumulators = dispatcher, gemms, deferral, accumulators
+        ctx.dispatcher, ctx.gemms, ctx.residual = dispatcher, gemms, residual
+        ctx.deferral, ctx.accumulators = deferral, accumulators
         return trip.wait()[0]
 
     @staticmethod
@@ -141,7 +149,7 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx, dy_TD):
         x_ND, gate_up_E2FD, down_EDF, *kept = ctx.saved_tensors
         dispatcher, gemms, R, F = ctx.dispatcher, ctx.gemms, sum(map(len, kept[::2])), down_EDF.shape[2]
-        trip = dispatcher.dispatch(dy_TD)
+        trip = dispatcher.dispatch(dy_TD, residual=ctx.residual)
         # Groups write their parts of whole tensors, for the GEMMs that make the gradients of the experts' weights.
         whole = (x_ND.new_empty(R, 2 * F), x_ND.new_empty(R, F)) if len(kept) > 2 else None
         early = dispatcher.is_local and ctx.deferral is None  # no other rank waits for dx
@@ -181,7 +189,7 @@ class _GroupedExperts(torch.autograd.Function):
         results = trip.wait()
         for accumulator in ctx.accumulators or ():
             accumulator.added()
-        return *results, None, None, None, None, *gradients
+        return *results, *[None] * 5, *gradients
 
 
 def expert_mlp(
@@ -191,9 +199,11 @@ def expert_mlp(
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     *,
+    residual: float = 0.0,
     implementation: str = AUTO,
 ) -> Tensor:
-    """``y_t = sum_k weight_tk * down_e (silu(gate_e x_t) * up_e x_t)`` with e = ``experts_tk``, differentiable.
+    """``y_t = residual x_t + sum_k weight_tk * down_e (silu(gate_e x_t) * up_e x_t)``, e = ``experts_tk``,
+    differentiable. The residual is added in the pass that sums a token's experts, forward and backward.
 
     Args:
         x_TD: any floating dtype, the same as that of the experts' weights.
@@ -204,4 +214,4 @@ def expert_mlp(
     """
     gemms, ops = choose_implementation(x_TD, down_EDF.shape[2], implementation)
     dispatcher = LocalDispatcher(Permutation.by_expert(experts_TK, len(gate_up_E2FD), ops))
-    return grouped_experts(x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms)
+    return grouped_experts(x_TD, weights_TK, gate_up_E2FD, down_EDF, dispatcher, gemms, residual)

@@ -42,9 +42,12 @@ def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Te
     return x_TD[assignment_R // routed_TK.shape[1]].where(_is_routed_R1(assignment_R, offsets_E), 0)
 
 
-def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
-    """``[R, D] -> [T, D]``."""
-    return y_RD.where(_is_routed_R1(y_RD, offsets_E), 0)[routed_TK].sum(1)
+def unpermute(
+    y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None = None, scale: float = 0.0
+) -> Tensor:
+    """``[R, D] -> [T, D]``, to which ``scale * x`` is added."""
+    y_TD = y_RD.where(_is_routed_R1(y_RD, offsets_E), 0)[routed_TK].sum(1)
+    return y_TD if x_TD is None else y_TD.add_(x_TD, alpha=scale)
 
 
 def _is_routed_R1(like: Tensor, offsets_E: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Bytes through memory besides the GEMMs' own, in vectors of D or F elements, R = T K:
 
-    forward    permute T + R     SwiGLU 2F in, F out     unpermute R + T
-    backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     unpermute R + T
+    forward    permute T + R     SwiGLU 2F in, F out     unpermute R + T, with the residual R + 2T
+    backward   permute dy T + R, and x again T + R       SwiGLU 3F in, 3F out     unpermute as forward
 
 Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens, P spans
 of tokens.
@@ -161,14 +161,18 @@ def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Te
     return out_RD
 
 
-def unpermute(y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor) -> Tensor:
+def unpermute(
+    y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None = None, scale: float = 0.0
+) -> Tensor:
     """Sums in float32."""
     (T, K), D = routed_TK.shape, y_RD.shape[1]
+    x_TD = None if x_TD is None else _rows_contiguous(x_TD)
     out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=y_RD.device)
     BT, BD = _tile(D)
     triton_kernels.unpermute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-        y_RD, routed_TK, offsets_E, out_TD, T, D=D, E=len(offsets_E), K=K, BT=BT, BD=BD
-    )
+        y_RD, routed_TK, offsets_E, x_TD, out_TD, T, D if x_TD is None else x_TD.stride(0), scale,
+        D=D, E=len(offsets_E), K=K, BT=BT, BD=BD,
+    )  # fmt: skip
     return out_TD
 
 

@@ -181,10 +181,10 @@ def permute(
 
 @triton.jit
 def unpermute(
-    y, routed_of, offsets, out, T,
+    y, routed_of, offsets, x, out, T, x_t, scale,
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over k of y[routed token]``; where there is no expert, y is not read."""
+    """``out[t] = sum over k of y[routed token] + scale x[t]``, without x the sum; without an expert y is not read."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = tokens < T
@@ -195,6 +195,8 @@ def unpermute(
         mask = (valid & (routed_T < used))[:, None] & (columns < D)[None, :]
         acc_TD += tl.load(y + routed_T[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     mask = valid[:, None] & (columns < D)[None, :]
+    if x is not None:
+        acc_TD += scale * tl.load(x + tokens[:, None] * x_t + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out + tokens[:, None] * D + columns[None, :], acc_TD.to(out.dtype.element_ty), mask=mask)
 
 

@@ -51,9 +51,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2, hidden, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, hidden))
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, residual: float) -> Tensor:
         inputs = (x_TD, weights_TK, experts_TK, local(self.gate_up_proj).flatten(1, 2), local(self.down_proj))
-        return self.ranks.experts(*inputs, implementation=self.implementation)
+        return self.ranks.experts(*inputs, residual=residual, implementation=self.implementation)
 
     def shardings(self) -> dict[str, Sharding]:
         return {"gate_up_proj": {"ep": 0, "etp": 2}, "down_proj": {"ep": 0, "etp": 2}}
@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """Top-k routing by softmax, renormalised over the k, then the experts."""
+    """Top-k routing by softmax, renormalised over the k, then the experts, and the residual."""
 
     def __init__(self, config: ModelConfig, kernels: KernelConfig, ranks: ModelRanks) -> None:
         super().__init__()
@@ -72,7 +72,8 @@ class ExpertLayer(nn.Module):
         self.router = Linear(config.hidden_size, config.num_experts)
         self.mlp = Experts(config, kernels, ranks)
 
-    def forward(self, x_TD: Tensor, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
+    def forward(self, x_TD: Tensor, spans: TokenSpans, residual: float) -> tuple[Tensor, RouterReport]:
+        """``residual * x + experts(x)``."""
         config = self.config
         # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
         logits_TE, x_TD = router_logits(x_TD, self.router.weight, implementation=self.kernels.router)
@@ -91,7 +92,7 @@ class ExpertLayer(nn.Module):
             experts_TK = self._drop(experts_TK, spans, count_PE, *counts[config.capacity_scope])
         with torch.no_grad():
             entropy = torch.special.entr(probabilities_TE).sum()
-        y_TD = self.mlp(x_TD, weights_TK, experts_TK)
+        y_TD = self.mlp(x_TD, weights_TK, experts_TK, residual)
         return y_TD, RouterReport(aux_loss, entropy, count_PE.sum(0), (experts_TK < 0).sum())
 
     def _count(self, count_PE: Tensor, spans: TokenSpans) -> dict[str, tuple[TokenPools, Tensor]]:

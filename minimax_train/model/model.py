@@ -102,8 +102,7 @@ class Block(nn.Module):
     def _forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
         h_TD = self.attention_norm(x_TD)
         h_TD = self.expert_norm(h_TD, self.attention(h_TD, context), self.alpha)
-        y_TD, report = self.experts(h_TD, spans)
-        return torch.add(y_TD, h_TD, alpha=self.alpha), report
+        return self.experts(h_TD, spans, self.alpha)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"attention_norm.weight": Constant(1.0), "expert_norm.weight": Constant(1.0)}

@@ -58,9 +58,11 @@ class ExpertParallel:
         gate_up_e2fD: Tensor,
         down_eDf: Tensor,
         *,
+        residual: float = 0.0,
         implementation: str = AUTO,
     ) -> Tensor:
-        """``y_t = sum_k weight_tk * expert_tk(x_t)``, differentiable in x, weights and both experts' weights.
+        """``y_t = residual x_t + sum_k weight_tk * expert_tk(x_t)``, differentiable in x, weights and both experts'
+        weights.
 
         Gradients of the experts' weights are sums over the tokens of all ranks of both axes. With more than one rank on
         ep, the host waits for a GPU once per forward pass, for the split sizes of every rank, and never else.
@@ -75,10 +77,10 @@ class ExpertParallel:
         if len(gate_up_e2fD) != buckets.local_experts:
             raise ValueError(f"weights of {len(gate_up_e2fD)} experts: this rank holds {buckets.local_experts}")
         if self.ep.size == 1 and (self.etp.size == 1 or not len(x_TD)):
-            return expert_mlp(x_TD, weights_TK, experts_TK, *weights, implementation=implementation)
+            return expert_mlp(x_TD, weights_TK, experts_TK, *weights, residual=residual, implementation=implementation)
         gemms, ops = choose_implementation(x_TD, down_eDf.shape[2], implementation)
         if self.ep.size == 1:
             dispatcher = TokenDispatcher(experts_TK, buckets.num_experts, buckets.groups, self.etp, ops)
         else:
             dispatcher = RoutedTokenDispatcher(experts_TK, buckets, self.ep, self.etp, ops)
-        return grouped_experts(x_TD, weights_TK, *weights, dispatcher, gemms)
+        return grouped_experts(x_TD, weights_TK, *weights, dispatcher, gemms, residual)

@@ -85,12 +85,15 @@ class RoutedTokenDispatcher(Dispatcher):
         _ = self.offsets_E
         return []
 
-    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> OverlappedRoundTrip:
         x_RD = self.permutation.permute(x_TD)  # beside the exchange of counts
-        return OverlappedRoundTrip(self, x_RD, *(self.permutation.permute_weights(w)[:, None] for w in weights_TK))
+        weights_R1 = (self.permutation.permute_weights(w)[:, None] for w in weights_TK)
+        return OverlappedRoundTrip(self, (x_TD, residual), x_RD, *weights_R1)
 
-    def received(self, y_RD: Tensor, d_weights_R1: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0])
+    def received(
+        self, x_TD: Tensor | None, residual: float, y_RD: Tensor, d_weights_R1: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0], x_TD, residual)
 
     def dispatch_group(self, group: BucketGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
         sources = [x[group.source] for x in sent]
@@ -191,11 +194,11 @@ class TokenDispatcher(Dispatcher):
     def parts(self) -> list[TokenGroup]:
         return self.groups
 
-    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor) -> OverlappedRoundTrip:
-        return OverlappedRoundTrip(self, x_TD, *weights_TK)
+    def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> OverlappedRoundTrip:
+        return OverlappedRoundTrip(self, (x_TD, residual), x_TD, *weights_TK)
 
-    def received(self, *combined: Tensor) -> tuple[Tensor, ...]:
-        return combined
+    def received(self, x_TD: Tensor | None, residual: float, y_TD: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return y_TD if x_TD is None else y_TD.add_(x_TD, alpha=residual), *others
 
     def dispatch_group(self, group: TokenGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
         return self.etp.all_gather(*(x[group.tokens] for x in sent), into=dispatched_ND[group.dispatched])

@@ -161,11 +161,14 @@ class OverlappedRoundTrip:
     A group is of the dispatcher's own type.
 
     Args:
-        sent: the tokens, and their weights if they have any.
+        residual: the tokens and their factor in what :meth:`wait` returns.
+        sent: the tokens, or routed tokens, and their weights if they have any.
     """
 
-    def __init__(self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, *sent: Tensor) -> None:
-        self._dispatcher, sent = dispatcher, tuple(x.contiguous() for x in sent)
+    def __init__(
+        self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, residual: tuple[Tensor, float], *sent: Tensor
+    ) -> None:
+        self._dispatcher, self._residual, sent = dispatcher, residual, tuple(x.contiguous() for x in sent)
         self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
         self._combined: list[Tensor] = []
         self._sent = computed(*sent)
@@ -204,4 +207,5 @@ class OverlappedRoundTrip:
         for transfer in self._returning:
             transfer.wait()
             transfer.release()
-        return self._dispatcher.received(*self._combined)
+        x_TD, residual = self._residual
+        return self._dispatcher.received(x_TD if residual else None, residual, *self._combined)

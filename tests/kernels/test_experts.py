@@ -28,8 +28,9 @@ def test_equals_one_token_at_a_time(data):
     assigned = data.draw(st.lists(st.integers(-1, E - 1), min_size=T * K, max_size=T * K))
     experts = torch.tensor(assigned).view(T, K)
     x, gate_up, down, weights = _layer(T, E, K, 5, 3, seed=T)
-    out = expert_mlp(x, weights, experts, gate_up, down)
-    expected = expert_mlp_naive(x, weights, experts, gate_up, down)
+    residual = data.draw(st.sampled_from([0.0, 1.75]))
+    out = expert_mlp(x, weights, experts, gate_up, down, residual=residual)
+    expected = expert_mlp_naive(x, weights, experts, gate_up, down) + residual * x
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     if (experts >= 0).any():

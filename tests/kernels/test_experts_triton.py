@@ -110,6 +110,11 @@ def test_permute_and_unpermute(T, K, D, dtype):
     sums, of_weights = ours.unpermute(y.to(dtype), d_weights)
     assert relative_error(sums, right.unpermute(y)[0]) < TOLERANCES[dtype]
     assert torch.equal(of_weights, d_weights[right.routed_TK].where(experts >= 0, 0))
+    # Plus a multiple of the tokens, which may be columns of something wider.
+    wide = torch.cat([x, x], 1)[:, :D].to(dtype)
+    (added,) = ours.unpermute(y.to(dtype), None, wide, 1.75)
+    assert relative_error(added, right.unpermute(y)[0] + 1.75 * x) < TOLERANCES[dtype]
+    assert relative_error(right.unpermute(y, None, x, 1.75)[0], right.unpermute(y)[0] + 1.75 * x) < 1e-12
     # One token at a time.
     for t in range(T):
         kept = [int(right.routed_TK[t, k]) for k in range(K) if experts[t, k] >= 0]
@@ -123,6 +128,7 @@ def _layer(T, E, K, D, F):
 
 
 def _check_mlp(T, E, K, D, F, least, dtype, reference, implementation="triton"):
+    residual = 1.75
     values = _layer(T, E, K, D, F)
     # The last expert gets no token.
     experts = torch.randint(least, max(1, E - 1), (T, K), device=DEVICE)
@@ -130,9 +136,12 @@ def _check_mlp(T, E, K, D, F, least, dtype, reference, implementation="triton"):
     results = []
 
     def ours(*args):
-        return expert_mlp(*args, implementation=implementation)
+        return expert_mlp(*args, residual=residual, implementation=implementation)
 
-    for run, kind in ((ours, dtype), (reference, torch.float64)):
+    def right(*args):
+        return reference(*args) + residual * args[0]
+
+    for run, kind in ((ours, dtype), (right, torch.float64)):
         # Weights come from the router, in float32.
         kinds = [kind, torch.promote_types(kind, torch.float32), kind, kind]
         x, weights, gate_up, down = leaves = [
@@ -141,8 +150,8 @@ def _check_mlp(T, E, K, D, F, least, dtype, reference, implementation="triton"):
         out = run(x, weights, experts, gate_up, down)
         assert out.dtype == kind
         results.append([out, *_gradients(out, leaves, d_out.to(kind))])
-    for name, ours, right in zip(("out", "x", "weights", "gate_up", "down"), *results, strict=True):
-        assert relative_error(ours, right) < TOLERANCES[dtype], name
+    for name, a, b in zip(("out", "x", "weights", "gate_up", "down"), *results, strict=True):
+        assert relative_error(a, b) < TOLERANCES[dtype], name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

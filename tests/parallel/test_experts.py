@@ -19,7 +19,7 @@ from support.compare import relative_error
 from support.distributed import run_ranks
 
 GRIDS = [(2, 1), (1, 2), (2, 2), (4, 1), (4, 2), (2, 4), (8, 1)]
-EXPERTS = 8
+EXPERTS, RESIDUAL = 8, 1.75
 ROUTINGS = ["uneven", "drops", "one expert", "nothing", "one rank idle"]
 
 
@@ -52,7 +52,7 @@ def _reference(case):
     x, weights, experts, gate_up, down, dy = (t.double() if t.is_floating_point() else t for t in case)
     leaves = [t.requires_grad_() for t in (x, weights, gate_up, down)]
     y = expert_mlp_naive(*(t.flatten(0, 1) for t in (x, weights, experts)), gate_up, down)
-    y = y + 0 * x.flatten(0, 1)  # depends on x even where no token has an expert
+    y = y + RESIDUAL * x.flatten(0, 1)
     gradients = torch.autograd.grad(y, leaves, dy.flatten(0, 1), allow_unused=True, materialize_grads=True)
     return [y.detach().view_as(x), *gradients]
 
@@ -72,7 +72,7 @@ def _run(layer, case, device, **how):
     x, weights, experts, gate_up, down, dy = case
     leaves = [x[rank], weights[rank], *_slices(gate_up, down, ep, etp)]
     leaves = [t.to(device, copy=True).requires_grad_() for t in leaves]
-    y = layer(leaves[0], leaves[1], experts[rank].to(device), *leaves[2:], **how)
+    y = layer(leaves[0], leaves[1], experts[rank].to(device), *leaves[2:], residual=RESIDUAL, **how)
     return [y, *torch.autograd.grad(y, leaves, dy[rank].to(device))]
 
 
@@ -146,7 +146,7 @@ def _gradients_of_leaves(grid, axis, how):
         layer = ExpertParallel(ep, etp, num_experts=EXPERTS, token_groups=groups)
 
         def run_layer(x, weights, *of_experts, layer=layer):
-            return layer(x, weights, experts[every.rank], *of_experts)
+            return layer(x, weights, experts[every.rank], *of_experts, residual=RESIDUAL)
 
         for leaf in leaves:
             leaf.grad = None
