@@ -3,20 +3,21 @@
 Autograd would have a tensor of the weights' dtype made, rounded, written, read and added; here the GEMM itself adds
 what it made to the engine's sum (Megatron-LM's gradient accumulation fusion).
 
-    engine      holds an :class:`Accumulator` for a parameter, and tells the parameter: ``set_accumulator``
+    engine      gives a parameter an :class:`Accumulator`: ``set_accumulator``
     forward     ``find_accumulators(weights)``, all or none; to be kept for the backward pass
-    backward    ``add_gradient(accumulator, weight, make)``, whose None autograd takes for no gradient; at its end
+    backward    ``add_gradient(accumulator, shape, make)``, whose None autograd takes for no gradient; at its end
                 ``accumulator.added()``
 
-Nothing else adds to these gradients in the same backward pass. Hooks of the parameter find no gradient.
+Nothing else may add to these gradients in the same backward pass. Hooks of the parameter find no gradient, and
+``torch.autograd.grad`` has none to return.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 Make = Callable[[Tensor | None, bool], Tensor | None]
@@ -24,7 +25,7 @@ Make = Callable[[Tensor | None, bool], Tensor | None]
 
 
 class Accumulator(Protocol):
-    """Of one parameter, in an engine, which refers to it as long as it lives."""
+    """Of one parameter, which keeps it: it should not keep the engine."""
 
     def sum(self) -> tuple[Tensor, bool]:
         """Where the gradient is added up, of the parameter's shape and contiguous; and whether there is a sum yet, or
@@ -37,8 +38,8 @@ class Accumulator(Protocol):
 
 
 def set_accumulator(parameter: Tensor, accumulator: Accumulator) -> None:
-    """Until the accumulator is let go of, gradients of the parameter may go there."""
-    parameter._accumulator = weakref.ref(accumulator)  # type: ignore[attr-defined]
+    """From now on gradients of the parameter may go there."""
+    parameter._accumulator = accumulator  # type: ignore[attr-defined]
 
 
 def find_accumulators(weights: Sequence[Tensor]) -> list[Accumulator] | None:
@@ -49,17 +50,14 @@ def find_accumulators(weights: Sequence[Tensor]) -> list[Accumulator] | None:
 
 def _find(weight: Tensor) -> Accumulator | None:
     parameter = weight if weight._base is None else weight._base
-    reference = getattr(parameter, "_accumulator", None)
-    if reference is None or not weight.requires_grad:
-        return None
-    whole = weight.is_contiguous() and weight.numel() == parameter.numel()
-    return reference() if whole and weight.storage_offset() == parameter.storage_offset() else None
+    is_whole = weight.is_contiguous() and weight.numel() == parameter.numel()  # hence from its first element on
+    return getattr(parameter, "_accumulator", None) if is_whole and weight.requires_grad else None
 
 
-def add_gradient(accumulator: Accumulator | None, weight: Tensor, make: Make) -> Tensor | None:
-    """The gradient of a weight; None where it is in the accumulator, which is to be told."""
+def add_gradient(accumulator: Accumulator | None, shape: torch.Size, make: Make) -> Tensor | None:
+    """The gradient of a weight of that shape; None where it is in the accumulator, which is to be told."""
     if accumulator is None:
         return make(None, False)
     total, adds = accumulator.sum()
-    make(total.view(weight.shape), adds)
+    make(total.view(shape), adds)
     return None

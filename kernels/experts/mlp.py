@@ -104,8 +104,7 @@ class _LocalRoundTrip:
         return group.permutation.permute_weights(*self.weights_TK)
 
     def combine(self, group: LocalDispatcher, y_RD: Tensor, d_weights_R: Tensor | None = None) -> None:
-        x_TD = self.dispatched_ND if self.residual else None
-        self.combined = group.permutation.unpermute(y_RD, d_weights_R, x_TD, self.residual)
+        self.combined = group.permutation.unpermute(y_RD, d_weights_R, self.dispatched_ND, self.residual)
 
     def wait(self) -> tuple[Tensor, ...]:
         return self.combined
@@ -123,7 +122,7 @@ def grouped_experts(
     """The weighted sum of what its experts make of each token ``[T, D]``, plus ``residual`` times the token,
     differentiable in all four tensors."""
     deferral, *weights = defer(x_TD, gate_up_E2FD, down_EDF)
-    accumulators = find_accumulators(weights) if deferral is None else None
+    accumulators = find_accumulators(weights)  # none where they are deferred
     return _GroupedExperts.apply(x_TD, weights_TK, dispatcher, gemms, residual, deferral, accumulators, *weights)
 
 
@@ -160,30 +159,30 @@ class _GroupedExperts(torch.autograd.Function):
             dy_RD, out = trip.permute(group), whole and tuple(x[group.routed] for x in whole)
             d_hidden_R2F, act_RF, d_weights_R = gemms.d_hidden(dy_RD, hidden_R2F, down, offsets_E, weights_R, out)
             if early:  # first free what dx does not need
-                d_down_EDF = add_gradient(of_down, down_EDF, partial(gemms.d_down, dy_RD, act_RF, offsets_E))
+                d_down_EDF = add_gradient(of_down, down_EDF.shape, partial(gemms.d_down, dy_RD, act_RF, offsets_E))
                 act_RF = None
             del dy_RD
             trip.combine(group, gemms.dx(d_hidden_R2F, gate_up, offsets_E), d_weights_R)
         operands = [d_hidden_R2F] if early else [*(whole or (d_hidden_R2F, act_RF))]
         whole = out = d_hidden_R2F = act_RF = None
-        dy_ND, parts = trip.dispatched_ND, dispatcher.parts
+        dy_ND, parts, shapes = trip.dispatched_ND, dispatcher.parts, (gate_up_E2FD.shape, down_EDF.shape)
 
-        def d_weight(accumulator: Accumulator | None, weight: Tensor, gemm: Callable, dispatched_ND: Tensor) -> Any:
-            operand = operands.pop()
+        def d_weight(accumulator: Accumulator | None, shape: torch.Size, gemm: Callable, dispatched_ND: Tensor) -> Any:
+            rows = operands.pop()
 
             def make(out: Tensor | None, adds: bool) -> Tensor | None:
-                for part in parts:
-                    tokens_RD = part.permute_dispatched(dispatched_ND)
-                    out, adds = gemm(operand[part.routed], tokens_RD, part.offsets_E, out, adds), True
+                for p in parts:
+                    out = gemm(rows[p.routed], p.permute_dispatched(dispatched_ND), p.offsets_E, out, adds)
+                    adds = True
                 return out
 
-            return add_gradient(accumulator, weight, make)
+            return add_gradient(accumulator, shape, make)
 
         def d_weights() -> tuple[Tensor | None, Tensor | None]:
             d_down = d_down_EDF
             if not early:
-                d_down = d_weight(of_down, down_EDF, lambda act, dy, *how: gemms.d_down(dy, act, *how), dy_ND)
-            return d_weight(of_gate_up, gate_up_E2FD, gemms.d_gate_up, x_ND), d_down
+                d_down = d_weight(of_down, shapes[1], lambda act, dy, *how: gemms.d_down(dy, act, *how), dy_ND)
+            return d_weight(of_gate_up, shapes[0], gemms.d_gate_up, x_ND), d_down
 
         gradients = gradients_of(ctx.deferral, d_weights)
         results = trip.wait()

@@ -45,9 +45,9 @@ class Permutation:
     def unpermute(
         self, y_RD: Tensor, weights_R: Tensor | None = None, x_TD: Tensor | None = None, scale: float = 0.0
     ) -> tuple[Tensor, ...]:
-        """``[R, D] -> [T, D]``, the sum of each token's assignments, and ``scale * x`` if there is an x; and
-        ``[R] -> [T, K]`` if there are weights."""
-        y_TD = self.ops.unpermute(y_RD, self.routed_TK, self.offsets_E, x_TD, scale)
+        """``[R, D] -> [T, D]``, the sum of each token's assignments, and ``scale * x``; and ``[R] -> [T, K]`` if there
+        are weights."""
+        y_TD = self.ops.unpermute(y_RD, self.routed_TK, self.offsets_E, x_TD if scale else None, scale)
         if weights_R is None:
             return (y_TD,)
         return y_TD, weights_R[self.routed_TK].where(self.routed_TK < self.offsets_E[-1], 0)

@@ -7,7 +7,8 @@ length are bounded (:class:`minimax_train.documents.DeviceDocuments`). For each 
 attention of context parallelism, which it calls between two graphs. All share one memory pool, since no two run at the
 same time, and nothing is kept in it from one replay to the next.
 
-The first micro-batch of a shape runs without a graph: it compiles kernels, and computes what they cache.
+The first micro-batch of a shape runs without a graph: it compiles kernels, and computes what they cache. So does the
+first whose gradients are added to others, which other kernels do.
 """
 
 from __future__ import annotations
@@ -55,22 +56,25 @@ class MicroBatchGraphs:
         self._documents: dict[int, DeviceDocuments] = {}
         self._shard = Latest[SequenceShard]()
         self._recordings: dict[Hashable, Recording] = {}
+        self._warm = set[bool]()  # of a first micro-batch, of another: whether its kernels have run
         self._pool = None
 
-    def run(self, batch: MicroBatch, plan: StepPlan, *kind: bool) -> None:
+    def run(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         """Forward and backward pass of a micro-batch on the device.
 
         Args:
-            kind: that by which ``run`` differs between micro-batches: each has graphs of its own.
+            is_first, is_last: of a step: ``run`` differs between them, and each combination has graphs of its own.
         """
         if not self._works:
             self._run(batch, plan)
             return
         shape = len(batch.tokens_T), batch.num_sequences, plan.rope_base  # baked into a graph, with the bound
-        warms_up = shape != self._shape
-        if warms_up:
+        if shape != self._shape:
             self.forget()
             self._shape, self._pool = shape, torch.cuda.graph_pool_handle()
+        kind = is_first, is_last
+        if (warms_up := is_first not in self._warm) and self._recordings:
+            self._forget_recordings()  # whose memory this pass could need
         bound = _power_of_two(max(len(batch.documents), len(batch.tokens_T) // SHORT))
         inputs, documents = self._filled(batch, bound, plan.sequence_length)
         if (recording := self._recordings.get((bound, kind))) is not None:
@@ -81,6 +85,7 @@ class MicroBatchGraphs:
         try:
             if warms_up:
                 self._on_stream(lambda: self._run(inputs, plan))
+                self._warm.add(is_first)
             else:
                 recording.record(lambda: self._run(inputs, plan), self._stream)
                 self._recordings[bound, kind] = recording
@@ -100,11 +105,15 @@ class MicroBatchGraphs:
 
     def forget(self) -> None:
         """Let go of all graphs and their memory."""
+        self._forget_recordings()
+        self._warm.clear()
+        self._documents.clear()
+        self._tensors, self._shape = (), None
+
+    def _forget_recordings(self) -> None:
         for recording in self._recordings.values():
             recording.forget()
         self._recordings.clear()
-        self._documents.clear()
-        self._tensors, self._shape = (), None
 
     def _on_stream(self, run: Callable[[], None]) -> None:
         """On the stream of captures, for which libraries keep workspaces of their own."""

@@ -93,10 +93,8 @@ class _Bucket(NamedTuple):
 
 
 class _Accumulator:
-    """Of one parameter (``kernels/accumulation.py``), whether a GEMM adds to it or autograd's hook.
-
-    The hook would keep an engine that it referred to, and all its memory, for as long as the parameter.
-    """
+    """Of one parameter (``kernels/accumulation.py``), whether a GEMM adds to it or autograd's hook. The parameter keeps
+    it, but not the engine and all its memory."""
 
     def __init__(self, engine: Zero1Engine, name: str) -> None:
         self._engine, self._name = weakref.ref(engine), name
@@ -154,10 +152,10 @@ class Zero1Engine(AutogradEngine):
         self._left = dict[int, int]()  # of the step's buckets: parameters whose gradients are not complete
         self._called = Counter[int]()  # and those that were completed by calls between graphs
         self._is_first = self._is_last = self._is_stale = True  # stale: ranks have not taken over each other's weights
-        self._accumulators = {name: _Accumulator(self, name) for name in self.parameters}
         for name, parameter in self.parameters.items():
-            set_accumulator(parameter, self._accumulators[name])
-            parameter.register_post_accumulate_grad_hook(self._accumulators[name].add)
+            accumulator = _Accumulator(self, name)
+            set_accumulator(parameter, accumulator)
+            parameter.register_post_accumulate_grad_hook(accumulator.add)
         self._step = torch.zeros((), dtype=torch.float32, device=device)
         self._not_finite = torch.zeros((), dtype=torch.float32, device=device)
         # The whole gradient of one parameter at a time, until it is added to the others.

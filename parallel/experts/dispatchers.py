@@ -88,10 +88,10 @@ class RoutedTokenDispatcher(Dispatcher):
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> OverlappedRoundTrip:
         x_RD = self.permutation.permute(x_TD)  # beside the exchange of counts
         weights_R1 = (self.permutation.permute_weights(w)[:, None] for w in weights_TK)
-        return OverlappedRoundTrip(self, (x_TD, residual), x_RD, *weights_R1)
+        return OverlappedRoundTrip(self, x_TD, residual, x_RD, *weights_R1)
 
     def received(
-        self, x_TD: Tensor | None, residual: float, y_RD: Tensor, d_weights_R1: Tensor | None = None
+        self, x_TD: Tensor, residual: float, y_RD: Tensor, d_weights_R1: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         return self.permutation.unpermute(y_RD, None if d_weights_R1 is None else d_weights_R1[:, 0], x_TD, residual)
 
@@ -195,10 +195,10 @@ class TokenDispatcher(Dispatcher):
         return self.groups
 
     def dispatch(self, x_TD: Tensor, *weights_TK: Tensor, residual: float) -> OverlappedRoundTrip:
-        return OverlappedRoundTrip(self, (x_TD, residual), x_TD, *weights_TK)
+        return OverlappedRoundTrip(self, x_TD, residual, x_TD, *weights_TK)
 
-    def received(self, x_TD: Tensor | None, residual: float, y_TD: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        return y_TD if x_TD is None else y_TD.add_(x_TD, alpha=residual), *others
+    def received(self, x_TD: Tensor, residual: float, y_TD: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return y_TD.add_(x_TD, alpha=residual) if residual else y_TD, *others
 
     def dispatch_group(self, group: TokenGroup, sent: list[Transfer], dispatched_ND: Tensor) -> list[Transfer]:
         return self.etp.all_gather(*(x[group.tokens] for x in sent), into=dispatched_ND[group.dispatched])

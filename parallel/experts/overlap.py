@@ -161,14 +161,16 @@ class OverlappedRoundTrip:
     A group is of the dispatcher's own type.
 
     Args:
-        residual: the tokens and their factor in what :meth:`wait` returns.
+        x_TD: the tokens.
+        residual: their factor in what :meth:`wait` returns.
         sent: the tokens, or routed tokens, and their weights if they have any.
     """
 
     def __init__(
-        self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, residual: tuple[Tensor, float], *sent: Tensor
+        self, dispatcher: RoutedTokenDispatcher | TokenDispatcher, x_TD: Tensor, residual: float, *sent: Tensor
     ) -> None:
-        self._dispatcher, self._residual, sent = dispatcher, residual, tuple(x.contiguous() for x in sent)
+        self._dispatcher, self._x_TD, self._residual = dispatcher, x_TD, residual
+        sent = tuple(x.contiguous() for x in sent)
         self.dispatched_ND = sent[0].new_empty(dispatcher.num_dispatched, sent[0].shape[1])
         self._combined: list[Tensor] = []
         self._sent = computed(*sent)
@@ -207,5 +209,4 @@ class OverlappedRoundTrip:
         for transfer in self._returning:
             transfer.wait()
             transfer.release()
-        x_TD, residual = self._residual
-        return self._dispatcher.received(x_TD if residual else None, residual, *self._combined)
+        return self._dispatcher.received(self._x_TD, self._residual, *self._combined)

@@ -32,6 +32,35 @@ def expected(tmp_path_factory):
     return found
 
 
+def _gradients_of_autograd(grid, config):
+    """Of which parameters a hook of a step finds gradients, and those of which it finds none."""
+    trainer = Trainer(config, grid, torch.device("cpu"))
+    found = {True: set(), False: set()}
+
+    def hook(name):
+        return lambda parameter: found[parameter.grad is not None].add(name)
+
+    for name, parameter in trainer.engine.parameters.items():
+        # Before the engine's own, which takes the gradient away.
+        own = dict(parameter._post_accumulate_grad_hooks)
+        parameter._post_accumulate_grad_hooks.clear()
+        parameter.register_post_accumulate_grad_hook(hook(name))
+        parameter._post_accumulate_grad_hooks.update(own)
+    trainer.train_step()
+    return found[True], found[False]
+
+
+@pytest.mark.parametrize("axes", [{}, {"ep": 2}, {"etp": 2}], ids=str)
+@pytest.mark.parametrize("recomputation", ["selective", "full"])
+def test_zero1_has_the_experts_gemms_add_their_gradients(tmp_path, axes, recomputation):
+    sizes = (f"parallel.{axis}={size}" for axis, size in axes.items())
+    how = f"recipe.activation_checkpointing={recomputation}"
+    config = tiny_run(tmp_path, *SIZES, *STEP, "engine=zero1", how, *sizes)
+    for by_autograd, by_gemms in run_ranks(_gradients_of_autograd, 2 if axes else 1, config, **axes):
+        assert by_gemms and not by_gemms & by_autograd
+        assert by_gemms == {name for name in by_gemms | by_autograd if "experts.mlp" in name}
+
+
 # Grids of zero1 against one rank: test_grids.py.
 @pytest.mark.parametrize(
     ("engine", "world", "axes"),
