@@ -8,8 +8,7 @@ what it made to the engine's sum (Megatron-LM's gradient accumulation fusion).
     backward    ``add_gradient(accumulator, shape, make)``, whose None autograd takes for no gradient; at its end
                 ``accumulator.added()``
 
-Nothing else may add to these gradients in the same backward pass. Hooks of the parameter find no gradient, and
-``torch.autograd.grad`` has none to return.
+Hooks of the parameter find no gradient, and ``torch.autograd.grad`` has none to return.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class _Accumulator:
 
     def sum(self) -> tuple[Tensor, bool]:
         engine = self._alive()
-        return engine._gradient_of[self._name], not engine._is_first
+        return engine._gradient_of[self._name], not engine._is_first or self._name in engine._summed
 
     def added(self) -> None:
         engine = self._alive()
@@ -263,6 +263,7 @@ class Zero1Engine(AutogradEngine):
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
+        self._summed.clear()
         self._begin_reducing()
         graphs = self._graphs if self._captures(plan) else None
         if is_first and self._is_sharded:
