@@ -172,6 +172,8 @@ class Engine(ABC):
     config_type: ClassVar[type[EngineConfig]]
     runs_stages: ClassVar[bool] = False
     """Whether it can run a model whose layers lie on several ranks (``parallel.pp``)."""
+    adds_in_gemms: ClassVar[bool] = False
+    """Whether the GEMMs that make the gradients of the experts' weights add them up (``kernels/accumulation.py``)."""
     on_meta: ClassVar[bool] = True
     """Whether it can be built on the meta device, to see what a rank would hold."""
     notes: list[str]

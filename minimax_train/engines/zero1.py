@@ -127,6 +127,7 @@ class Zero1Engine(AutogradEngine):
     """ZeRO-1 and AdamW, micro-batches as CUDA graphs where they can be."""
 
     config_type = Zero1Config
+    adds_in_gemms = True
 
     def __init__(self, model, config, grid, device, phases) -> None:
         super().__init__(model, config, grid, device, phases)

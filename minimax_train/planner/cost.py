@@ -6,7 +6,7 @@ runs the schedule's own table with the seconds of every stage.
 Per token of a rank a block reads and writes, besides its GEMMs and its attention (``AttentionCost``), so many numbers
 in the dtype of compute, forward and backward together, with D the hidden size and K the experts per token:
 
-    norms, residuals, router, and the sums of their gradients       46 D
+    norms, residuals, router, and the sums of their gradients       40 D
     permutation to the experts and back                             11 (K + 1) D
 
 They are fitted to whole steps, as the rates are (``machine.py``), and so contain the bandwidth that is not reached.
@@ -101,11 +101,13 @@ class RankWork:
     Attributes:
         parts: its stages, in the order of the model.
         elements: of the parameters that a rank of these holds.
+        added_by_gemms: of these, those whose gradients the GEMMs that make them add up.
         engine: what data parallelism and the optimizer take.
     """
 
     parts: Sequence[ModelPart]
     elements: int
+    added_by_gemms: int
     engine: DataParallelism
 
 
@@ -144,7 +146,7 @@ def step_cost(
         stages = sorted(stage for stage, owner in rank_of.items() if owner == rank)
         compute: dict[str, float] = {}
         traffic: dict[str, Traffic] = {}
-        sums = gradient_sums_seconds(work.elements, number, rates)
+        sums = gradient_sums_seconds(work, number, rates)
         for stage, part in zip(stages, work.parts, strict=True):
             passes = _passes(config.model, part, grid, tokens, recomputation, rates, document_tokens)
             if len(ranks) > 1:
@@ -253,9 +255,11 @@ def micro_batch_seconds(
     return found
 
 
-def gradient_sums_seconds(elements: int, micro_batches: int, rates: Rates) -> float:
-    """Of a step on a rank: the first micro-batch's gradients are copied to float32, the others' added."""
-    return (6 + 10 * (micro_batches - 1)) * elements / rates.copy_bytes_per_s
+def gradient_sums_seconds(work: RankWork, micro_batches: int, rates: Rates) -> float:
+    """Of a step on a rank: the first micro-batch's gradients are copied to float32, the others' added; or a GEMM writes
+    or adds float32 where it would have written bfloat16."""
+    later, copied = micro_batches - 1, work.elements - work.added_by_gemms
+    return ((6 + 10 * later) * copied + (2 + 4 * later) * work.added_by_gemms) / rates.copy_bytes_per_s
 
 
 def data_parallel_traffic(transfers: Sequence[Transfer], cluster: Machine) -> Traffic:
@@ -333,7 +337,7 @@ def _passes(
     # Of a layer; only attention and projections differ between layers.
     rows = tokens * grid.ep * grid.etp * K / model.num_experts  # of an expert here
     experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp)) * (1 + TILE_ROWS / 2 / rows)
-    small = moved((46 + 11 * (K + 1)) * D)
+    small = moved((40 + 11 * (K + 1)) * D)
     dense = again = 0.0
     attention: dict[str, float] = {}  # all but the projections, by kind
     layers, attentions = len(part.layers), model.attentions

@@ -154,19 +154,20 @@ class Parameters:
 
     def work(self, config: Config, grid: GridSizes, parts: Sequence[ModelPart], micro_batches: int) -> RankWork:
         """Of a step of so many micro-batches."""
-        elements, engine = self._once("work", self._work, config, grid, parts, micro_batches)
-        return RankWork(parts, elements, engine)
+        return RankWork(parts, *self._once("work", self._work, config, grid, parts, micro_batches))
 
     def _memory(self, config: Config, grid: GridSizes, parts: Sequence[ModelPart]) -> dict[str, int]:
         return ENGINES[config.engine.name].memory(config, self.layouts(parts), grid, "cuda")
 
     def _work(self, config: Config, grid: GridSizes, parts: Sequence[ModelPart], micro_batches: int) -> tuple:
         layouts = self.layouts(parts)
-        elements = sum(prod(layout.part(grid)) for layout in layouts.values())
-        taken = ENGINES[config.engine.name].data_parallelism(config, layouts, grid, "cuda", micro_batches)
+        engine = ENGINES[config.engine.name]
+        elements = {name: prod(layout.part(grid)) for name, layout in layouts.items()}
+        by_gemms = sum(elements[name] for name in elements if ".mlp." in name) if engine.adds_in_gemms else 0
+        taken = engine.data_parallelism(config, layouts, grid, "cuda", micro_batches)
         # Of a host that updates the weights no rates are known.
         on_host = self.memory(config, grid, parts).get("moments") == 0
-        return elements, taken._replace(updated=0) if on_host else taken
+        return sum(elements.values()), by_gemms, taken._replace(updated=0) if on_host else taken
 
     def _once(
         self, what: str, count: Callable, config: Config, grid: GridSizes, parts: Sequence[ModelPart], *more: int

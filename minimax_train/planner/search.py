@@ -199,7 +199,7 @@ class _Search:
             self._of_passes[key] = equal_stages_seconds(parallel, number, 1.0)
         work = self._parameters.work(config, grid, [self._smallest], number)
         once = data_parallel_traffic(work.engine.transfers, self._cluster.links).seconds
-        once += gradient_sums_seconds(work.elements, number, self._cluster.rates)
+        once += gradient_sums_seconds(work, number, self._cluster.rates)
         tokens = self._batch(grid) * self._step.sequence_length
         once *= config.model.num_layers // grid.pp
         return (self._of_passes[key] * of_micro_batch + once) / tokens
