@@ -383,8 +383,8 @@ def _layer_traffic(
     layers = sum(times * (3 if how == "full" else 2) for (_, how), times in counts.items())
     found: dict[str, Traffic] = {}
 
-    def add(axis: str, count: float, num_bytes: float, line: Line) -> None:
-        one = Traffic(num_bytes, line.seconds(num_bytes) + TRANSFER_S[axis])
+    def add(axis: str, count: float, num_bytes: float, line: Line, share: float = 1.0) -> None:
+        one = Traffic(num_bytes, line.seconds(num_bytes) + TRANSFER_S[axis] * share)
         found[axis] = found.get(axis, Traffic()) + one * count
 
     if (tp := grid.tp) > 1:
@@ -394,7 +394,8 @@ def _layer_traffic(
     arriving = x * model.experts_per_token if grid.ep > 1 else x
     to_experts_and_back = 2 * layers
     if (ep := grid.ep) > 1:
-        add("ep", to_experts_and_back, arriving * (ep - 1) / ep, cluster.link(ep * grid.etp).send_receive)
+        others = (ep - 1) / ep  # tokens that stay are computed while these travel
+        add("ep", to_experts_and_back, arriving * others, cluster.link(ep * grid.etp).send_receive, others)
     if (etp := grid.etp) > 1:
         add("etp", to_experts_and_back, (etp - 1) * arriving, cluster.link(etp).all_gather)
     if (cp := grid.cp) > 1:

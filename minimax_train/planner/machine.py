@@ -51,9 +51,10 @@ STAGE_PASSES = 1.05
 """What the passes of pipeline stages take, over those of the same layers in one CUDA graph. Fitted to passes on two
 H200 (docs/results.md, "Pipeline stages"): up to 1.1 where backward passes are split."""
 
-TRANSFER_S = {"tp": 60e-6, "cp": 10e-6, "ep": 280e-6, "etp": 110e-6}
+TRANSFER_S = {"tp": 60e-6, "cp": 10e-6, "ep": 420e-6, "etp": 110e-6}
 """Added to every transfer of a layer, beyond latency and bytes: streams that wait for each other, kernels that share
-the GPU with it, for ``ep`` the host, less what runs beside GEMMs. Fitted to runs on two and four H200."""
+the GPU with it, for ``ep`` the host, less what runs beside GEMMs; for ``ep`` times the share of routed tokens that
+travel. Fitted to runs on two and four H200."""
 
 DATA_PARALLEL_SHARE = 0.5
 """Of the time of the transfers of data parallelism, how much a step gets longer, though they run beside compute: they
