@@ -11,7 +11,7 @@ clock that the power limit allows for long; a GEMM's first 15 ms are faster.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,9 +138,12 @@ def _expert_parts(
     x_RD = permutation.permute(x)
     part("permute, indexing", lambda: x[permutation.assignment_R // K], moved=(1 + K) * x.nbytes)
     part("unpermute", lambda: permutation.unpermute(x_RD), moved=(1 + K) * x.nbytes)
+    added = partial(permutation.unpermute, x_RD, None, x, 2.0)
+    part("unpermute, residual added", added, moved=(2 + K) * x.nbytes)
     gemms, flop = {}, {}
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in (gate_up, down)]
     for name in _names(x):
-        for label, count, run in _gemms(name, x_RD, gate_up, down, permutation, weights):
+        for label, count, run in _gemms(name, x_RD, gate_up, down, sums, permutation, weights):
             gemms[label], flop[label] = run, count * 2 * len(x_RD) * down[0].numel()
     for label, ms in times_in_turns(gemms, turn_ms=100, rounds=3).items():
         _print(label, ms, f"{flop[label] / ms * 1e-9:.0f}", flop[label] / ms * 1e3 / dense)
@@ -149,9 +152,16 @@ def _expert_parts(
 
 
 def _gemms(
-    name: str, x_RD: Tensor, gate_up: Tensor, down: Tensor, permutation: Permutation, weights: Tensor
+    name: str,
+    x_RD: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    sums: Sequence[Tensor],
+    permutation: Permutation,
+    weights: Tensor,
 ) -> list[tuple[str, int, Callable[[], object]]]:
-    """The six GEMMs, the first and the third with SwiGLU: label, how many GEMMs of R x D x F, and the call."""
+    """The six GEMMs, the first and the third with SwiGLU, gradients of weights as tensors of their own and added to
+    ``sums``: label, how many GEMMs of R x D x F, and the call."""
     gemms, _ = choose_implementation(x_RD, down.shape[2], name)
     offsets_E, weights_R = permutation.offsets_E, permutation.permute_weights(weights)
     hidden, act = gemms.up(x_RD, gate_up, offsets_E, weights_R)
@@ -162,7 +172,9 @@ def _gemms(
         (f"{name}: down", 1, lambda: gemms.down(act, down, offsets_E)),
         (f"{name}: d gate, d up and activation", 1, lambda: gemms.d_hidden(x_RD, hidden, down, offsets_E, weights_R)),
         (f"{name}: d down", 1, lambda: gemms.d_down(x_RD, act, offsets_E)),
+        (f"{name}: d down, added in float32", 1, lambda: gemms.d_down(x_RD, act, offsets_E, sums[1], True)),
         (f"{name}: d gate_up", 2, lambda: gemms.d_gate_up(d_hidden, x_RD, offsets_E)),
+        (f"{name}: d gate_up, added in float32", 2, lambda: gemms.d_gate_up(d_hidden, x_RD, offsets_E, sums[0], True)),
         (f"{name}: dx", 2, lambda: gemms.dx(d_hidden, gate_up, offsets_E)),
     ]
 
