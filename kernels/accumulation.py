@@ -24,7 +24,8 @@ Make = Callable[[Tensor | None, bool], Tensor | None]
 
 
 class Accumulator(Protocol):
-    """Of one parameter, which keeps it: it should not keep the engine."""
+    """Where an engine adds up the gradients of one parameter. The parameter refers to it, so it should not itself refer
+    to the engine, which would then live as long."""
 
     def sum(self) -> tuple[Tensor, bool]:
         """Where the gradient is added up, of the parameter's shape and contiguous; and whether there is a sum yet, or
@@ -32,7 +33,8 @@ class Accumulator(Protocol):
         ...
 
     def added(self) -> None:
-        """What a backward pass makes is in it."""
+        """To be called when a backward pass has added its gradient; once in a pass, for the engine may then have it
+        summed over ranks."""
         ...
 
 
@@ -49,7 +51,8 @@ def find_accumulators(weights: Sequence[Tensor]) -> list[Accumulator] | None:
 
 def _find(weight: Tensor) -> Accumulator | None:
     parameter = weight if weight._base is None else weight._base
-    is_whole = weight.is_contiguous() and weight.numel() == parameter.numel()  # hence from its first element on
+    # All elements of a contiguous tensor, contiguous too, are in its order.
+    is_whole = weight.is_contiguous() and parameter.is_contiguous() and weight.numel() == parameter.numel()
     return getattr(parameter, "_accumulator", None) if is_whole and weight.requires_grad else None
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Compute = Callable[[], tuple[Tensor | None, ...]]
-"""Makes the gradients of some weights; None for those that it has put where they belong."""
+"""Makes the gradients of some weights; None for those that it has added to an accumulator (``accumulation.py``)."""
 
 
 class Deferred(NamedTuple):

@@ -173,7 +173,7 @@ class Engine(ABC):
     runs_stages: ClassVar[bool] = False
     """Whether it can run a model whose layers lie on several ranks (``parallel.pp``)."""
     adds_in_gemms: ClassVar[bool] = False
-    """Whether the GEMMs that make the gradients of the experts' weights add them up (``kernels/accumulation.py``)."""
+    """Whether the experts' GEMMs may add the gradients of weights to its sums (``kernels/accumulation.py``)."""
     on_meta: ClassVar[bool] = True
     """Whether it can be built on the meta device, to see what a rank would hold."""
     notes: list[str]

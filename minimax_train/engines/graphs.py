@@ -8,7 +8,7 @@ attention of context parallelism, which it calls between two graphs. All share o
 same time, and nothing is kept in it from one replay to the next.
 
 The first micro-batch of a shape runs without a graph: it compiles kernels, and computes what they cache. So does the
-first whose gradients are added to others, which other kernels do.
+first whose gradients are added to others, for adding takes other kernels than writing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MicroBatchGraphs:
         self._documents: dict[int, DeviceDocuments] = {}
         self._shard = Latest[SequenceShard]()
         self._recordings: dict[Hashable, Recording] = {}
-        self._warm = set[bool]()  # of a first micro-batch, of another: whether its kernels have run
+        self._warm = set[bool]()  # True: a step's first micro-batch has run, with its kernels; False: a later one
         self._pool = None
 
     def run(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
@@ -75,6 +75,7 @@ class MicroBatchGraphs:
         kind = is_first, is_last
         if (warms_up := is_first not in self._warm) and self._recordings:
             self._forget_recordings()  # whose memory this pass could need
+            self._pool = torch.cuda.graph_pool_handle()
         bound = _power_of_two(max(len(batch.documents), len(batch.tokens_T) // SHORT))
         inputs, documents = self._filled(batch, bound, plan.sequence_length)
         if (recording := self._recordings.get((bound, kind))) is not None:
@@ -84,6 +85,7 @@ class MicroBatchGraphs:
         recording = Recording(self._pool)
         try:
             if warms_up:
+                recording.is_repeatable = is_first  # a later one has added to gradients, in part
                 self._on_stream(lambda: self._run(inputs, plan))
                 self._warm.add(is_first)
             else:

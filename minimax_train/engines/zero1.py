@@ -93,8 +93,8 @@ class _Bucket(NamedTuple):
 
 
 class _Accumulator:
-    """Of one parameter (``kernels/accumulation.py``), whether a GEMM adds to it or autograd's hook. The parameter keeps
-    it, but not the engine and all its memory."""
+    """Of one parameter (``kernels/accumulation.py``), whether a GEMM adds to it or autograd's hook. The parameter has a
+    reference to it: one from here to the engine would keep all its memory."""
 
     def __init__(self, engine: Zero1Engine, name: str) -> None:
         self._engine, self._name = weakref.ref(engine), name
@@ -105,6 +105,9 @@ class _Accumulator:
 
     def added(self) -> None:
         engine = self._alive()
+        assert not (engine._is_last and self._name in engine._summed), (
+            f"{self._name}: used twice, and summed over ranks"
+        )
         engine._summed.add(self._name)
         engine._reduce(self._name)
 

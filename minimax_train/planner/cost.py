@@ -256,10 +256,13 @@ def micro_batch_seconds(
 
 
 def gradient_sums_seconds(work: RankWork, micro_batches: int, rates: Rates) -> float:
-    """Of a step on a rank: the first micro-batch's gradients are copied to float32, the others' added; or a GEMM writes
-    or adds float32 where it would have written bfloat16."""
+    """Of a step on a rank: the first micro-batch's gradients are copied to float32, the others' added.
+
+    quack's GEMMs write or add float32 instead of writing bfloat16, which takes as long as copying 2.3 and 3.4 bytes a
+    parameter (docs/performance.md); of other GEMMs the planner has no rates.
+    """
     later, copied = micro_batches - 1, work.elements - work.added_by_gemms
-    return ((6 + 10 * later) * copied + (2 + 4 * later) * work.added_by_gemms) / rates.copy_bytes_per_s
+    return ((6 + 10 * later) * copied + (2.3 + 3.4 * later) * work.added_by_gemms) / rates.copy_bytes_per_s
 
 
 def data_parallel_traffic(transfers: Sequence[Transfer], cluster: Machine) -> Traffic:

@@ -10,7 +10,7 @@ class Rates:
     """What kernels reach on a GPU in training steps, bfloat16.
 
     Fitted to the whole steps of docs/results.md ("Training steps", "Engines"), of four models with 1 to 8
-    micro-batches: 25 of one GPU, which they give back within 6 %.
+    micro-batches. Those of one GPU with today's kernels they give back within 6 %.
 
     Attributes:
         memory_bytes: of the device that a process can allocate.

@@ -65,7 +65,10 @@ def test_gemms_equal_autograd(poisoned_empty, implementation, dtype, ends, in_pl
     right = _reference(x[:used], dy[:used], weights[:used], gate_up, down, ends)
     # Written, and then added: to sums of the same digits, or of more, of which quack loses none.
     spans = list(pairwise([0, *ends]))
-    exact = torch.stack([dy[a:b].double().T @ act_again[a:b].double() for a, b in spans])
+    exact_down = torch.stack([dy[a:b].double().T @ act_again[a:b].double() for a, b in spans])
+    # quack's rows are gate and up in turns.
+    apart = d_kept.unflatten(1, (hidden, 2)).mT.flatten(1) if implementation == "quack" else d_kept
+    exact_gate_up = torch.stack([apart[a:b].double().T @ x[a:b].double() for a, b in spans])
     for of in (dtype, torch.promote_types(dtype, torch.float32)):
         twice = [w.new_full(w.shape, float("nan"), dtype=of) for w in (gate_up, down)]
         for adds in (False, True):
@@ -74,7 +77,8 @@ def test_gemms_equal_autograd(poisoned_empty, implementation, dtype, ends, in_pl
         for own, expected in zip(twice, right[3:], strict=True):
             assert relative_error(own, 2 * expected) < 2 * TOLERANCES[dtype]
         if implementation == "quack" and of == torch.float32:
-            assert relative_error(twice[1], 2 * exact) < 1e-5
+            for own, exact in zip(twice, (exact_gate_up, exact_down), strict=True):
+                assert relative_error(own, 2 * exact) < 1e-5
     assert act_again[:used].dtype == dtype and relative_error(act_again[:used], act[:used]) < TOLERANCES[dtype]
     ours = [y[:used], dx[:used], d_weights[:used], d_gate_up, d_down]
     for name, a, b in zip(("y", "x", "weights", "gate_up", "down"), ours, right, strict=True):

@@ -34,8 +34,12 @@ ONE = [
     ("h100", MEDIUM, ROW, 1, 264.9, 73.5, "auto"),
     ("h100", MEDIUM, ROW, 8, 1951.2, 71.2, "auto"),
 ]
-# Before GEMMs added gradients up and a kernel the residual: by up to 4 % slower.
-ONE += [
+# Before GEMMs added gradients up and a kernel the residual, which saves up to 4 % with this many tokens.
+BEFORE = [
+    ("h200", MEDIUM, ROW, 1, 235.7, 84.7, "none"),
+    ("h200", MEDIUM, ROW, 1, 245.1, 84.7, "none"),
+    ("h200", MEDIUM, ROW, 4, 883.9, 84.7, "none"),
+    ("h200", MEDIUM, ROW, 8, 1736.6, 84.7, "none"),
     ("h200", SLICE, ROW, 1, 434.0, 78.2, "none"),
     ("h200", SLICE, ROW, 8, 3327.9, 78.2, "none"),
     ("h200", SMALL, ROW, 1, 79.7, 31.1, "none"),
@@ -44,13 +48,17 @@ ONE += [
     ("h200", WIDE, ROW, 8, 720.2, 34.1, "none"),
     ("h200", MEDIUM, (131072, 1), 1, 1237.6, 67.5, "full"),
     ("h200", MEDIUM, (131072, 1), 1, 904.0, 127.5, "auto"),
+    ("h100", MEDIUM, ROW, 1, 270.9, 74.3, "selective"),
+    ("h100", MEDIUM, ROW, 8, 1961.8, 74.4, "selective"),
     ("h100", SLICE, ROW, 1, 563.4, 73.3, "full"),
     ("h100", SLICE, ROW, 8, 4282.7, 73.4, "full"),
     ("h100", SMALL, ROW, 1, 90.6, 31.1, "none"),
     ("h100", SMALL, ROW, 8, 658.1, 31.1, "none"),
     ("h100", WIDE, ROW, 1, 106.5, 34.0, "none"),
     ("h100", WIDE, ROW, 8, 773.6, 34.1, "none"),
+    ("h100", MEDIUM, (131072, 1), 1, 1362.2, 67.6, "full"),
     ("h100", MEDIUM, (131072, 1), 1, 1212.5, 72.3, "auto"),
+    ("h100", MEDIUM, (32768, 1), 1, 287.8, 75.3, "auto"),
 ]
 # One H100, 8 micro-batches of one sequence: what else launches kernels waits for the host.
 ENGINES = [
@@ -59,6 +67,7 @@ ENGINES = [
     (["engine=deepspeed", "engine.stage=2"], 1634.2, 62.5),
 ]
 # H200s of one host: axes, GPUs, milliseconds, GiB; 4 sequences for each GPU in a micro-batch, of which there is one.
+# Only tp, ep and etp of two are of after BEFORE.
 SEVERAL = [
     ({}, 2, 242.3, 76.0),
     ({"cp": 2}, 2, 249.7, 76.0),
@@ -124,8 +133,17 @@ def planned(machine, model, row, micro_batches, world_size=1, recomputation="aut
 def test_one_gpu(machine, model, row, micro_batches, ms, gib, recomputation):
     plan = planned(machine, model, row, micro_batches, recomputation=recomputation)
     assert plan.fits
-    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.065)  # auto found less free in a second case
-    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
+    # What the run of 1951.2 ms chose for less memory than was free when it began takes 6 % less than planned.
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.065)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.025)
+
+
+@pytest.mark.parametrize("machine, model, row, micro_batches, ms, gib, recomputation", BEFORE)
+def test_one_gpu_before(machine, model, row, micro_batches, ms, gib, recomputation):
+    plan = planned(machine, model, row, micro_batches, recomputation=recomputation)
+    assert plan.fits
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.05)
+    assert 0.92 * ms < 1e3 * plan.cost.seconds < 1.01 * ms
 
 
 @pytest.mark.parametrize("engine, ms, gib", ENGINES)
@@ -157,7 +175,7 @@ def test_several_gpus_at_full_width(axes, gpus, ms, gib):
 
 def test_several_micro_batches_on_two_gpus():
     plan = planned("h200", MEDIUM, ROW, 8, world_size=2)
-    assert 1e3 * plan.cost.seconds == pytest.approx(1820.2, rel=0.055)  # measured before, as the last of ONE
+    assert 1e3 * plan.cost.seconds == pytest.approx(1820.2, rel=0.055)  # as BEFORE
 
 
 @pytest.mark.parametrize("gpus, ms, gib", LONG)
