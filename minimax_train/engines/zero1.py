@@ -105,9 +105,8 @@ class _Accumulator:
 
     def added(self) -> None:
         engine = self._alive()
-        assert not (engine._is_last and self._name in engine._summed), (
-            f"{self._name}: used twice, and summed over ranks"
-        )
+        is_moved = engine._is_last and self._name in engine._bucket_of
+        assert not (is_moved and self._name in engine._summed), f"{self._name}: used twice, and summed over ranks"
         engine._summed.add(self._name)
         engine._reduce(self._name)
 
