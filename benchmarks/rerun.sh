@@ -26,7 +26,7 @@ run() { # NAME COMMAND...: ended with all its processes after LIMIT seconds
   echo "== $name"
   (cd "$out" && timeout --kill-after=10 "${LIMIT:-300}" "$@") >"$out/$name.log" 2>&1
   local status=$?
-  grep -vE 'Warning|^\[W|^W[0-9]{4}|^\*+$|OMP_NUM_THREADS|generate_mlir|_warn_once|^note: the tokenizer' "$out/$name.log" | tail -n "${LINES_SHOWN:-14}" | cut -c1-260
+  grep -vE 'Warning|^\[W|^W[0-9]{4}|^\*+$|OMP_NUM_THREADS|generate_mlir|_warn_once|^note: reusing the tokenizer' "$out/$name.log" | tail -n "${LINES_SHOWN:-14}" | cut -c1-260
   echo "   status $status, $((SECONDS - started)) s"
 }
 

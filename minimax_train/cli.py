@@ -27,9 +27,9 @@ from minimax_train.phases import Phases
 from minimax_train.run_lock import release_lock
 from minimax_train.startup import Startup, no_collection
 
-SETTINGS = "settings are written without dashes, as recipe.steps=100 (docs/cluster.md has Megatron-LM's names)"
+SETTINGS = "settings are written without dashes, as recipe.steps=1000 (docs/cluster.md has Megatron-LM's names)"
 USAGE = """
-Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=100` sets a value, `experiment=demo` a whole
+Overrides are Hydra's: `model=small` picks a group's file, `recipe.steps=1000` sets a value, `experiment=demo` a whole
 experiment. Run by itself it is a run of one process; under torchrun or srun, one process per device. Groups with
 several files: {groups}. --cfg shows every key; docs/cluster.md (Settings) says where each is explained.
 """

@@ -31,7 +31,7 @@ from minimax_train.fields import show, split_list, unquote
 PACKAGED = Path(configs.__file__).parent
 EXPERIMENT = "experiment"
 Tree = dict[str, Any]
-# `recipe.steps=100`, `run_dir=x`, `model=tiny`; Hydra's `+` and `++` before it make no difference here.
+# `recipe.steps=1000`, `run_dir=x`, `model=tiny`; Hydra's `+` and `++` before it make no difference here.
 _OVERRIDE = re.compile(r"\+{0,2}(?P<key>\w[\w-]*(?:[./]\w[\w-]*)*)=(?P<value>.*)", re.DOTALL)
 # `${now:...}`, `${oc.env:...}`: not `${recipe.steps}`.
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
@@ -166,7 +166,7 @@ def compose_tree(
             raise ConfigError(f"{shown}: keys cannot be removed; null stands for none where a key takes it")
         match = _OVERRIDE.fullmatch(override)
         if match is None:
-            raise ConfigError(f"{shown}: must be key=value, such as recipe.steps=100")
+            raise ConfigError(f"{shown}: must be key=value, such as recipe.steps=1000")
         key = match["key"]
         if "." in key or not any(os.path.isdir(folder / key) for folder in folders):
             values[key], given[key] = unquote(match["value"]), shown

@@ -313,7 +313,7 @@ def load_config(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Pa
     """Compose the configuration from the defaults, Hydra overrides, and checks of every group.
 
     Args:
-        overrides: ``model=small``, ``recipe.steps=100``, ``experiment=demo`` and so on. A string is taken as typed,
+        overrides: ``model=small``, ``recipe.steps=1000``, ``experiment=demo`` and so on. A string is taken as typed,
             without the quotes around all of it if there are any; of a key given twice the last value counts.
         config_dirs: folders of your own groups and experiments. A file there comes before the package's of the same
             group and name, and before one in a later folder.

@@ -45,7 +45,7 @@ def wheel(checkout, tmp_path_factory):
     return _build("wheel", checkout, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_rooms_are_relative_links_in_the_package():
+def test_the_packages_are_relative_links_in_the_package():
     for room in ROOMS:
         assert os.readlink(ROOT / "minimax_train" / room) == os.path.join("..", room)
 
@@ -78,7 +78,7 @@ def test_a_source_distribution_builds_the_same_wheel(checkout, wheel, tmp_path):
     assert _members(_build("wheel", source, tmp_path / "wheel")) == _members(wheel)
 
 
-def test_installed_rooms_are_importable_only_inside_the_package(tmp_path):
+def test_installed_packages_are_importable_only_inside_the_package(tmp_path):
     names = [*ROOMS, *(f"minimax_train.{room}" for room in ROOMS)]
     code = f"import importlib.util as u; [print(s and s.origin) for s in map(u.find_spec, {names!r})]"
     # -I: what is installed, without the current directory and PYTHONPATH

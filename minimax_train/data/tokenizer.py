@@ -220,7 +220,7 @@ def _trained(config: DataConfig, vocab_size: int, cache: Path | None) -> tokeniz
         key.update(len(encoded).to_bytes(8, "little") + encoded)
     kept = cache / "tokenizers" / f"{key.hexdigest()}.json"
     if (backend := _kept(kept)) is not None:
-        note(f"the tokenizer was trained before, on the same documents: {kept}")
+        note(f"reusing the tokenizer that was trained on the same documents before: {kept}")
         return backend
     backend = train_bpe(_training_texts(config), vocab_size)
     try:

@@ -174,7 +174,7 @@ def _drop_later(path: Path, last_step: int) -> int:
     records = read_records(path)
     kept = [record for record in records if record["step"] <= last_step]
     if len(kept) < len(records):
-        note(f"{path}: {len(records) - len(kept)} records of steps after {last_step} dropped: those are taken again")
+        note(f"{path}: dropped {len(records) - len(kept)} records of steps after {last_step}, which are taken again")
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return next((record["tokens"] for record in reversed(kept) if "tokens" in record), 0)
 

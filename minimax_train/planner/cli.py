@@ -23,7 +23,9 @@ from minimax_train.recipe import Progress, Recipe
 
 _WORLD = "world_size="
 _BATCH = ("recipe=", "recipe.global_batch_size=", "recipe.batch", "recipe.stages", "experiment=")
+_MICRO_BATCH = "recipe.micro_batch_size="
 _ENGINE = ("engine=", "engine.", "experiment=")
+_MUCH = 0.6  # of the memory: what takes less leaves room for a larger micro-batch
 _MICRO_BATCHES = 8  # on a rank, where no global batch is given
 _EPILOG = """
 Overrides are those of minimax-train. With none of parallel.pp, tp, cp, ep and etp among them, grids are proposed, the
@@ -62,13 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             key = text.partition("=")[0]
             close = get_close_matches(key, ["world_size"], cutoff=0.8)
             require(not close, key, text.partition("=")[2], "there is no such key. Did you mean world_size?")
-        config = load_config(overrides, config_dirs=options.config_dir)
         chosen = any(text.lstrip("+").startswith(f"parallel.{axis}=") for text in overrides for axis in _AXES)
+        batch_is_given = any(text.lstrip("+").startswith(_BATCH) for text in overrides)
+        proposes = world_size > 1 and not chosen
+        micro = [text.partition("=")[2] for text in overrides if text.lstrip("+").startswith(_MICRO_BATCH)]
+        # Every grid gets a batch of its own: this one only has to be whole micro-batches.
+        whole = [f"recipe.global_batch_size={micro[-1]}"] if proposes and micro and not batch_is_given else []
+        config = load_config([*overrides, *whole], config_dirs=options.config_dir)
         proposed: list[RunPlan] = []
-        if world_size == 1 or chosen:
+        if not proposes:
             plan = plan_run(config, cluster, document_tokens)
         else:
-            batch_is_given = any(text.lstrip("+").startswith(_BATCH) for text in overrides)
             number = None if batch_is_given else _MICRO_BATCHES
             others = () if any(text.startswith(_ENGINE) for text in overrides) else engines_with_stages(config)
             proposed = propose(config, cluster, document_tokens, number, others)
@@ -154,12 +160,14 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
             f"{f'pipeline {number}':14}{rank.memory_bytes / 2**30:10.2f}  layers {rank.shown_layers}; "
             f"{num_bytes / 2**30:.2f} of up to {held} micro-batches' {kept}"
         )
+    if plan.memory_bytes < _MUCH * rates.memory_bytes:
+        yield f"{'':14}much is free: try a larger recipe.micro_batch_size"
     longest = f"{plan.largest_sequence:,} tokens" if plan.largest_sequence else "none fits"
     yield f"{'':14}longest packed sequence, alone in a micro-batch, blocks recomputed: {longest}"
     for axis, traffic in plan.cost.traffic.items():
         yield (
             f"{f'traffic {axis}':14}{traffic.num_bytes / 2**30:.2f} GiB received a step, "
-            f"{1e3 * traffic.seconds:,.1f} ms longer for it"
+            f"{1e3 * traffic.seconds:,.1f} ms added to the step"
         )
     yield (
         f"{'time':14}{1e3 * plan.cost.seconds:,.1f} ms a step, {plan.tokens_per_s:,.0f} tokens/s, "
@@ -168,6 +176,9 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     for what, seconds in plan.cost.compute_s.items():
         if seconds:
             yield f"{'':14}{1e3 * seconds:10,.1f}  {what}"
+    computing = sum(plan.cost.compute_s.values())
+    sending = sum(traffic.seconds for traffic in plan.cost.traffic.values())
+    yield f"{'':14}{1e3 * (plan.cost.work_s - computing - sending):10,.1f}  other gaps"
     if plan.memory.get("moments") == 0:
         yield f"{'':14}not counted: the optimizer's update in host memory, and the transfers to and from it"
     if grid.pp > 1:

@@ -368,7 +368,7 @@ class Recipe:
             warmup, steps = self.warmup_steps if index == 0 else 0, end[0] - began[0]
             shorter = warmup if warmup < steps else steps // 4
             of_both = f"recipe.warmup_steps={shorter} {stage.path}.decay_steps={steps - shorter}"
-            does = of_both if shorter < warmup else f"{steps - warmup}"
+            does = of_both if shorter < warmup else f"{stage.path}.decay_steps={steps - warmup}"
             fits = warmup + stage.decay_steps <= steps
             require(fits, f"{stage.path}.decay_steps", stage.decay_steps, f"{accepted}; {does} would do")
         if stage.decay_tokens:

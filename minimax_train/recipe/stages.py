@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimax_train.data.config import LENGTHS, OF_LENGTH, DataConfig
 from minimax_train.errors import ConfigError, require
+from minimax_train.parallel.grid import nearest_divisors
 from minimax_train.recipe.config import ONLY_STAGE, RecipeConfig, StageConfig, parse_batches
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ class Stage:
             sequences = f"{batch} tokens a step are {batch / length:g} packed sequences of {length}"
             raise ConfigError(f"{self.batch_key}: {sequences}; must be {multiple}")
         if ranks == 1:
-            raise ConfigError(f"{micro}: must divide {self.batch_key}={batch // length}")
+            number = batch // length
+            nearest = nearest_divisors(number, self.micro_batch_size)
+            raise ConfigError(f"{micro}: must divide {self.batch_key}={number}; {nearest} would do")
         raise ConfigError(f"{self.batch_key}={batch // length}: must be {multiple}")
 
 

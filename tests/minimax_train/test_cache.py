@@ -188,6 +188,6 @@ def test_a_run_tells_where_its_start_went_and_keeps_its_tokenizer(tmp_path, caps
         out, err = capsys.readouterr()
         told = [line for line in out.splitlines() if line.startswith("started in ")]
         assert len(told) == 1 and "first step" in told[0] and "imports" in told[0]
-        assert ("the tokenizer was trained before" in err) == (name == "second")
+        assert ("reusing the tokenizer" in err) == (name == "second")
         seen.append(json.loads((folder / "run" / "tokenizer" / "tokenizer.json").read_text()))
     assert seen[0] == seen[1]

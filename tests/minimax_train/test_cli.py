@@ -54,10 +54,14 @@ from support.runs import overrides
         ("model.rotary_dim=33", r"model.rotary_dim=33: must be even and between 0 and model.head_dim=32"),
         ("model.experts_per_token=9", r"model.experts_per_token=9: must be at most model.num_experts=8"),
         ("model.hidden_size=0", r"model.hidden_size=0: must be between 1 and 1048576$"),
-        ("recipe.micro_batch_size=3", r"recipe.micro_batch_size=3: must divide recipe.global_batch_size=8"),
+        (
+            "recipe.micro_batch_size=3",
+            r"recipe.micro_batch_size=3: must divide recipe.global_batch_size=8; 2 or 4 would do",
+        ),
         (
             "recipe.warmup_steps=250",
-            r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300; 50 would do$",
+            r"recipe.decay_steps=100: with recipe.warmup_steps=250 must fit in recipe.steps=300; "
+            r"recipe.decay_steps=50 would do$",
         ),
         (
             "recipe.steps=10",
@@ -225,7 +229,7 @@ def test_options_are_refused_in_one_line(capsys, command, arguments):
 def test_settings_are_no_options(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--train-iters=100"])
-    assert "--train-iters=100; settings are written without dashes, as recipe.steps=100" in capsys.readouterr().err
+    assert "--train-iters=100; settings are written without dashes, as recipe.steps=1000" in capsys.readouterr().err
 
 
 def test_options_may_stand_among_overrides(tmp_path, capsys):

@@ -311,7 +311,7 @@ REFUSED = [
     ([*NO_BATCH, "recipe.batch_tokens=[80,90 from x]"], r"recipe.batch_tokens='90 from x': must be the tokens"),
     (
         [*STAGED, ONE, "recipe.stages.b.steps=3", "recipe.stages.b.micro_batch_size=3"],
-        r"recipe.stages.b.micro_batch_size=3: must divide recipe.global_batch_size=4",
+        r"recipe.stages.b.micro_batch_size=3: must divide recipe.global_batch_size=4; 2 or 4 would do",
     ),
     (
         [*STAGED, ONE, "recipe.stages.b.steps=3", "recipe.stages.b.global_batch_size=6", "recipe.micro_batch_size=4",

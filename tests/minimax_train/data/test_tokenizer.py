@@ -174,7 +174,7 @@ def test_a_tokenizer_trained_before_is_taken_from_the_cache(corpus, trained, tmp
     trains = []
     monkeypatch.setattr(tokenizer_module, "train_bpe", lambda *a: trains.append(a) or train_bpe(*a))
     prepare_tokenizer(corpus, 400, tmp_path / "second", tmp_path)
-    assert not trains and "the tokenizer was trained before" in capsys.readouterr().err
+    assert not trains and "reusing the tokenizer" in capsys.readouterr().err
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second") == files_of(directory)
     (kept,) = (tmp_path / "tokenizers").glob("*.json")
     kept.write_bytes(kept.read_bytes()[:1000])

@@ -308,6 +308,9 @@ def test_the_command(capsys):
     assert main(["model=tiny", "world_size=24", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["proposals"]) > 3 and told["compute_s"]["optimizer"] > 0
+    # A micro-batch that makes up no step of the recipe's own batch, which none of the proposals has.
+    assert main(["model=tiny", "world_size=2", "recipe.micro_batch_size=3"]) == 0
+    assert "recipe.global_batch_size=48" in capsys.readouterr().out
     assert main([*tiny, "world_size=4", "parallel.tp=2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["parallel"]["tp"] == 2 and told["proposals"] == [] and told["traffic"]["tp"]["num_bytes"] > 0
