@@ -28,10 +28,12 @@ from minimax_train.first_rank import on_every_rank, on_first_rank
 from minimax_train.guard import StepGuard, TakenStep, to_host
 from minimax_train.kernels.compile_cache import import_compilers
 from minimax_train.leave import Leave
+from minimax_train.metrics.console import billions
 from minimax_train.metrics.flops import peak_flops_per_s
 from minimax_train.metrics.log import MetricLog
 from minimax_train.metrics.step import StepMetrics
 from minimax_train.metrics.traces import Tracer
+from minimax_train.model.config import count_parameters
 from minimax_train.parallel.grid import SAME_SEQUENCES, ProcessGrid
 from minimax_train.parallelize import build_engine, whole_layouts
 from minimax_train.phases import Phases
@@ -136,6 +138,8 @@ class Trainer:
             ranks = f"{world} ranks" if (world := dist.get_world_size()) > 1 else "1 rank"
             where = f"{ranks}, {self.config.parallel.shown}; after step {self.first_step}"
             self.log.event("start", self.first_step, where, says=False)
+            if not self.is_over:
+                self.log.say(f"{self._description()}; {where}")
             self._evaluate_if_left_out()
             self.startup.mark("checkpoint")
             if not self.is_over:
@@ -371,6 +375,16 @@ class Trainer:
         if plan.stage != self.stage or self.config.recipe.critical_batch:
             self.log.plan(self.recipe.total_steps(self.progress, self.progress.policy), plan.stage if several else "")
         self.stage = plan.stage
+
+    def _description(self) -> str:
+        """Of what is trained, on what, and of a step."""
+        count, plan, engine = count_parameters(self.config.model), self.plan(), self.config.engine
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        dtype = str(engine.compute_dtype(self.device.type)).removeprefix("torch.")
+        return (
+            f"{billions(count.total)} parameters, {billions(count.active)} active for a token; {device}, {dtype}, "
+            f"engine={engine.name}; steps of {plan.tokens:,} tokens, packed sequences of {plan.sequence_length:,}"
+        )
 
     def _tell_startup(self, first: TakenStep) -> None:
         first.wait()

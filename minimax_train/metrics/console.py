@@ -80,6 +80,13 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2]).strip()
 
 
+def billions(count: int) -> str:
+    """``3.1 B``, ``8.0 M`` or ``14,480``."""
+    if count < 1e6:
+        return f"{count:,}"
+    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
+
+
 class Output:
     """A text stream whose reader may leave: what is written after that is dropped, and nobody is stopped by it.
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from minimax_train.config import Config, load_config
 from minimax_train.engines import ENGINES
 from minimax_train.errors import ConfigError, OneLineParser, require
-from minimax_train.metrics.console import Output, duration, to_stderr
+from minimax_train.metrics.console import Output, billions, duration, to_stderr
 from minimax_train.metrics.flops import training_flops
 from minimax_train.model.config import count_parameters
 from minimax_train.parallel.cost import Machine
@@ -137,7 +137,7 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     count = count_parameters(config.model)
     per_token = training_flops(config.model, 1, (plan.document_tokens + 1) / 2)
     yield (
-        f"{'model':14}{_billions(count.total)} parameters, {_billions(count.active_in_layers)} active in layers, "
+        f"{'model':14}{billions(count.total)} parameters, {billions(count.active_in_layers)} active in layers, "
         f"{_flops(per_token)} a token (documents of {plan.document_tokens:,.0f})"
     )
     axes = ("dp", "cp", "tp", "edp", "ep", "etp")
@@ -199,10 +199,6 @@ def _recipe_tokens(plan: RunPlan) -> int | None:
 
 def _flops(count: float) -> str:
     return f"{count / 1e9:,.1f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
 
 
 def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:

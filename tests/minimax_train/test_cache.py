@@ -186,6 +186,8 @@ def test_a_run_tells_where_its_start_went_and_keeps_its_tokenizer(tmp_path, caps
         arguments = overrides(folder, "recipe.steps=2", "recipe.warmup_steps=0", "recipe.decay_steps=0")
         assert main([*arguments, "recipe.eval_interval=0", f"cache_dir={tmp_path}/cache"]) == 0
         out, err = capsys.readouterr()
+        # Before it starts: what is trained, on what, by what, and a step: four packed sequences of 63 tokens.
+        assert re.search(r"^[\d,]+ parameters, [\d,]+ active .*; CPU, float32, engine=zero1; steps of 252 tokens", out)
         told = [line for line in out.splitlines() if line.startswith("started in ")]
         assert len(told) == 1 and "first step" in told[0] and "imports" in told[0]
         assert ("reusing the tokenizer" in err) == (name == "second")
