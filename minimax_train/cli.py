@@ -19,6 +19,7 @@ from minimax_train.config import Config, load_config, to_yaml
 from minimax_train.deterministic import use_deterministic_algorithms
 from minimax_train.errors import ConfigError, Interrupted, OneLineParser, Saved, TrainingError, exit_status, require
 from minimax_train.first_rank import on_first_rank
+from minimax_train.hints import meant_by_option
 from minimax_train.leave import Leave
 from minimax_train.metrics.console import Output, to_stderr
 from minimax_train.parallel.environment import ProcessEnvironment, end_with_parent, share_processors
@@ -39,7 +40,11 @@ class _Parser(OneLineParser):
     """Tells those who come from Megatron-LM or torchtitan that settings are no options."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(f"{message}; {SETTINGS}" if message.startswith("unrecognized") else message)
+        if message.startswith("unrecognized"):
+            meant = [meant_by_option(Config, word) for word in message.split() if word.startswith("--")]
+            keys = " and ".join(filter(None, meant))
+            message = f"{message}; {SETTINGS}{f'; here {keys}' if keys else ''}"
+        super().error(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,13 +57,19 @@ def unknown_key(kind: type, key: str, given: str, fields: Iterable[str]) -> str:
     if key in RENAMED_KEYS:
         return f"{given}: renamed: use {RENAMED_KEYS[key]}"
     leaf = given.partition("=")[0].rpartition(".")[2]  # of a group that is not there
-    meant = _meant(kind, parent, name, fields) or _meant(kind, parent, leaf, ())
+    meant = _elsewhere(kind).get(leaf) if leaf != name else None
+    meant = meant or _meant(kind, parent, name, fields) or _meant(kind, parent, leaf, ())
     hint = f" Did you mean {meant}?" if meant else ""
     return f"{given}: there is no key {name!r} in {parent or 'the configuration'}.{hint} Accepted: {', '.join(fields)}"
 
 
-def _meant(kind: type, parent: str, name: str, fields: Iterable[str]) -> str | None:
-    """The key of the same name in another group, another framework's name for one, or one that is spelled alike."""
+def meant_by_option(kind: type, option: str) -> str | None:
+    """The key that a command-line option of another framework (``--tensor-model-parallel-size``) is for."""
+    return _elsewhere(kind).get(option.lstrip("-").partition("=")[0].replace("-", "_"))
+
+
+def _elsewhere(kind: type) -> dict[str, str]:
+    """What may be meant by the name of a key of some group, or by another framework's name for one."""
     elsewhere: dict[str, list[str]] = {}
     for group, what in fields_of(kind).items():
         if not dataclasses.is_dataclass(what.kind):
@@ -76,9 +82,15 @@ def _meant(kind: type, parent: str, name: str, fields: Iterable[str]) -> str | N
     for key, names in OTHER_NAMES.items():
         for other in names.split():
             elsewhere.setdefault(other, [key])
+    return {name: " or ".join(keys) for name, keys in elsewhere.items()}
+
+
+def _meant(kind: type, parent: str, name: str, fields: Iterable[str]) -> str | None:
+    """The key of the same name in another group, another framework's name for one, or one that is spelled alike."""
+    elsewhere = _elsewhere(kind)
     if name in elsewhere:
-        return " or ".join(elsewhere[name])
+        return elsewhere[name]
     if close := difflib.get_close_matches(name, fields, n=1):
         return f"{parent}.{close[0]}".lstrip(".")
     close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-    return " or ".join(elsewhere[close[0]]) if close else None
+    return elsewhere[close[0]] if close else None

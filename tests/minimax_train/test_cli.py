@@ -31,7 +31,12 @@ from support.runs import overrides
             "recipe.learning_rte=1",
             r"recipe.learning_rte=1: there is no key.*Did you mean recipe.learning_rate\? Accepted: steps, ",
         ),
-        ("recipie.steps=1", r"there is no key 'recipie'.*Did you mean recipe\?"),
+        ("recipie.steps=1", r"there is no key 'recipie'.*Did you mean recipe.steps\?"),
+        ("recipie.x=1", r"there is no key 'recipie'.*Did you mean recipe\?"),
+        (
+            "parallelism.tensor_parallel_degree=2",
+            r"no key 'parallelism' in the configuration. Did you mean parallel.tp\?",
+        ),
         ("+model.extra=1", r"there is no key 'extra' in model"),
         ("steps=1", r"steps=1: there is no key.*Did you mean recipe.steps\?"),
         ("interval=1", r"Did you mean checkpoint.interval or logging.interval\?"),
@@ -228,8 +233,10 @@ def test_options_are_refused_in_one_line(capsys, command, arguments):
 
 def test_settings_are_no_options(capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["--train-iters=100"])
-    assert "--train-iters=100; settings are written without dashes, as recipe.steps=1000" in capsys.readouterr().err
+        main(["--train-iters=100", "--tensor-model-parallel-size", "2", "--unheard-of"])
+    told = capsys.readouterr().err
+    assert "--unheard-of; settings are written without dashes, as recipe.steps=1000" in told
+    assert "; here recipe.steps and parallel.tp; --help" in told
 
 
 def test_options_may_stand_among_overrides(tmp_path, capsys):
