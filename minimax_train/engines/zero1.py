@@ -266,8 +266,7 @@ class Zero1Engine(AutogradEngine):
 
     def _accumulate(self, batch: MicroBatch, plan: StepPlan, is_first: bool, is_last: bool) -> None:
         self._is_first, self._is_last = is_first, is_last and self._is_sharded
-        self._summed.clear()
-        self._begin_reducing()
+        self._begin_sums()
         graphs = self._graphs if self._captures(plan) else None
         if is_first and self._is_sharded:
             self._gather_weights()
@@ -287,14 +286,14 @@ class Zero1Engine(AutogradEngine):
                 self.notes.append("no CUDA graphs where blocks that hold calls of the host are computed again (full)")
         return captures
 
-    def _begin_reducing(self) -> None:
+    def _begin_sums(self) -> None:
+        self._summed.clear()
         self._left = {index: len(bucket.names) for index, bucket in enumerate(self._buckets)}
         self._called = Counter[int]()
         self._reducing.drop()
 
     def _sum_gradients(self, batch: MicroBatch, plan: StepPlan) -> None:
-        self._summed.clear()
-        self._begin_reducing()  # again where this could not be captured, and is run without
+        self._begin_sums()  # again where this could not be captured, and is run without
         self._forward_backward(batch, plan)
         for name in self.parameters:
             if name not in self._summed:

@@ -176,9 +176,7 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
     for what, seconds in plan.cost.compute_s.items():
         if seconds:
             yield f"{'':14}{1e3 * seconds:10,.1f}  {what}"
-    computing = sum(plan.cost.compute_s.values())
-    sending = sum(traffic.seconds for traffic in plan.cost.traffic.values())
-    yield f"{'':14}{1e3 * (plan.cost.work_s - computing - sending):10,.1f}  other gaps"
+    yield f"{'':14}{1e3 * plan.cost.gaps_s:10,.1f}  other gaps"
     if plan.memory.get("moments") == 0:
         yield f"{'':14}not counted: the optimizer's update in host memory, and the transfers to and from it"
     if grid.pp > 1:

@@ -87,7 +87,13 @@ class StepCost:
     @property
     def work_s(self) -> float:
         """All but the bubble."""
-        return sum(self.compute_s.values()) / _BUSY + sum(part.seconds for part in self.traffic.values())
+        traffic_s = sum(part.seconds for part in self.traffic.values())
+        return sum(self.compute_s.values()) + self.gaps_s + traffic_s
+
+    @property
+    def gaps_s(self) -> float:
+        """In which nothing runs, beyond the gaps that are counted among what computes."""
+        return sum(self.compute_s.values()) * (1 / _BUSY - 1)
 
     @property
     def seconds(self) -> float:
