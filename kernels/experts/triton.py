@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -118,9 +119,10 @@ class _RouterLogits(torch.autograd.Function):
         d_x_TD = _rows_contiguous(d_x_TD)
         out_TD = torch.empty(T, D, dtype=x_TD.dtype, device=x_TD.device)
         BT, BD = 64, min(128, max(16, _power_of_two(D)))
+        factor = tl.bfloat16 if x_TD.is_cuda else tl.float32  # Triton's interpreter multiplies no bfloat16
         triton_kernels.add_router_gradient[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-            d_logits_TE, weight_ED.contiguous(), d_x_TD, out_TD, T, d_x_TD.stride(0),
-            D=D, E=E, BT=BT, BD=BD, BE=max(16, _power_of_two(E)),
+            both_TB, weight_ED.contiguous(), d_x_TD, out_TD, T, d_x_TD.stride(0),
+            D=D, E=E, BT=BT, BD=BD, BE=max(16, _power_of_two(E)), FACTOR=factor,
         )  # fmt: skip
         return out_TD, d_weight_ED
 

@@ -96,19 +96,26 @@ def route_backward(
 @triton.jit
 def add_router_gradient(
     d_logits, weight, d_x, out, T, d_x_t,
-    D: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """``out = d_x + d_logits weight``, to float32."""
+    """``out = d_x + (high + low) weight``, summed in float32.
+
+    ``d_logits`` is ``[T, 2E]`` in the dtype of the weight: of each token all that is high, then all that is low.
+    FACTOR is the dtype in which they are multiplied.
+    """
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     experts = tl.arange(0, BE)
     mask_TE = (tokens < T)[:, None] & (experts < E)[None, :]
     mask_ED = (experts < E)[:, None] & (columns < D)[None, :]
     mask_TD = (tokens < T)[:, None] & (columns < D)[None, :]
-    d_TE = tl.load(d_logits + tokens[:, None] * E + experts[None, :], mask=mask_TE, other=0.0)
-    weight_ED = tl.load(weight + experts[:, None] * D + columns[None, :], mask=mask_ED, other=0.0).to(tl.float32)
+    high = d_logits + tokens[:, None] * 2 * E + experts[None, :]
+    high_TE = tl.load(high, mask=mask_TE, other=0.0).to(FACTOR)
+    low_TE = tl.load(high + E, mask=mask_TE, other=0.0).to(FACTOR)
+    weight_ED = tl.load(weight + experts[:, None] * D + columns[None, :], mask=mask_ED, other=0.0).to(FACTOR)
     acc_TD = tl.load(d_x + tokens[:, None] * d_x_t + columns[None, :], mask=mask_TD, other=0.0).to(tl.float32)
-    acc_TD = tl.dot(d_TE, weight_ED, acc_TD, input_precision="tf32x3")
+    acc_TD = tl.dot(low_TE, weight_ED, acc_TD)
+    acc_TD = tl.dot(high_TE, weight_ED, acc_TD)
     tl.store(out + tokens[:, None] * D + columns[None, :], acc_TD.to(out.dtype.element_ty), mask=mask_TD)
 
 

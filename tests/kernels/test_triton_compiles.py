@@ -9,6 +9,7 @@ import pytest
 # In its own process: here, triton may already be in interpreter mode.
 PROGRAM = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from minimax_train.kernels.adamw import triton_kernels as adamw
@@ -30,12 +31,13 @@ ROUTER = MOVED | dict.fromkeys(("logits", "probabilities", "d_probabilities", "d
 MOVE = {"D": D, "E": E, "K": K, "BT": 4, "BD": 1024}
 ACTIVATE = {"E": E, "F": F, "BF": 1024}
 ROUTE = {"E": E, "K": K, "BT": 64, "BE": 32}
+ROUTED = {"D": D, "BT": 64, "BD": 128, "FACTOR": tl.bfloat16}
 PLAN = {"E": E, "BE": BE}
 LAUNCHES = [
     (experts.route, ROUTER, ROUTE | {"BK": 2}, 4),
     (experts.route_backward, ROUTER, ROUTE | {"HAS_PROBABILITIES": True, "HAS_WEIGHTS": True}, 4),
-    (experts.add_router_gradient, ROUTER | {"weight": bf16}, {"D": D, "E": E, "BT": 64, "BD": 128, "BE": 32}, 4),
-    (experts.add_router_gradient, ROUTER | {"weight": bf16}, {"D": D, "E": 64, "BT": 64, "BD": 128, "BE": 64}, 4),
+    (experts.add_router_gradient, MOVED | {"d_logits": bf16}, ROUTED | {"E": E, "BE": 32}, 4),
+    (experts.add_router_gradient, MOVED | {"d_logits": bf16}, ROUTED | {"E": 64, "BE": 64}, 4),
     (experts.count, MOVED, PLAN | {"BR": 256}, 8),
     (experts.scan, MOVED, PLAN | {"STEP": 64}, 8),
     (experts.rank, MOVED, PLAN | {"BR": 256}, 8),
