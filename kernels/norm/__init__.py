@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 from minimax_train.kernels.dispatch import AUTO, OnDemand, choose, triton_or_torch
 from minimax_train.kernels.norm import naive, pytorch
 
-__all__ = ["IMPLEMENTATIONS", "add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm", "sum_of_squares"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "gated_scale",
+    "rms_norm",
+    "rms_norm_twice",
+    "sum_of_squares",
+]
 
 
 @OnDemand
@@ -47,6 +55,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, implementation: str 
         implementation: ``auto``, ``triton`` (not float64), ``torch``, ``apex`` or ``naive``.
     """
     return _choose(x_TD, implementation).rms_norm(x_TD, weight_D, eps)
+
+
+def rms_norm_twice(x_TD: Tensor, weight_D: Tensor, eps: float, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
+    """:func:`rms_norm`, in one tensor that is returned twice: for two readers, whose gradients the backward pass of
+    ``triton`` adds as it reads them."""
+    return _choose(x_TD, implementation).rms_norm_twice(x_TD, weight_D, eps)
 
 
 def add_rms_norm(

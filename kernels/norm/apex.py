@@ -8,11 +8,15 @@ from torch import Tensor
 
 from minimax_train.kernels.norm.pytorch import gated_scale
 
-__all__ = ["add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "gated_scale", "rms_norm", "rms_norm_twice"]
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return fused_rms_norm_affine(x_TD, weight_D, list(weight_D.shape), eps)
+
+
+def rms_norm_twice(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (out_TD := rms_norm(x_TD, weight_D, eps)), out_TD
 
 
 def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:

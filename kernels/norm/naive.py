@@ -16,6 +16,11 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return torch.stack([_normalised(x_D, weight_D, eps) for x_D in x_TD])
 
 
+def rms_norm_twice(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x, and the same again."""
+    return (out_TD := rms_norm(x_TD, weight_D, eps)), out_TD
+
+
 def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
     """The norm of ``alpha * h + f``."""
     return rms_norm(torch.stack([alpha * h + f for h, f in zip(h_TD, f_TD, strict=True)]), weight_D, eps)

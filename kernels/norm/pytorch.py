@@ -11,6 +11,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 
+def rms_norm_twice(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (out_TD := rms_norm(x_TD, weight_D, eps)), out_TD
+
+
 def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:
     return rms_norm(torch.add(f_TD, h_TD, alpha=alpha), weight_D, eps)
 

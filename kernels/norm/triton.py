@@ -1,6 +1,7 @@
 """RMSNorm, alone or joined with the DeepNorm residual before it or the gate after it, in one kernel each way.
 
-Tensors of ``T x D`` through memory, forward and backward: alone 2 and 3, with residual or gate 3 and 5. The sum
+Tensors of ``T x D`` through memory, forward and backward: alone 2 and 3, handed out twice 2 and 4, with residual or
+gate 3 and 5. The sum
 ``alpha * h + f`` is never stored: nothing but the norm reads it, and the backward pass has both terms at hand.
 
 Shape legend: T tokens, D width.
@@ -37,7 +38,7 @@ def _tile(D: int, per_thread: int) -> dict:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, second_TD, weight_D, given_T, alpha, eps, kind):
+    def forward(ctx, x_TD, second_TD, weight_D, given_T, alpha, eps, kind, twice=False):
         x_TD = x_TD.contiguous()
         second_TD = None if second_TD is None else second_TD.contiguous()
         (T, D), tile = x_TD.shape, _tile(x_TD.shape[1], 32)
@@ -51,11 +52,11 @@ class _Norm(torch.autograd.Function):
             )  # fmt: skip
         ctx.save_for_backward(x_TD, second_TD, weight_D, scale_T)
         ctx.alpha, ctx.kind, ctx.given = alpha, kind, given_T is not None
-        return out_TD
+        return (out_TD, out_TD.view(T, D)) if twice else out_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out_TD):
+    def backward(ctx, d_out_TD, d_again_TD=None):
         x_TD, second_TD, weight_D, scale_T = ctx.saved_tensors
         # Four such rows in registers at once, and none to spare.
         (T, D), tile = x_TD.shape, _tile(x_TD.shape[1], 16)
@@ -67,13 +68,14 @@ class _Norm(torch.autograd.Function):
         if second_TD is not None:
             d_second_TD = torch.empty(T, D, dtype=second_TD.dtype, device=x_TD.device)
         d_scale_T = torch.empty_like(scale_T) if ctx.given else None
+        d_again_TD = None if d_again_TD is None else d_again_TD.contiguous()
         d_weights_PD = torch.empty(programs, D, dtype=torch.float32, device=x_TD.device)
         if T:
             triton_kernels.backward[(programs,)](
-                x_TD, second_TD, weight_D, scale_T, d_out_TD.contiguous(), d_x_TD, d_second_TD, d_weights_PD,
-                d_scale_T, T, per, ctx.alpha, D=D, KIND=ctx.kind, GIVEN=ctx.given, **tile,
+                x_TD, second_TD, weight_D, scale_T, d_out_TD.contiguous(), d_again_TD, d_x_TD, d_second_TD,
+                d_weights_PD, d_scale_T, T, per, ctx.alpha, D=D, KIND=ctx.kind, GIVEN=ctx.given, **tile,
             )  # fmt: skip
-        return d_x_TD, d_second_TD, d_weights_PD.sum(0).to(weight_D.dtype), d_scale_T, None, None, None
+        return d_x_TD, d_second_TD, d_weights_PD.sum(0).to(weight_D.dtype), d_scale_T, None, None, None, None
 
 
 def _check(x_TD: Tensor) -> None:
@@ -86,6 +88,11 @@ def _check(x_TD: Tensor) -> None:
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     _check(x_TD)
     return _Norm.apply(x_TD, None, weight_D, None, 1.0, eps, triton_kernels.ALONE.value)
+
+
+def rms_norm_twice(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x_TD)
+    return _Norm.apply(x_TD, None, weight_D, None, 1.0, eps, triton_kernels.ALONE.value, True)
 
 
 def add_rms_norm(h_TD: Tensor, f_TD: Tensor, weight_D: Tensor, alpha: float, eps: float) -> Tensor:

@@ -41,12 +41,13 @@ def forward(
 
 @triton.jit
 def backward(
-    x, second, weight, scale, d_out, d_x, d_second, d_weights, d_scale, T, per, alpha,
+    x, second, weight, scale, d_out, d_again, d_x, d_second, d_weights, d_scale, T, per, alpha,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both inputs, and each program's part ``[P, D]`` of the weight's, summed over its tokens in order.
 
-    A given scale has a gradient of its own, ``[T]``.
+    A given scale has a gradient of its own, ``[T]``. The gradient of the output is ``d_out``, plus ``d_again`` where it
+    was handed out twice.
     """
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BD)
@@ -57,6 +58,8 @@ def backward(
         at = tokens[:, None] * D + columns[None, :]
         x_TD = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         d_TD = tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
+        if d_again is not None:
+            d_TD += tl.load(d_again + at, mask=mask, other=0.0).to(tl.float32)
         scale_T = tl.load(scale + tokens, mask=tokens < T, other=0.0)
         # Again in every step, from the cache: kept, it would cost registers that another program can use.
         weight_D = tl.load(weight + columns, mask=columns < D, other=0.0).to(tl.float32)

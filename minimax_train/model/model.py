@@ -25,7 +25,7 @@ from minimax_train.model.experts import ExpertLayer, RouterReport
 from minimax_train.model.initialization import Constant, Initializer, xavier
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.memory import RECOMPUTATIONS
-from minimax_train.model.norm import ResidualRMSNorm, RMSNorm
+from minimax_train.model.norm import ResidualRMSNorm, RMSNorm, TwiceRMSNorm
 from minimax_train.model.pools import TokenSpans
 from minimax_train.model.ranks import ModelRanks
 from minimax_train.model.recompute import selective
@@ -85,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelConfig, ranks: ModelRanks) -> None:
         super().__init__()
         self.alpha, self.recomputation = config.alpha, "none"
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
+        self.attention_norm = TwiceRMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.attention = config.attentions[layer].module(config, layer, kernels, ranks)
         self.expert_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.experts = ExpertLayer(config, kernels, ranks)
@@ -100,8 +100,8 @@ class Block(nn.Module):
             return self._forward(x_TD, context, spans)
 
     def _forward(self, x_TD: Tensor, context: TokenContext, spans: TokenSpans) -> tuple[Tensor, RouterReport]:
-        h_TD = self.attention_norm(x_TD)
-        h_TD = self.expert_norm(h_TD, self.attention(h_TD, context), self.alpha)
+        h_TD, residual_TD = self.attention_norm(x_TD)
+        h_TD = self.expert_norm(residual_TD, self.attention(h_TD, context), self.alpha)
         return self.experts(h_TD, spans, self.alpha)
 
     def initializers(self) -> dict[str, Initializer]:

@@ -10,7 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
+from minimax_train.kernels.norm import (
+    add_rms_norm,
+    gated_rms_norm,
+    gated_scale,
+    rms_norm,
+    rms_norm_twice,
+    sum_of_squares,
+)
 from minimax_train.model.kernels import KernelConfig
 from minimax_train.model.recompute import cheap
 from minimax_train.model.sharding import local
@@ -27,6 +34,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         run = partial(rms_norm, eps=self.eps, implementation=self.implementation)
+        return cheap(run, x_TD, self.weight)
+
+
+class TwiceRMSNorm(RMSNorm):
+    """``norm(x)`` for a sublayer, and again for the residual around it."""
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        run = partial(rms_norm_twice, eps=self.eps, implementation=self.implementation)
         return cheap(run, x_TD, self.weight)
 
 

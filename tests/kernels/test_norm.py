@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from minimax_train.apex import has_apex
-from minimax_train.kernels.norm import add_rms_norm, gated_rms_norm, gated_scale, rms_norm, sum_of_squares
+from minimax_train.kernels.norm import (
+    add_rms_norm,
+    gated_rms_norm,
+    gated_scale,
+    rms_norm,
+    rms_norm_twice,
+    sum_of_squares,
+)
 from support.compare import relative_error
 
 HAS_GPU = torch.cuda.is_available()
@@ -22,11 +29,18 @@ def _gate_in_parts(x, gate, weight, **kw):
     return torch.cat([gated_scale(*part, scale, **kw) for part in parts], 1)
 
 
+def _read_twice(x, weight, **kw):
+    once, again = rms_norm_twice(x, weight, EPS, **kw)
+    assert once.data_ptr() == again.data_ptr()
+    return once - 4 * again
+
+
 OPS = {
     "alone": (1, lambda x, w, **kw: rms_norm(x, w, EPS, **kw)),
     "residual": (2, lambda h, f, w, **kw: add_rms_norm(h, f, w, alpha=3.5566, eps=EPS, **kw)),
     "gate": (2, lambda x, gate, w, **kw: gated_rms_norm(x, gate, w, eps=EPS, **kw)),
     "gate in parts": (2, _gate_in_parts),
+    "twice": (1, _read_twice),
 }
 REFERENCES = {**OPS, "gate in parts": OPS["gate"]}
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -45,6 +59,7 @@ FORMULAS = {
     "gate": lambda x, gate, w: _scaled(x, w) / (1 + (-gate).exp()),
 }
 FORMULAS["gate in parts"] = FORMULAS["gate"]
+FORMULAS["twice"] = lambda x, w: -3 * _scaled(x, w)
 
 
 def _results(op, dtype, values, d_out, **options):
