@@ -54,7 +54,7 @@ def main() -> None:
     print("| preference | capacity factor | each rank by itself | all together |\n| --- | --- | --- | --- |")
     for skew in ("none", "by rank", "common"):
         logits_TE = torch.randn(len(rank_T), EXPERTS) + preferences(skew, options.ranks, options.strength)[rank_T]
-        _, _, experts_TK, tokens_per_expert_RE = route(logits_TE, TOP_K, rank_T, options.ranks)
+        _, experts_TK, tokens_per_expert_RE, *_ = route(logits_TE, TOP_K, rank_T, options.ranks)
         for factor in (1.0, 1.25, 1.5):
             alone, together = (
                 dropped(experts_TK, rank_T, tokens_per_expert_RE, factor, together=t) for t in (False, True)

@@ -81,9 +81,9 @@ def _expert_layer(T: int, D: int, hidden: int, E: int, K: int, *, rate: float) -
 
     def layer(implementation: str, router_implementation: str) -> tuple[Tensor, ...]:
         logits, h = router_logits(x, router, implementation=router_implementation)
-        probabilities, weights, assigned, _ = route(logits, K, pieces, 1, implementation=router_implementation)
+        weights, assigned, _, sums, _ = route(logits, K, pieces, 1, implementation=router_implementation)
         y = expert_mlp(h, weights, assigned, gate_up, down, implementation=implementation)
-        return torch.autograd.grad([y, probabilities.square().sum()], [x, router, gate_up, down], [d_y, one])
+        return torch.autograd.grad([y, sums.square().sum()], [x, router, gate_up, down], [d_y, one])
 
     flop = {"dense, 8192^3": 2 * 8192**3, "dense, own size": 4 * T * K * hidden * D}
     runs: dict[str, Callable[[], object]] = {
@@ -127,7 +127,7 @@ def _expert_parts(
         rows.append(row)
 
     logits, _ = router_logits(x, router)
-    _, weights, assigned, _ = route(logits, K, pieces, 1)
+    weights, assigned, *_ = route(logits, K, pieces, 1)
     permutation = Permutation.by_expert(assigned, E, triton)
     for name in ("triton", "torch"):
         part(f"router projection, {name}", lambda n=name: router_logits(x, router, implementation=n), moved=x.nbytes)

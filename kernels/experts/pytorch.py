@@ -19,13 +19,16 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(x_TD.to(dtype), weight_ED.to(dtype)), x_TD
 
 
-def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     probabilities_TE, E = logits_TE.softmax(-1), logits_TE.shape[1]
     weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
     slot_TK = span_T[:, None] * E + experts_TK
     counts = torch.zeros(num_spans * E, dtype=torch.int64, device=logits_TE.device)
     counts.scatter_add_(0, slot_TK.flatten(), torch.ones_like(slot_TK).flatten())
-    return probabilities_TE, weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK, counts.view(num_spans, E)
+    in_span_PT = (span_T == torch.arange(num_spans, device=span_T.device)[:, None]).to(probabilities_TE.dtype)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    entropy = torch.special.entr(probabilities_TE.detach()).sum()
+    return weights_TK, experts_TK, counts.view(num_spans, E), in_span_PT @ probabilities_TE, entropy
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

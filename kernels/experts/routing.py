@@ -5,6 +5,8 @@ Shape legend: T tokens, D hidden, E experts, K assignments per token, P spans of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +15,24 @@ from minimax_train.kernels.experts import pytorch
 from minimax_train.kernels.experts.gemms import triton_ops
 
 ROUTER_IMPLEMENTATIONS = {"triton": triton_ops, "torch": pytorch}
+
+
+class Routing(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        weights_TK: the k largest probabilities of each token, renormalised, in the dtype of the logits; differentiable.
+        experts_TK: the experts that they are of, most probable first, int64.
+        count_PE: tokens assigned to each expert in each span, int64.
+        probability_PE: the sum of each expert's probabilities in each span, as the weights; differentiable.
+        entropy: of the probabilities in nats, summed over tokens, scalar; not differentiable.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    count_PE: Tensor
+    probability_PE: Tensor
+    entropy: Tensor
 
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO) -> tuple[Tensor, Tensor]:
@@ -28,10 +48,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, *, implementation: str = AUTO
     return module.router_logits(x_TD, weight_ED)
 
 
-def route(
-    logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int, *, implementation: str = AUTO
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax over experts, the k largest renormalised, and how many tokens each expert was assigned.
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int, *, implementation: str = AUTO) -> Routing:
+    """Softmax over experts, the k largest renormalised, and sums over the tokens of each span. Sums are the same in
+    every run.
 
     Args:
         logits_TE: float32 or float64.
@@ -39,13 +58,9 @@ def route(
         span_T: the span each token lies in: tokens that follow each other in a packed sequence, int64, ascending.
         num_spans: how many there are.
         implementation: ``auto``, ``triton`` (not float64) or ``torch``.
-
-    Returns:
-        Probabilities ``[T, E]`` and weights ``[T, K]`` in the dtype of the logits, both differentiable; the assigned
-        experts ``[T, K]``, most probable first, and the tokens per expert ``[P, E]``, both int64.
     """
     module = choose("router", ROUTER_IMPLEMENTATIONS, implementation, triton_or_torch(logits_TE))
-    return module.route(logits_TE, k, span_T, num_spans)
+    return Routing(*module.route(logits_TE, k, span_T, num_spans))
 
 
 def drop_over_capacity(
@@ -71,7 +86,7 @@ def drop_over_capacity(
     return experts_TK.masked_fill(place_TK > capacity, -1)
 
 
-def load_balancing_loss(probabilities_TE: Tensor, span_T: Tensor, fraction_PE: Tensor, sequence_length: int) -> Tensor:
+def load_balancing_loss(probability_PE: Tensor, fraction_PE: Tensor, sequence_length: int) -> Tensor:
     """These tokens' part of ``sum over sequences of 1 / E * sum_i f_i m_i``, in the dtype of the probabilities.
 
     f_i is the number of assignments to expert i per token (they sum to k), m_i its mean router probability (MiniMax-01,
@@ -79,9 +94,8 @@ def load_balancing_loss(probabilities_TE: Tensor, span_T: Tensor, fraction_PE: T
     micro-batches, and transformers' ``load_balancing_loss_func`` is E^2 times this for one sequence and one layer.
 
     Args:
-        probabilities_TE: the router's.
-        span_T: the span each token lies in, int64.
+        probability_PE: the sum of the router's over each span.
         fraction_PE: f, over the tokens that each span is counted with, in the dtype of the probabilities.
         sequence_length: tokens of a packed sequence.
     """
-    return (probabilities_TE * fraction_PE[span_T]).sum() / (sequence_length * probabilities_TE.shape[1])
+    return (probability_PE * fraction_PE).sum() / (sequence_length * probability_PE.shape[1])

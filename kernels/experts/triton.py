@@ -46,39 +46,43 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE, k, span_T, num_spans):
         logits_TE = logits_TE.contiguous()
-        T, E = logits_TE.shape
-        probabilities_TE = torch.empty(T, E, dtype=torch.float32, device=logits_TE.device)
-        weights_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
-        experts_TK = torch.empty(T, k, dtype=torch.int64, device=logits_TE.device)
-        count_PE = torch.zeros(num_spans, E, dtype=torch.int64, device=logits_TE.device)
+        (T, E), device = logits_TE.shape, logits_TE.device
+        probabilities_TE = torch.empty(T, E, dtype=torch.float32, device=device)
+        weights_TK = torch.empty(T, k, dtype=torch.float32, device=device)
+        experts_TK = torch.empty(T, k, dtype=torch.int64, device=device)
+        zeros = torch.zeros(2 * num_spans * E + 1, dtype=torch.int64, device=device)
+        count_PE, units_PE = zeros[:-1].view(2, num_spans, E)
         BT, BE = _tile(E, elements=2048)
         if T:
             triton_kernels.route[(triton.cdiv(T, BT),)](
-                logits_TE, span_T, probabilities_TE, weights_TK, experts_TK, count_PE, T,
+                logits_TE, span_T, probabilities_TE, weights_TK, experts_TK, count_PE, units_PE, zeros[-1], T,
                 E=E, K=k, BT=BT, BE=BE, BK=_power_of_two(k),
             )  # fmt: skip
-        ctx.save_for_backward(probabilities_TE, experts_TK)
-        ctx.mark_non_differentiable(experts_TK, count_PE)
+        ctx.save_for_backward(probabilities_TE, experts_TK, span_T)
+        one = triton_kernels.ONE.value
+        results = weights_TK, experts_TK, count_PE, units_PE / one, zeros[-1] / one
+        ctx.mark_non_differentiable(results[1], results[2], results[4])
         ctx.set_materialize_grads(False)
-        return probabilities_TE, weights_TK, experts_TK, count_PE
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_probabilities_TE, d_weights_TK, *_):
-        probabilities_TE, experts_TK = ctx.saved_tensors
-        T, E = probabilities_TE.shape
-        d_logits_TE = torch.empty(T, E, dtype=torch.float32, device=probabilities_TE.device)
+    def backward(ctx, d_weights_TK, _, __, d_sum_PE, ___):
+        probabilities_TE, experts_TK, span_T = ctx.saved_tensors
+        if d_sum_PE is None and d_weights_TK is None:
+            return None, None, None, None
+        (T, E), d_logits_TE = probabilities_TE.shape, torch.empty_like(probabilities_TE)
         BT, BE = _tile(E, elements=2048)
-        gradients = [None if d is None else d.contiguous() for d in (d_probabilities_TE, d_weights_TK)]
+        gradients = [None if d is None else d.contiguous() for d in (d_sum_PE, d_weights_TK)]
         if T:
             triton_kernels.route_backward[(triton.cdiv(T, BT),)](
-                probabilities_TE, experts_TK, *gradients, d_logits_TE, T, E=E, K=experts_TK.shape[1], BT=BT, BE=BE,
-                HAS_PROBABILITIES=gradients[0] is not None, HAS_WEIGHTS=gradients[1] is not None,
+                probabilities_TE, experts_TK, span_T, *gradients, d_logits_TE, T, E=E, K=experts_TK.shape[1], BT=BT,
+                BE=BE, HAS_SUMS=gradients[0] is not None, HAS_WEIGHTS=gradients[1] is not None,
             )  # fmt: skip
         return d_logits_TE, None, None, None
 
 
-def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """In one kernel, float32."""
     return _Route.apply(logits_TE.float(), k, span_T, num_spans)
 

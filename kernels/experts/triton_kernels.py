@@ -10,13 +10,20 @@ of X is BX.
 import triton
 import triton.language as tl
 
+ONE = tl.constexpr(2.0**32)
+"""In sums of integers, which do not depend on their order as those of floating-point numbers do."""
+
 
 @triton.jit
 def route(
-    logits, spans, probabilities, weights, experts, counts, T,
+    logits, spans, probabilities, weights, experts, counts, sums, entropy, T,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, the K largest (of equals the first), renormalised; ``counts [P, E]`` grows by each span's tokens."""
+    """Softmax, the K largest (of equals the first), renormalised.
+
+    ``counts [P, E]`` grows by each span's tokens, ``sums [P, E]`` by its probabilities, ``entropy`` by that of all
+    tokens, the last two in units of :data:`ONE`.
+    """
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.arange(0, BE)
     slots = tl.arange(0, BK)
@@ -25,7 +32,8 @@ def route(
     x_TE = tl.load(logits + tokens[:, None] * E + columns[None, :], mask=inside, other=0.0)
     x_TE = tl.where((columns < E)[None, :], x_TE, float("-inf"))
     p_TE = tl.exp(x_TE - tl.max(x_TE, 1)[:, None])
-    p_TE = p_TE / tl.sum(p_TE, 1)[:, None]
+    total_T = tl.sum(p_TE, 1)
+    p_TE = p_TE / total_T[:, None]
     tl.store(probabilities + tokens[:, None] * E + columns[None, :], p_TE, mask=inside)
 
     left_TE = tl.where((columns < E)[None, :], p_TE, -1.0)
@@ -43,27 +51,36 @@ def route(
         expert_TK = tl.where((slots == k)[None, :], expert_T[:, None].to(tl.int64), expert_TK)
     at = tokens[:, None] * K + slots[None, :]
     mask = valid[:, None] & (slots < K)[None, :]
-    tl.store(weights + at, best_TK / tl.sum(best_TK, 1)[:, None], mask=mask)
+    # The only output that tells of logits of NaN: sums of integers do not.
+    weight_TK = tl.where((total_T == total_T)[:, None], best_TK / tl.sum(best_TK, 1)[:, None], float("nan"))
+    tl.store(weights + at, weight_TK, mask=mask)
     tl.store(experts + at, expert_TK, mask=mask)
 
     chosen_TE = tl.where(inside, chosen_TE, 0)
+    p_TE = tl.where(inside, p_TE, 0.0)
+    entropy_T = -tl.sum(p_TE * tl.log(tl.maximum(p_TE, 1e-37)), 1)
+    tl.atomic_add(entropy, (tl.sum(entropy_T, 0) * ONE).to(tl.int64), sem="relaxed")
     first = tl.load(spans + tl.program_id(0).to(tl.int64) * BT)
     last = tl.load(spans + tl.minimum(tl.program_id(0).to(tl.int64) * BT + BT, T) - 1)
     if first == last:
         tl.atomic_add(counts + first * E + columns, tl.sum(chosen_TE, 0), mask=columns < E, sem="relaxed")
+        units_E = (tl.sum(p_TE, 0) * ONE).to(tl.int64)
+        tl.atomic_add(sums + first * E + columns, units_E, mask=columns < E, sem="relaxed")
     else:
         span_T = tl.load(spans + tokens, mask=valid, other=0)
-        counters = counts + span_T[:, None] * E + columns[None, :]
-        tl.atomic_add(counters, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
+        at_TE = span_T[:, None] * E + columns[None, :]
+        tl.atomic_add(counts + at_TE, chosen_TE, mask=chosen_TE > 0, sem="relaxed")
+        tl.atomic_add(sums + at_TE, (p_TE * ONE).to(tl.int64), mask=inside, sem="relaxed")
 
 
 @triton.jit
 def route_backward(
-    probabilities, experts, d_probabilities, d_weights, d_logits, T,
+    probabilities, experts, spans, d_sums, d_weights, d_logits, T,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
-    HAS_PROBABILITIES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_SUMS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """With ``w_k = p_k / s``: ``dp_k += (dw_k - sum_j dw_j w_j) / s``, then the gradient of the softmax."""
+    """With ``w_k = p_k / s``, ``dp_k`` is the gradient of its span's sum and ``(dw_k - sum_j dw_j w_j) / s``; then the
+    gradient of the softmax."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.arange(0, BE)
     valid = tokens < T
@@ -71,8 +88,9 @@ def route_backward(
     inside = valid[:, None] & (columns < E)[None, :]
     p_TE = tl.load(probabilities + at, mask=inside, other=0.0)
     dp_TE = tl.zeros([BT, BE], tl.float32)
-    if HAS_PROBABILITIES:
-        dp_TE += tl.load(d_probabilities + at, mask=inside, other=0.0)
+    if HAS_SUMS:
+        span_T = tl.load(spans + tokens, mask=valid, other=0)
+        dp_TE += tl.load(d_sums + span_T[:, None] * E + columns[None, :], mask=inside, other=0.0)
     if HAS_WEIGHTS:
         chosen_T = tl.zeros([BT], tl.float32)
         dot_T = tl.zeros([BT], tl.float32)

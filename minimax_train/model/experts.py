@@ -77,7 +77,7 @@ class ExpertLayer(nn.Module):
         config = self.config
         # Logits are float32 at least, of the weights as the engine gathers them: bfloat16 logits tie too often.
         logits_TE, x_TD = router_logits(x_TD, self.router.weight, implementation=self.kernels.router)
-        probabilities_TE, weights_TK, experts_TK, count_PE = route(
+        weights_TK, experts_TK, count_PE, probability_PE, entropy = route(
             logits_TE,
             config.experts_per_token,
             spans.span_T,
@@ -85,13 +85,11 @@ class ExpertLayer(nn.Module):
             implementation=self.kernels.router,
         )
         counts = self._count(count_PE, spans)
-        aux_loss = probabilities_TE.new_zeros(())
+        aux_loss = probability_PE.new_zeros(())
         if config.aux_loss_coefficient > 0:
-            aux_loss = self._balance(probabilities_TE, spans, *counts[config.aux_loss_scope])
+            aux_loss = self._balance(probability_PE, spans, *counts[config.aux_loss_scope])
         if config.capacity_factor is not None:
             experts_TK = self._drop(experts_TK, spans, count_PE, *counts[config.capacity_scope])
-        with torch.no_grad():
-            entropy = torch.special.entr(probabilities_TE).sum()
         y_TD = self.mlp(x_TD, weights_TK, experts_TK, residual)
         return y_TD, RouterReport(aux_loss, entropy, count_PE.sum(0), (experts_TK < 0).sum())
 
@@ -110,9 +108,9 @@ class ExpertLayer(nn.Module):
             counts[scope] = pools, (total(count_JBE) if total else count_JBE)
         return counts
 
-    def _balance(self, probabilities_TE: Tensor, spans: TokenSpans, pools: TokenPools, count_JBE: Tensor) -> Tensor:
-        fraction_PE = count_JBE.sum(0)[pools.pool_P].to(probabilities_TE.dtype) / pools.num_tokens
-        return load_balancing_loss(probabilities_TE, spans.span_T, fraction_PE, spans.sequence_length)
+    def _balance(self, probability_PE: Tensor, spans: TokenSpans, pools: TokenPools, count_JBE: Tensor) -> Tensor:
+        fraction_PE = count_JBE.sum(0)[pools.pool_P].to(probability_PE.dtype) / pools.num_tokens
+        return load_balancing_loss(probability_PE, fraction_PE, spans.sequence_length)
 
     def _drop(
         self, experts_TK: Tensor, spans: TokenSpans, count_PE: Tensor, pools: TokenPools, count_JBE: Tensor

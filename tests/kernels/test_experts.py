@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from minimax_train.kernels.experts import drop_over_capacity, expert_mlp, expert_mlp_naive, load_balancing_loss, route
 from support.compare import relative_error
-from support.routing import drop_over_capacity_naive, load_balancing_loss_naive, route_naive, tokens_per_expert_naive
+from support.routing import (
+    drop_over_capacity_naive,
+    entropy_naive,
+    load_balancing_loss_naive,
+    route_naive,
+    tokens_per_expert_naive,
+)
 
 
 def _layer(T, E, K, D, F, seed=0):
@@ -45,13 +51,16 @@ def test_routing_equals_one_token_at_a_time(T, E, K, pieces):
     torch.manual_seed(T)
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
     piece = torch.arange(T) * pieces // T
-    *ours, tokens_per_expert = route(logits, K, piece, pieces, implementation="torch")
-    right = route_naive(logits, K)
-    assert torch.equal(ours[2], right[2])
-    assert tokens_per_expert.tolist() == tokens_per_expert_naive(right[2], E, piece, pieces)
-    gradients = [torch.randn_like(x) for x in ours[:2]]
-    both = [torch.autograd.grad(x[:2], logits, gradients)[0] for x in (ours, right)]
-    for a, b in ((ours[0], right[0]), (ours[1], right[1]), both):
+    ours = route(logits, K, piece, pieces, implementation="torch")
+    probabilities, weights, experts = route_naive(logits, K)
+    sums = torch.stack([probabilities[piece == p].sum(0) for p in range(pieces)])
+    assert torch.equal(ours.experts_TK, experts)
+    assert ours.count_PE.tolist() == tokens_per_expert_naive(experts, E, piece, pieces)
+    assert float(ours.entropy) == pytest.approx(entropy_naive(probabilities), rel=1e-12, abs=1e-15)
+    pairs = [(ours.weights_TK, weights), (ours.probability_PE, sums)]
+    gradients = [torch.randn_like(x) for x, _ in pairs]
+    both = [torch.autograd.grad(x, logits, gradients)[0] for x in zip(*pairs, strict=True)]
+    for a, b in (*pairs, both):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
@@ -83,9 +92,9 @@ def test_load_balancing_loss(sequences, length, E, K):
     torch.manual_seed(length)
     logits = torch.randn(sequences * length, E, dtype=torch.float64, requires_grad=True)
     sequence = torch.arange(sequences * length) // length
-    probabilities, _, experts, tokens_per_expert = route(logits, K, sequence, sequences)
-    ours = load_balancing_loss(probabilities, sequence, tokens_per_expert.double() / length, length)
-    right = load_balancing_loss_naive(probabilities, experts, sequence)
+    _, experts, tokens_per_expert, sums, _ = route(logits, K, sequence, sequences)
+    ours = load_balancing_loss(sums, tokens_per_expert.double() / length, length)
+    right = load_balancing_loss_naive(logits.softmax(-1), experts, sequence)
     torch.testing.assert_close(ours, right, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, right)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)

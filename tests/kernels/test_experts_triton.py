@@ -47,25 +47,31 @@ def test_route(T, E, K, pieces):
     logits = torch.randn(T, E, device=DEVICE)
     piece = torch.arange(T, device=DEVICE) * pieces // T
     results = []
-    d_probabilities, d_weights = _randn(T, E), _randn(T, K)
+    d_sums, d_weights = _randn(pieces, E), _randn(T, K)
     for implementation, dtype in (("triton", torch.float32), ("torch", torch.float64)):
         leaf = logits.to(dtype).requires_grad_()
         out = route(leaf, K, piece, pieces, implementation=implementation)
-        both = _gradients(out[:2], [leaf], [d_probabilities.to(dtype), d_weights.to(dtype)])
-        out_again = route(leaf, K, piece, pieces, implementation=implementation)
-        alone = _gradients(out_again[1], [leaf], d_weights.to(dtype))
-        results.append((*out, *both, *alone))
-    ours, right = results
-    assert torch.equal(ours[2], right[2]) and torch.equal(ours[3], right[3])
-    assert ours[3].sum() == T * K
-    for i in (0, 1, 4):
-        assert relative_error(ours[i], right[i]) < 1e-6
+        both = _gradients([out.weights_TK, out.probability_PE], [leaf], [d_weights.to(dtype), d_sums.to(dtype)])
+        again = route(leaf, K, piece, pieces, implementation=implementation)
+        alone = _gradients(again.weights_TK, [leaf], d_weights.to(dtype))
+        assert torch.equal(again.probability_PE, out.probability_PE) and torch.equal(again.entropy, out.entropy)
+        results.append((out, *both, *alone))
+    (ours, *our_gradients), (right, *right_gradients) = results
+    assert torch.equal(ours.experts_TK, right.experts_TK) and torch.equal(ours.count_PE, right.count_PE)
+    assert ours.count_PE.sum() == T * K
+    assert float(ours.entropy) == pytest.approx(float(right.entropy), rel=1e-6, abs=1e-6)
+    for a, b in (
+        (ours[0], right[0]),
+        (ours.probability_PE, right.probability_PE),
+        (our_gradients[0], right_gradients[0]),
+    ):
+        assert relative_error(a, b) < 1e-6 if E > 1 else (a - b).abs().max() < 1e-6
     # The gradient of weights that must sum to one vanishes where there is one assignment.
-    assert relative_error(ours[5], right[5]) < 2e-6 if K > 1 else ours[5].abs().max() < 1e-6
+    assert relative_error(our_gradients[1], right_gradients[1]) < 2e-6 if K > 1 else our_gradients[1].abs().max() < 1e-6
 
 
 def test_equal_logits_choose_the_first_experts():
-    _, weights, experts, counts = route(
+    weights, experts, counts, *_ = route(
         torch.zeros(9, 6, device=DEVICE),
         2,
         torch.zeros(9, dtype=torch.int64, device=DEVICE),
@@ -80,8 +86,8 @@ def test_equal_logits_choose_the_first_experts():
 def test_logits_of_nan_still_choose_experts():
     logits = torch.full((3, 6), float("nan"), device=DEVICE)
     piece = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    probabilities, _, experts, _ = route(logits, 2, piece, 1, implementation="triton")
-    assert ((experts >= 0) & (experts < 6)).all() and probabilities.isnan().all()
+    weights, experts, *_ = route(logits, 2, piece, 1, implementation="triton")
+    assert ((experts >= 0) & (experts < 6)).all() and weights.isnan().all()
 
 
 @pytest.mark.parametrize(

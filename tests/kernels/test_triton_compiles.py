@@ -27,7 +27,8 @@ MOVED |= dict.fromkeys(("d_x", "d_second", "weight", "logits", "d_q", "d_k", "d_
 MOVED |= dict.fromkeys(("weights", "d_weights", "scale", "cos", "sin", "losses", "log_sum", "d_scale"), f32)
 MOVED |= dict.fromkeys(("experts", "routed_of", "assignment_of", "labels", "spans", "counts"), i64)
 MOVED |= dict.fromkeys(("histogram", "starts", "offsets"), i32) | {"alpha": "fp32", "eps": "fp32"}
-ROUTER = MOVED | dict.fromkeys(("logits", "probabilities", "d_probabilities", "d_logits"), f32)
+ROUTER = MOVED | dict.fromkeys(("logits", "probabilities", "d_sums", "d_logits"), f32)
+ROUTER |= {"sums": i64, "entropy": i64}
 MOVE = {"D": D, "E": E, "K": K, "BT": 4, "BD": 1024}
 ACTIVATE = {"E": E, "F": F, "BF": 1024}
 ROUTE = {"E": E, "K": K, "BT": 64, "BE": 32}
@@ -35,7 +36,7 @@ ROUTED = {"D": D, "BT": 64, "BD": 128, "FACTOR": tl.bfloat16}
 PLAN = {"E": E, "BE": BE}
 LAUNCHES = [
     (experts.route, ROUTER, ROUTE | {"BK": 2}, 4),
-    (experts.route_backward, ROUTER, ROUTE | {"HAS_PROBABILITIES": True, "HAS_WEIGHTS": True}, 4),
+    (experts.route_backward, ROUTER, ROUTE | {"HAS_SUMS": True, "HAS_WEIGHTS": True}, 4),
     (experts.add_router_gradient, MOVED | {"d_logits": bf16}, ROUTED | {"E": E, "BE": 32}, 4),
     (experts.add_router_gradient, MOVED | {"d_logits": bf16}, ROUTED | {"E": 64, "BE": 64}, 4),
     (experts.count, MOVED, PLAN | {"BR": 256}, 8),

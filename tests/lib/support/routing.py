@@ -3,6 +3,8 @@
 Shape legend: T tokens, E experts, K assignments per token.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,11 @@ def route_naive(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         weights.append(exponentials_E[best] / sum(exponentials_E[e] for e in best))
         experts.append(best)
     return torch.stack(probabilities), torch.stack(weights), torch.tensor(experts)
+
+
+def entropy_naive(probabilities_TE: Tensor) -> float:
+    """In nats, summed over tokens."""
+    return -sum(p * math.log(p) for row in probabilities_TE.tolist() for p in row if p > 0)
 
 
 def tokens_per_expert_naive(experts_TK: Tensor, num_experts: int, span_T: Tensor, num_spans: int) -> list[list[int]]:
