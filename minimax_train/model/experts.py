@@ -88,10 +88,12 @@ class ExpertLayer(nn.Module):
         aux_loss = probability_PE.new_zeros(())
         if config.aux_loss_coefficient > 0:
             aux_loss = self._balance(probability_PE, spans, *counts[config.aux_loss_scope])
+        dropped = count_PE.new_zeros(())
         if config.capacity_factor is not None:
             experts_TK = self._drop(experts_TK, spans, count_PE, *counts[config.capacity_scope])
+            dropped = (experts_TK < 0).sum()
         y_TD = self.mlp(x_TD, weights_TK, experts_TK, residual)
-        return y_TD, RouterReport(aux_loss, entropy, count_PE.sum(0), (experts_TK < 0).sum())
+        return y_TD, RouterReport(aux_loss, entropy, count_PE.sum(0), dropped)
 
     def _count(self, count_PE: Tensor, spans: TokenSpans) -> dict[str, tuple[TokenPools, Tensor]]:
         """For each scope in use its pools, and the assignments at every place of them on all ranks, ``[J, B, E]``."""
@@ -109,15 +111,14 @@ class ExpertLayer(nn.Module):
         return counts
 
     def _balance(self, probability_PE: Tensor, spans: TokenSpans, pools: TokenPools, count_JBE: Tensor) -> Tensor:
-        fraction_PE = count_JBE.sum(0)[pools.pool_P].to(probability_PE.dtype) / pools.num_tokens
+        fraction_PE = pools.total(count_JBE).to(probability_PE.dtype) / pools.num_tokens
         return load_balancing_loss(probability_PE, fraction_PE, spans.sequence_length)
 
     def _drop(
         self, experts_TK: Tensor, spans: TokenSpans, count_PE: Tensor, pools: TokenPools, count_JBE: Tensor
     ) -> Tensor:
-        before_PE = (count_JBE.cumsum(0) - count_JBE)[pools.place_P, pools.pool_P]
         capacity = self.config.expert_capacity(pools.num_tokens)
-        return drop_over_capacity(experts_TK, spans.span_T, count_PE, before_PE, capacity)
+        return drop_over_capacity(experts_TK, spans.span_T, count_PE, pools.before(count_JBE), capacity)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"router.weight": xavier(self.config.hidden_size, self.config.num_experts)}

@@ -31,7 +31,7 @@ class TokenPools:
     Attributes:
         pool_P: the pool of each span, int64.
         place_P: place of each span in its pool, in token order over all ranks, int64.
-        num_pools, num_places: B and J.
+        num_pools, num_places: B and J. Where there is one place, span p is all of pool p.
         num_tokens: tokens of a pool.
     """
 
@@ -43,9 +43,19 @@ class TokenPools:
 
     def spread(self, count_PE: Tensor) -> Tensor:
         """This rank's counts at the places of its spans: ``[J, B, E]``, zero where other ranks' are."""
+        if self.num_places == 1:
+            return count_PE[None]
         count_JBE = count_PE.new_zeros(self.num_places, self.num_pools, count_PE.shape[1])
         count_JBE[self.place_P, self.pool_P] = count_PE
         return count_JBE
+
+    def total(self, count_JBE: Tensor) -> Tensor:
+        """Of each span's whole pool: ``[P, E]``."""
+        return count_JBE[0] if self.num_places == 1 else count_JBE.sum(0)[self.pool_P]
+
+    def before(self, count_JBE: Tensor) -> Tensor:
+        """Of each span's pool, what comes before the span: ``[P, E]``."""
+        return (count_JBE.cumsum(0) - count_JBE)[self.place_P, self.pool_P]
 
 
 @dataclass(frozen=True, eq=False)
