@@ -47,7 +47,6 @@ class Permutation:
     ) -> tuple[Tensor, ...]:
         """``[R, D] -> [T, D]``, the sum of each token's assignments, and ``scale * x``; and ``[R] -> [T, K]`` if there
         are weights."""
-        y_TD = self.ops.unpermute(y_RD, self.routed_TK, self.offsets_E, x_TD if scale else None, scale)
-        if weights_R is None:
-            return (y_TD,)
-        return y_TD, weights_R[self.routed_TK].where(self.routed_TK < self.offsets_E[-1], 0)
+        x_TD = x_TD if scale else None
+        y_TD, weights_TK = self.ops.unpermute(y_RD, weights_R, self.routed_TK, self.offsets_E, x_TD, scale)
+        return (y_TD,) if weights_TK is None else (y_TD, weights_TK)

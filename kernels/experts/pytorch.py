@@ -46,11 +46,12 @@ def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Te
 
 
 def unpermute(
-    y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None = None, scale: float = 0.0
-) -> Tensor:
-    """``[R, D] -> [T, D]``, to which ``scale * x`` is added."""
+    y_RD: Tensor, weights_R: Tensor | None, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """``[R, D] -> [T, D]``, to which ``scale * x`` is added; and ``[R] -> [T, K]``."""
     y_TD = y_RD.where(_is_routed_R1(y_RD, offsets_E), 0)[routed_TK].sum(1)
-    return y_TD if x_TD is None else y_TD.add_(x_TD, alpha=scale)
+    y_TD = y_TD if x_TD is None else y_TD.add_(x_TD, alpha=scale)
+    return y_TD, None if weights_R is None else weights_R[routed_TK].where(routed_TK < offsets_E[-1], 0)
 
 
 def _is_routed_R1(like: Tensor, offsets_E: Tensor) -> Tensor:

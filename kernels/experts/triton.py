@@ -168,18 +168,20 @@ def permute(x_TD: Tensor, assignment_R: Tensor, routed_TK: Tensor, offsets_E: Te
 
 
 def unpermute(
-    y_RD: Tensor, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None = None, scale: float = 0.0
-) -> Tensor:
+    y_RD: Tensor, weights_R: Tensor | None, routed_TK: Tensor, offsets_E: Tensor, x_TD: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
     """Sums in float32."""
     (T, K), D = routed_TK.shape, y_RD.shape[1]
+    weights_R = None if weights_R is None else weights_R.contiguous()
+    weights_TK = None if weights_R is None else weights_R.new_empty(T, K)
     x_TD = None if x_TD is None else _rows_contiguous(x_TD)
     out_TD = torch.empty(T, D, dtype=y_RD.dtype, device=y_RD.device)
     BT, BD = _tile(D)
     triton_kernels.unpermute[(triton.cdiv(T, BT), triton.cdiv(D, BD))](
-        y_RD, routed_TK, offsets_E, x_TD, out_TD, T, D if x_TD is None else x_TD.stride(0), scale,
-        D=D, E=len(offsets_E), K=K, BT=BT, BD=BD,
+        y_RD, weights_R, routed_TK, offsets_E, x_TD, out_TD, weights_TK, T, D if x_TD is None else x_TD.stride(0),
+        scale, D=D, E=len(offsets_E), K=K, BT=BT, BD=BD,
     )  # fmt: skip
-    return out_TD
+    return out_TD, weights_TK
 
 
 def swiglu(hidden_R2F: Tensor, weights_R: Tensor, offsets_E: Tensor) -> Tensor:

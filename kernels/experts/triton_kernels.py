@@ -206,10 +206,11 @@ def permute(
 
 @triton.jit
 def unpermute(
-    y, routed_of, offsets, x, out, T, x_t, scale,
+    y, weights, routed_of, offsets, x, out, weights_out, T, x_t, scale,
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over k of y[routed token] + scale x[t]``, without x the sum; without an expert y is not read."""
+    """``out[t] = sum over k of y[routed token] + scale x[t]``, without x the sum; and, if there are weights,
+    ``weights_out[t, k] = weights[routed token]``. Without an expert neither is read: 0."""
     tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     valid = tokens < T
@@ -219,6 +220,10 @@ def unpermute(
         routed_T = tl.load(routed_of + tokens * K + k, mask=valid, other=0)
         mask = (valid & (routed_T < used))[:, None] & (columns < D)[None, :]
         acc_TD += tl.load(y + routed_T[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if weights is not None:
+            is_first = tl.program_id(1) == 0
+            weight_T = tl.load(weights + routed_T, mask=valid & (routed_T < used) & is_first, other=0.0)
+            tl.store(weights_out + tokens * K + k, weight_T, mask=valid & is_first)
     mask = valid[:, None] & (columns < D)[None, :]
     if x is not None:
         acc_TD += scale * tl.load(x + tokens[:, None] * x_t + columns[None, :], mask=mask, other=0.0).to(tl.float32)
