@@ -1,8 +1,8 @@
 """RMSNorm, alone or joined with the DeepNorm residual before it or the gate after it, in one kernel each way.
 
 Tensors of ``T x D`` through memory, forward and backward: alone 2 and 3, handed out twice 2 and 4, with residual or
-gate 3 and 5. The sum
-``alpha * h + f`` is never stored: nothing but the norm reads it, and the backward pass has both terms at hand.
+gate 3 and 5. The sum ``alpha * h + f`` is never stored: nothing but the norm reads it, and the backward pass has both
+terms at hand.
 
 Shape legend: T tokens, D width.
 """

