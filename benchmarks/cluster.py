@@ -16,9 +16,10 @@ Takes as many GPUs as it finds. Every case is ``benchmarks/training.py``'s: the 
     best      the grid that minimax-plan finds fastest, proxy and medium, 8 micro-batches, for each pipeline stage
     layers    benchmarks/context_parallel.py and benchmarks/experts.py over NCCL, and over the emulated link beside it
 
-"ratio" is tokens/s per GPU over those of one GPU in the same part, "planned" what minimax-plan expects. "ms" is the
-median of the timed steps, beside the longest of them; "data ms" what the host waits in a step for the loader. "made s",
-"warm s" and "whole s" are the seconds until a case's trainer was there, until three steps were done, and until all was.
+"ratio" is tokens/s per GPU over those of one GPU in the same part (of ``apart`` in ``weak``, of ``linear`` in ``cp``);
+the picture shows it. "planned" is what minimax-plan expects. "ms" is the median of the timed steps, beside the longest
+of them; "data ms" what the host waits in a step for the loader. "made s", "warm s" and "whole s" are the seconds until
+a case's trainer was there, until three steps were done, and until all was.
 A case that cannot run says why. What is not reached within ``--seconds`` is left out, and said so.
 """
 
@@ -202,10 +203,17 @@ def finish(command: list[str], seconds: float, **environment: str) -> str | None
     return None
 
 
+def one_gpu(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By part, the case of one GPU with which its others are compared."""
+    alone = {r["part"]: r for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
+    for part, other in {"apart": "weak", "linear": "cp"}.items():
+        if other in alone:
+            alone[part] = alone[other]
+    return alone
+
+
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    alone = {r["part"]: r["tokens/s"] for r in reversed(results) if r["ranks"] == 1 and "tokens/s" in r}
-    if "weak" in alone:
-        alone["apart"] = alone["weak"]
+    alone = one_gpu(results)
     columns = (
         "ms",
         "longest ms",
@@ -229,29 +237,30 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{name}  {r['error']}"
             continue
         figures = "".join(f"{r.get(column, float('nan')):12,.1f}" for column in columns)
-        ratio = r["tokens/s"] / r["ranks"] / alone[r["part"]] if r["part"] in alone else float("nan")
+        one = alone.get(r["part"], {"tokens/s": float("nan")})
+        ratio = r["tokens/s"] / r["ranks"] / one["tokens/s"]
         yield f"{name}{figures}{ratio:8.3f}"
 
 
 def draw(results: list[dict[str, Any]], picture: Path) -> None:
-    """Tokens/s per GPU over the number of GPUs, of one GPU's; planned ones dashed."""
-    figure, (axis,) = subplots(1, 1, (6, 4))
-    for index, part in enumerate(("weak", "strong", "axes", "cp", "experts", "pp")):
-        points: dict[int, dict[str, Any]] = {}
-        for r in results:  # the fastest on each number of GPUs
-            if r["part"] == part and r.get("tokens/s", 0) > points.get(r["ranks"], {}).get("tokens/s", 0):
-                points[r["ranks"]] = r
-        if 1 not in points or len(points) == 1:
-            continue
-        alone, ranks = points[1], sorted(points)
-        axis.plot(ranks, [points[n]["tokens/s"] / n / alone["tokens/s"] for n in ranks], f"C{index}o-", label=part)
-        if "planned ms" in alone:
-            steps = [points[n]["ms"] * points[n]["tokens/s"] / points[n]["planned ms"] for n in ranks]
-            axis.plot(ranks, [step / n / steps[0] for step, n in zip(steps, ranks, strict=True)], f"C{index}--")
-    axis.set_xscale("log", base=2)
-    ticks = sorted({r["ranks"] for r in results})
-    axis.set_xticks(ticks, map(str, ticks))
-    axis.set(xlabel="GPUs (dashed: planned)", ylabel="tokens/s per GPU over one GPU's", ylim=(0, None))
+    """A bar for every case on several GPUs: tokens/s per GPU over one GPU's. A line across it is what was planned."""
+    alone, bars = one_gpu(results), []
+    for r in results:
+        if r["ranks"] > 1 and "error" not in r and r["part"] in alone:
+            one, per_gpu = alone[r["part"]], r["tokens/s"] / r["ranks"]
+            step = r["ms"] * per_gpu, one["ms"] * one["tokens/s"]  # tokens of a GPU, in units that cancel
+            planned = step[0] / r["planned ms"] / (step[1] / one["planned ms"]) if "planned ms" in one else None
+            bars.append((f"{r['ranks']} GPUs  {r['shown']}", per_gpu / one["tokens/s"], planned))
+    if not bars:
+        return
+    figure, (axis,) = subplots(1, 1, (7.5, 1.2 + 0.24 * len(bars)))
+    names, measured, planned = zip(*reversed(bars), strict=True)
+    places = range(len(bars))
+    axis.barh(places, measured, color="C0", label="measured")
+    known = [(place, share) for place, share in zip(places, planned, strict=True) if share is not None]
+    axis.plot([share for _, share in known], [place for place, _ in known], "k|", markersize=11, label="planned")
+    axis.set_yticks(places, names, family="monospace", fontsize=7)
+    axis.set(xlabel="tokens/s per GPU over one GPU's", xlim=(0, None))
     save(figure, axis, picture)
 
 

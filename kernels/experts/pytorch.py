@@ -20,6 +20,7 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def route(logits_TE: Tensor, k: int, span_T: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Beside the results it holds ``[P, T]``, by which spans are summed in the same order in every run."""
     probabilities_TE, E = logits_TE.softmax(-1), logits_TE.shape[1]
     weights_TK, experts_TK = probabilities_TE.topk(k, dim=-1)
     slot_TK = span_T[:, None] * E + experts_TK

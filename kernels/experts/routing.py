@@ -18,7 +18,7 @@ ROUTER_IMPLEMENTATIONS = {"triton": triton_ops, "torch": pytorch}
 
 
 class Routing(NamedTuple):
-    """Where tokens go.
+    """Where tokens go. Of logits of NaN the weights are NaN; sums and entropy need not be.
 
     Attributes:
         weights_TK: the k largest probabilities of each token, renormalised, in the dtype of the logits; differentiable.

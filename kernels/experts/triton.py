@@ -39,6 +39,12 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _router_tile(E: int) -> dict[str, int]:
+    """Whole rows of a tensor that is E wide, and the warps for them."""
+    BE = _power_of_two(E)
+    return {"BT": max(1, 2048 // BE), "BE": BE, "num_warps": max(4, min(32, BE // 512))}
+
+
 # --- router -----------------------------------------------------------------------------------------------------------
 
 
@@ -52,11 +58,11 @@ class _Route(torch.autograd.Function):
         experts_TK = torch.empty(T, k, dtype=torch.int64, device=device)
         zeros = torch.zeros(2 * num_spans * E + 1, dtype=torch.int64, device=device)
         count_PE, units_PE = zeros[:-1].view(2, num_spans, E)
-        BT, BE = _tile(E, elements=2048)
         if T:
-            triton_kernels.route[(triton.cdiv(T, BT),)](
+            tile = _router_tile(E)
+            triton_kernels.route[(triton.cdiv(T, tile["BT"]),)](
                 logits_TE, span_T, probabilities_TE, weights_TK, experts_TK, count_PE, units_PE, zeros[-1], T,
-                E=E, K=k, BT=BT, BE=BE, BK=_power_of_two(k),
+                E=E, K=k, BK=_power_of_two(k), **tile,
             )  # fmt: skip
         ctx.save_for_backward(probabilities_TE, experts_TK, span_T)
         one = triton_kernels.ONE.value
@@ -72,12 +78,12 @@ class _Route(torch.autograd.Function):
         if d_sum_PE is None and d_weights_TK is None:
             return None, None, None, None
         (T, E), d_logits_TE = probabilities_TE.shape, torch.empty_like(probabilities_TE)
-        BT, BE = _tile(E, elements=2048)
         gradients = [None if d is None else d.contiguous() for d in (d_sum_PE, d_weights_TK)]
         if T:
-            triton_kernels.route_backward[(triton.cdiv(T, BT),)](
-                probabilities_TE, experts_TK, span_T, *gradients, d_logits_TE, T, E=E, K=experts_TK.shape[1], BT=BT,
-                BE=BE, HAS_SUMS=gradients[0] is not None, HAS_WEIGHTS=gradients[1] is not None,
+            tile = _router_tile(E)
+            triton_kernels.route_backward[(triton.cdiv(T, tile["BT"]),)](
+                probabilities_TE, experts_TK, span_T, *gradients, d_logits_TE, T, E=E, K=experts_TK.shape[1],
+                HAS_SUMS=gradients[0] is not None, HAS_WEIGHTS=gradients[1] is not None, **tile,
             )  # fmt: skip
         return d_logits_TE, None, None, None
 

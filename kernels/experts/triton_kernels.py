@@ -1,7 +1,8 @@
 """Triton kernels around the experts' GEMMs; :mod:`minimax_train.kernels.experts.triton` composes them.
 
 All indices are of assignments, token-major (``token * K + k``), or of routed tokens, sorted by expert. Every output
-element has one writer, and counts are sums of integers, so results do not depend on the order in which programs run.
+element has one writer, and counts, sums of probabilities and entropy are sums of integers, so results do not depend on
+the order in which programs run.
 
 Shape legend: T tokens, D hidden, E experts, F expert hidden, K assignments per token, R = T * K routed tokens. A block
 of X is BX.

@@ -122,8 +122,8 @@ class ActivationMemory:
             numbers += 2 * D + attention.cheap
         elif called:
             numbers += attention.cheap
-        # Probabilities, of the loss for balance too; each assignment's expert, and its weight twice.
-        router = 2 * _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)
+        # Probabilities; each assignment's expert, and its weight twice.
+        router = _FLOAT32 * model.num_experts + K * (8 + 2 * _FLOAT32)
         scalars = _FLOAT32 * (2 + attention.float32)
         return tokens * (numbers * self.itemsize + _PERMUTATION * K + router + scalars)
 

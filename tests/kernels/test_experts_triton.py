@@ -37,11 +37,13 @@ def _randn(*shape, dtype=torch.float64):
     return torch.randn(*shape, device=DEVICE).to(torch.bfloat16).to(dtype)
 
 
-def _gradients(outputs, leaves, d_outputs):
-    return torch.autograd.grad(outputs, leaves, d_outputs)
+def _gradients(outputs, leaves, d_outputs, **how):
+    return torch.autograd.grad(outputs, leaves, d_outputs, **how)
 
 
-@pytest.mark.parametrize("T, E, K, pieces", [(1, 1, 1, 1), (63, 5, 2, 1), (150, 5, 3, 4), (130, 32, 2, 2)])
+@pytest.mark.parametrize(
+    "T, E, K, pieces", [(1, 1, 1, 1), (63, 5, 2, 1), (150, 5, 3, 4), (130, 32, 2, 2), (6, 1500, 3, 2)]
+)
 def test_route(T, E, K, pieces):
     torch.manual_seed(T)
     logits = torch.randn(T, E, device=DEVICE)
@@ -53,9 +55,10 @@ def test_route(T, E, K, pieces):
         out = route(leaf, K, piece, pieces, implementation=implementation)
         both = _gradients([out.weights_TK, out.probability_PE], [leaf], [d_weights.to(dtype), d_sums.to(dtype)])
         again = route(leaf, K, piece, pieces, implementation=implementation)
-        alone = _gradients(again.weights_TK, [leaf], d_weights.to(dtype))
+        alone = _gradients(again.weights_TK, [leaf], d_weights.to(dtype), retain_graph=True)
+        sums = _gradients(again.probability_PE, [leaf], d_sums.to(dtype))
         assert torch.equal(again.probability_PE, out.probability_PE) and torch.equal(again.entropy, out.entropy)
-        results.append((out, *both, *alone))
+        results.append((out, *both, *alone, *sums))
     (ours, *our_gradients), (right, *right_gradients) = results
     assert torch.equal(ours.experts_TK, right.experts_TK) and torch.equal(ours.count_PE, right.count_PE)
     assert ours.count_PE.sum() == T * K
@@ -64,6 +67,7 @@ def test_route(T, E, K, pieces):
         (ours[0], right[0]),
         (ours.probability_PE, right.probability_PE),
         (our_gradients[0], right_gradients[0]),
+        (our_gradients[2], right_gradients[2]),
     ):
         assert relative_error(a, b) < 1e-6 if E > 1 else (a - b).abs().max() < 1e-6
     # The gradient of weights that must sum to one vanishes where there is one assignment.

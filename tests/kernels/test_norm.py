@@ -35,12 +35,17 @@ def _read_twice(x, weight, **kw):
     return once - 4 * again
 
 
+def _read_second_only(x, weight, **kw):
+    return rms_norm_twice(x, weight, EPS, **kw)[1]
+
+
 OPS = {
     "alone": (1, lambda x, w, **kw: rms_norm(x, w, EPS, **kw)),
     "residual": (2, lambda h, f, w, **kw: add_rms_norm(h, f, w, alpha=3.5566, eps=EPS, **kw)),
     "gate": (2, lambda x, gate, w, **kw: gated_rms_norm(x, gate, w, eps=EPS, **kw)),
     "gate in parts": (2, _gate_in_parts),
     "twice": (1, _read_twice),
+    "twice, read once": (1, _read_second_only),
 }
 REFERENCES = {**OPS, "gate in parts": OPS["gate"]}
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -60,6 +65,7 @@ FORMULAS = {
 }
 FORMULAS["gate in parts"] = FORMULAS["gate"]
 FORMULAS["twice"] = lambda x, w: -3 * _scaled(x, w)
+FORMULAS["twice, read once"] = _scaled
 
 
 def _results(op, dtype, values, d_out, **options):

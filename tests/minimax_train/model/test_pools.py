@@ -66,3 +66,36 @@ def test_spans_with_context_parallelism(kind, cp, tp, num_sequences, length, in_
     for sequence in range(num_sequences):  # places are in token order
         firsts = [first for (of, _), first in sorted(placed.items()) if of == sequence]
         assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize(("tp", "num_sequences", "length"), [(1, 1, 5), (1, 3, 7), (3, 2, 9), (2, 5, 6)])
+@pytest.mark.parametrize("scope", ["sequence", "global", "rank"])
+def test_counts_of_whole_pools_and_before_each_span(scope, tp, num_sequences, length):
+    """Of ranks one after the other, each with an expert that tells a token's place in the micro-batch."""
+    num_tokens = num_sequences * length
+    documents = DeviceDocuments.of_shape(
+        num_documents=num_tokens, num_tokens=num_tokens, max_length=length, device=DEVICE
+    )
+    found, counts = [], []
+    for rank in range(tp):
+        spans = TokenSpans.of(
+            documents, None, num_sequences, ModelRanks(tp=TensorParallel(SimpleNamespace(rank=rank, size=tp)))
+        )
+        mine = torch.arange(rank * num_tokens // tp, (rank + 1) * num_tokens // tp, device=DEVICE)
+        count_PE = torch.zeros(len(spans.sequence_P), num_tokens, dtype=torch.int64, device=DEVICE)
+        count_PE[spans.span_T, mine] = 1
+        counts.append(spans.pools(scope).spread(count_PE))
+        found.append((spans, mine.tolist()))
+    for rank, (spans, mine) in enumerate(found):
+        pools = spans.pools(scope)
+        count_JBE = counts[rank] if scope == "rank" else torch.stack(counts).sum(0)
+        total, before = pools.total(count_JBE), pools.before(count_JBE)
+        for span, sequence in enumerate(spans.sequence_P.tolist()):
+            pool = {
+                "sequence": range(sequence * length, (sequence + 1) * length),
+                "global": range(num_tokens),
+                "rank": mine,
+            }[scope]
+            first = max(sequence * length, mine[0])
+            assert total[span].nonzero().flatten().tolist() == list(pool)
+            assert before[span].nonzero().flatten().tolist() == [token for token in pool if token < first]
