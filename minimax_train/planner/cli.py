@@ -18,14 +18,13 @@ from minimax_train.planner.cost import DOCUMENT_TOKENS
 from minimax_train.planner.dry_run import dry_run
 from minimax_train.planner.machine import MACHINES
 from minimax_train.planner.plan import Cluster, RunPlan, plan_run
-from minimax_train.planner.search import BEST, engines_with_stages, overrides_of, propose
+from minimax_train.planner.search import BEST, engines_with_stages, other_micro_batch, overrides_of, propose
 from minimax_train.recipe import Progress, Recipe
 
 _WORLD = "world_size="
 _BATCH = ("recipe=", "recipe.global_batch_size=", "recipe.batch", "recipe.stages", "experiment=")
 _MICRO_BATCH = "recipe.micro_batch_size="
 _ENGINE = ("engine=", "engine.", "experiment=")
-_MUCH = 0.6  # of the memory: what takes less leaves room for a larger micro-batch
 _MICRO_BATCHES = 8  # on a rank, where no global batch is given
 _EPILOG = """
 Overrides are those of minimax-train. With none of parallel.pp, tp, cp, ep and etp among them, grids are proposed, the
@@ -79,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             others = () if any(text.startswith(_ENGINE) for text in overrides) else engines_with_stages(config)
             proposed = propose(config, cluster, document_tokens, number, others)
             plan = proposed[0]
+        other = other_micro_batch(plan)
         built = []
         if ENGINES[plan.config.engine.name].on_meta:
             # Of every stage alike: the first, one in the middle, and the last.
@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     output = Output(sys.stdout)
     if options.json:
-        output.write(json.dumps(_as_json(plan, proposed), indent=1) + "\n")
+        output.write(json.dumps(_as_json(plan, proposed, other), indent=1) + "\n")
     else:
-        lines = [*_proposals(proposed, config), *_report(plan, options.machine)]
+        lines = [*_proposals(proposed, config), *_report(plan, other, options.machine)]
         lines += [
             f"{'built':14}rank {rank:,} of {world_size:,} on the meta device in {seconds:.1f} s: "
             f"{num_bytes / 2**30:.2f} GiB of weights, gradients and states"
@@ -132,7 +132,8 @@ def _row(plan: RunPlan, config: Config) -> str:
     )
 
 
-def _report(plan: RunPlan, machine: str) -> Iterable[str]:
+def _report(plan: RunPlan, other: RunPlan | None, machine: str) -> Iterable[str]:
+    """Of a plan, and of one with another micro-batch that is faster."""
     config, grid, step, rates = plan.config, plan.grid, plan.step, plan.cluster.rates
     count = count_parameters(config.model)
     per_token = training_flops(config.model, 1, (plan.document_tokens + 1) / 2)
@@ -160,8 +161,6 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
             f"{f'pipeline {number}':14}{rank.memory_bytes / 2**30:10.2f}  layers {rank.shown_layers}; "
             f"{num_bytes / 2**30:.2f} of up to {held} micro-batches' {kept}"
         )
-    if plan.memory_bytes < _MUCH * rates.memory_bytes:
-        yield f"{'':14}much is free: try a larger recipe.micro_batch_size"
     longest = f"{plan.largest_sequence:,} tokens" if plan.largest_sequence else "none fits"
     yield f"{'':14}longest packed sequence, alone in a micro-batch, blocks recomputed: {longest}"
     for axis, traffic in plan.cost.traffic.items():
@@ -173,6 +172,11 @@ def _report(plan: RunPlan, machine: str) -> Iterable[str]:
         f"{'time':14}{1e3 * plan.cost.seconds:,.1f} ms a step, {plan.tokens_per_s:,.0f} tokens/s, "
         f"{100 * plan.mfu:.1f} % MFU"
     )
+    if other is not None:
+        yield (
+            f"{'':14}with recipe.micro_batch_size={other.step.micro_batch_size}: {1e3 * other.cost.seconds:,.1f} ms, "
+            f"{other.tokens_per_s:,.0f} tokens/s, {100 * other.mfu:.1f} % MFU, {other.memory_bytes / 2**30:.1f} GiB"
+        )
     for what, seconds in plan.cost.compute_s.items():
         if seconds:
             yield f"{'':14}{1e3 * seconds:10,.1f}  {what}"
@@ -199,13 +203,14 @@ def _flops(count: float) -> str:
     return f"{count / 1e9:,.1f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"
 
 
-def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:
+def _as_json(plan: RunPlan, proposed: list[RunPlan], other: RunPlan | None) -> dict:
     def one(plan: RunPlan) -> dict:
         return {
             "engine": plan.config.engine.name,
             "parallel": plan.config.parallel.sizes,
             "pp_schedule": plan.config.parallel.pp_schedule,
             "num_streams": plan.config.data.num_streams,
+            "micro_batch_size": plan.step.micro_batch_size,
             "fits": plan.fits,
             "memory_bytes": plan.memory,
             "memory_bytes_of_pipeline_ranks": [rank.memory for rank in plan.ranks],
@@ -220,7 +225,12 @@ def _as_json(plan: RunPlan, proposed: list[RunPlan]) -> dict:
         }
 
     count = count_parameters(plan.config.model)
-    return {**one(plan), "parameters": vars(count), "proposals": [one(each) for each in proposed]}
+    return {
+        **one(plan),
+        "parameters": vars(count),
+        "other_micro_batch": None if other is None else one(other),
+        "proposals": [one(each) for each in proposed],
+    }
 
 
 if __name__ == "__main__":

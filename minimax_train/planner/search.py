@@ -29,6 +29,7 @@ from minimax_train.recipe import Recipe
 
 BEST = 10
 """So many proposals are made."""
+_WORTH = 1.02  # a step must be so many times as fast for another micro-batch to be named
 
 
 def propose(
@@ -66,6 +67,27 @@ def propose(
         f"world_size={cluster.world_size}: no grid fits: {search.least} takes least, {search.least_taken / 2**30:.1f} "
         f"GiB of {cluster.rates.memory_bytes / 2**30:.1f} on every GPU"
     )
+
+
+def other_micro_batch(plan: RunPlan) -> RunPlan | None:
+    """The fastest plan of the same grid and step, cut into larger or smaller micro-batches, that fits.
+
+    None where the plan's own are as fast within 2 %, or where a stage of the recipe sets them. A plan that does not fit
+    is slower than any that does.
+    """
+    config, step, parameters = plan.config, plan.step, Parameters(plan.config.model)
+    best = plan
+    for size in divisors(step.global_batch_size // plan.grid.size("dp")):
+        recipe = dataclasses.replace(config.recipe, micro_batch_size=size)
+        try:
+            own = dataclasses.replace(config, recipe=recipe)
+            other = plan_run(own, plan.cluster, plan.document_tokens, parameters)
+        except ConfigError:  # the batches of the recipe's other stages, or too few micro-batches for the stages
+            continue
+        least = _WORTH if best is plan else 1.0
+        if other.fits and (not best.fits or other.tokens_per_s > least * best.tokens_per_s):
+            best = other
+    return None if best is plan else best
 
 
 def engines_with_stages(config: Config) -> list[EngineConfig]:

@@ -21,7 +21,7 @@ from minimax_train.planner.cost import equal_stages_seconds, passes_seconds
 from minimax_train.planner.dry_run import dry_run, held_bytes
 from minimax_train.planner.machine import MACHINES
 from minimax_train.planner.plan import Cluster, plan_run
-from minimax_train.planner.search import engines_with_stages, overrides_of, propose
+from minimax_train.planner.search import engines_with_stages, other_micro_batch, overrides_of, propose
 from minimax_train.trainer import Trainer
 from support.distributed import run_ranks
 from support.runs import DIVISIBLE, tiny_run
@@ -296,6 +296,38 @@ def test_expert_weights_are_cut_beyond_their_number():
     assert memory["moments"] == pytest.approx(8 * total / 2048, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "dp", "pp", "more"),
+    [
+        (16, 64, 1, 1, []),  # blocks are computed again
+        (1, 96, 2, 1, ["parallel.ep=2"]),
+        (16, 64, 1, 4, ["engine=fsdp"]),  # a pipeline that is hardly filled
+        (32, 64, 1, 1, ["recipe.activation_checkpointing=none"]),  # does not fit
+    ],
+)
+def test_another_micro_batch(size, batch, dp, pp, more):
+    """The fastest of all into which the step can be cut, each planned as a run that is given it."""
+    whole = [
+        "model=medium",
+        "data.sequence_length=8192",
+        f"recipe.global_batch_size={batch}",
+        f"parallel.pp={pp}",
+        *more,
+    ]
+    sizes = [n for n in range(1, batch + 1) if batch // dp % n == 0 and batch // n >= dp * pp]
+    able = {
+        n: plan_run(
+            load_config([*whole, f"recipe.micro_batch_size={n}"]), Cluster(dp * pp, MACHINES["h100"], Machine()), 4000
+        )
+        for n in sizes
+    }
+    best = max((n for n in able if able[n].fits), key=lambda n: able[n].tokens_per_s)
+    other = other_micro_batch(able[size])
+    assert other.fits and other.step.micro_batch_size == best != size
+    assert other.step.tokens == able[size].step.tokens and other.tokens_per_s == able[best].tokens_per_s
+    assert other_micro_batch(able[best]) is None
+
+
 def test_the_command(capsys):
     tiny = ["model=tiny", "data.sequence_length=96", "recipe.global_batch_size=8", "recipe.micro_batch_size=1"]
     assert main([*tiny, "world_size=4", "--machine", "h200"]) == 0
@@ -324,6 +356,13 @@ def test_the_command(capsys):
     assert "engine=deepspeed" in out and "built" not in out
     assert main(["model=proxy", "recipe.micro_batch_size=1", "recipe.global_batch_size=1"]) == 1
     assert "does not fit" in capsys.readouterr().out
+    # By hand the other is found again, and as fast.
+    medium = ["model=medium", "data.sequence_length=8192", "recipe.global_batch_size=8"]
+    assert main([*medium, "recipe.micro_batch_size=1"]) == 0
+    named = re.search(r"with (recipe.micro_batch_size=\d+): .* ms, (\S+ tokens/s)", capsys.readouterr().out)
+    assert main([*medium, named[1], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert f"{told['tokens_per_s']:,.0f} tokens/s" == named[2] and told["other_micro_batch"] is None
 
 
 @pytest.mark.parametrize(
