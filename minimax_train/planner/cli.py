@@ -16,7 +16,7 @@ from minimax_train.model.config import count_parameters
 from minimax_train.parallel.cost import Machine
 from minimax_train.planner.cost import DOCUMENT_TOKENS
 from minimax_train.planner.dry_run import dry_run
-from minimax_train.planner.machine import MACHINES
+from minimax_train.planner.machine import MACHINES, OVERHEAD_BYTES
 from minimax_train.planner.plan import Cluster, RunPlan, plan_run
 from minimax_train.planner.search import BEST, engines_with_stages, other_micro_batch, overrides_of, propose
 from minimax_train.recipe import Progress, Recipe
@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     output = Output(sys.stdout)
     if options.json:
-        output.write(json.dumps(_as_json(plan, proposed, other), indent=1) + "\n")
+        output.write(json.dumps(_as_json(plan, proposed, other, config), indent=1) + "\n")
     else:
-        lines = [*_proposals(proposed, config), *_report(plan, other, options.machine)]
+        lines = [*_proposals(proposed, config), *_report(plan, other, options.machine, batch_is_given)]
         lines += [
             f"{'built':14}rank {rank:,} of {world_size:,} on the meta device in {seconds:.1f} s: "
             f"{num_bytes / 2**30:.2f} GiB of weights, gradients and states"
@@ -132,7 +132,7 @@ def _row(plan: RunPlan, config: Config) -> str:
     )
 
 
-def _report(plan: RunPlan, other: RunPlan | None, machine: str) -> Iterable[str]:
+def _report(plan: RunPlan, other: RunPlan | None, machine: str, batch_is_given: bool) -> Iterable[str]:
     """Of a plan, and of one with another micro-batch that is faster."""
     config, grid, step, rates = plan.config, plan.grid, plan.step, plan.cluster.rates
     count = count_parameters(config.model)
@@ -144,14 +144,23 @@ def _report(plan: RunPlan, other: RunPlan | None, machine: str) -> Iterable[str]
     axes = ("dp", "cp", "tp", "edp", "ep", "etp")
     sizes = ", ".join(f"{axis} {grid.size(axis)}" for axis in (("pp", *axes) if grid.pp > 1 else axes))
     yield f"{'grid':14}{grid.world_size:,} x {machine}: {sizes}; engine={config.engine.name}"
+    number = step.micro_batches(grid.size("dp"))
     yield (
-        f"{'step':14}{step.tokens:,} tokens: {step.micro_batches(grid.size('dp'))} micro-batches of "
+        f"{'step':14}{step.tokens:,} tokens: {number} micro-batch{'es' * (number > 1)} of "
         f"{step.micro_batch_size} x {step.sequence_length:,} on a data-parallel rank"
     )
     verdict = "fits" if plan.fits else "does not fit"
     free = rates.memory_bytes / 2**30
     of_rank = f" of pipeline rank {plan.fullest}, the fullest," if grid.pp > 1 else ""
-    yield f"{'memory':14}{plan.memory_bytes / 2**30:.1f} GiB on a GPU{of_rank} of {free:.1f}: {verdict}"
+    yield (
+        f"{'memory':14}{plan.memory_bytes / 2**30:.1f} GiB on a GPU{of_rank} of {free:.1f} less "
+        f"{OVERHEAD_BYTES / 2**30:.1f} for CUDA and NCCL: {verdict}"
+    )
+    for stage in plan.tight_stages if plan.fits else ():
+        yield (
+            f"{'':14}stage {stage.name} does not fit on this grid, with micro-batches of {stage.micro_batch_size} x "
+            f"{stage.sequence_length:,}"
+        )
     for what, num_bytes in plan.memory.items():
         yield f"{'':14}{num_bytes / 2**30:10.2f}  {what}"
     for number, rank in enumerate(plan.ranks if grid.pp > 1 else ()):
@@ -173,8 +182,11 @@ def _report(plan: RunPlan, other: RunPlan | None, machine: str) -> Iterable[str]
         f"{100 * plan.mfu:.1f} % MFU"
     )
     if other is not None:
+        micro_batch = f"{_MICRO_BATCH}{other.step.micro_batch_size}"
+        if not batch_is_given:
+            micro_batch += f" recipe.global_batch_size={step.global_batch_size}"
         yield (
-            f"{'':14}with recipe.micro_batch_size={other.step.micro_batch_size}: {1e3 * other.cost.seconds:,.1f} ms, "
+            f"{'':14}on this grid, with {micro_batch}: {1e3 * other.cost.seconds:,.1f} ms, "
             f"{other.tokens_per_s:,.0f} tokens/s, {100 * other.mfu:.1f} % MFU, {other.memory_bytes / 2**30:.1f} GiB"
         )
     for what, seconds in plan.cost.compute_s.items():
@@ -203,15 +215,19 @@ def _flops(count: float) -> str:
     return f"{count / 1e9:,.1f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"
 
 
-def _as_json(plan: RunPlan, proposed: list[RunPlan], other: RunPlan | None) -> dict:
+def _as_json(plan: RunPlan, proposed: list[RunPlan], other: RunPlan | None, config: Config) -> dict:
     def one(plan: RunPlan) -> dict:
         return {
+            "overrides": overrides_of(plan, config),
             "engine": plan.config.engine.name,
             "parallel": plan.config.parallel.sizes,
             "pp_schedule": plan.config.parallel.pp_schedule,
             "num_streams": plan.config.data.num_streams,
             "micro_batch_size": plan.step.micro_batch_size,
+            "global_batch_size": plan.step.global_batch_size,
+            "sequence_length": plan.step.sequence_length,
             "fits": plan.fits,
+            "stages_that_do_not_fit": [stage.name for stage in plan.tight_stages],
             "memory_bytes": plan.memory,
             "memory_bytes_of_pipeline_ranks": [rank.memory for rank in plan.ranks],
             "recomputation": plan.recomputation,

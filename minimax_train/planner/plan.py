@@ -30,6 +30,7 @@ from minimax_train.parallelize import parts_of_ranks, whole_layouts
 from minimax_train.planner.cost import RankWork, StepCost, step_cost
 from minimax_train.planner.machine import OVERHEAD_BYTES, Rates
 from minimax_train.recipe import Progress, Recipe, StepPlan
+from minimax_train.recipe.stages import Stage, resolve_stages
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,25 @@ class RunPlan:
     @property
     def fits(self) -> bool:
         return self.memory_bytes <= self.cluster.rates.memory_bytes - OVERHEAD_BYTES
+
+    @property
+    def tight_stages(self) -> list[Stage]:
+        """Those of the recipe that run on this grid and whose micro-batches do not fit."""
+        requested, layers = self.config.recipe.activation_checkpointing, self.config.model.num_layers
+        capacity = int(self.cluster.rates.memory_bytes - OVERHEAD_BYTES)
+        found = []
+        for stage in resolve_stages(self.config):
+            tokens = stage.micro_batch_size * stage.sequence_length // self.grid.size("cp_tp")
+            for rank in self.ranks if stage.parallel.sizes == self.config.parallel.sizes else ():
+                *states, _ = rank.memory.values()
+                free = capacity - sum(states)
+                kinds = [requested] * layers
+                if requested == AUTO:
+                    kinds = choose_recomputation(rank.activations, tokens, free)
+                if rank.activations.peak(tokens, kinds) > free:
+                    found.append(stage)
+                    break
+        return found
 
     @property
     def tokens_per_s(self) -> float:

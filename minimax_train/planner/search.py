@@ -63,20 +63,23 @@ def propose(
         return sorted(plans, key=lambda plan: -plan.tokens_per_s)
     if search.refused is not None and not search.least:
         raise search.refused
+    size = search.micro_batch_size
+    smaller = f"; a micro-batch smaller than recipe.micro_batch_size={size} takes less" if size > 1 else ""
     raise ConfigError(
-        f"world_size={cluster.world_size}: no grid fits: {search.least} takes least, {search.least_taken / 2**30:.1f} "
-        f"GiB of {cluster.rates.memory_bytes / 2**30:.1f} on every GPU"
+        f"world_size={cluster.world_size}: no grid fits: the least is {search.least_taken / 2**30:.1f} GiB, with "
+        f"{search.least}; a GPU has {cluster.rates.memory_bytes / 2**30:.1f} less {OVERHEAD_BYTES / 2**30:.1f} for "
+        f"CUDA and NCCL{smaller}"
     )
 
 
 def other_micro_batch(plan: RunPlan) -> RunPlan | None:
     """The fastest plan of the same grid and step, cut into larger or smaller micro-batches, that fits.
 
-    None where the plan's own are as fast within 2 %, or where a stage of the recipe sets them. A plan that does not fit
-    is slower than any that does.
+    None where the plan's own are as fast within 2 %, or where the recipe's first stage sets them. A plan that does not
+    fit is slower than any that does. A stage of the recipe that fits must still fit.
     """
     config, step, parameters = plan.config, plan.step, Parameters(plan.config.model)
-    best = plan
+    best, tight = plan, {stage.name for stage in plan.tight_stages}
     for size in divisors(step.global_batch_size // plan.grid.size("dp")):
         recipe = dataclasses.replace(config.recipe, micro_batch_size=size)
         try:
@@ -85,6 +88,8 @@ def other_micro_batch(plan: RunPlan) -> RunPlan | None:
         except ConfigError:  # the batches of the recipe's other stages, or too few micro-batches for the stages
             continue
         least = _WORTH if best is plan else 1.0
+        if any(stage.name not in tight for stage in other.tight_stages):
+            continue
         if other.fits and (not best.fits or other.tokens_per_s > least * best.tokens_per_s):
             best = other
     return None if best is plan else best
@@ -122,6 +127,7 @@ class _Search:
     and then its plan is made.
 
     Attributes:
+        micro_batch_size: of the first step.
         refused: why a grid could not run.
         least, least_taken: the grid that takes the least memory, and how many bytes.
     """
@@ -130,6 +136,7 @@ class _Search:
         self._config, self._cluster, self._document_tokens = config, cluster, document_tokens
         self._micro_batches, self._parameters = micro_batches, Parameters(config.model)
         self._step = first_step(config)
+        self.micro_batch_size = self._step.micro_batch_size
         self._counts = self._micro_batch_counts()
         self._length = min(document_tokens, self._step.sequence_length)
         self._capacity = int(cluster.rates.memory_bytes - OVERHEAD_BYTES)
@@ -298,6 +305,8 @@ def overrides_of(plan: RunPlan, config: Config) -> str:
         found.append(f"parallel.pp_schedule={own.parallel.pp_schedule}")
     if own.data.num_streams != config.data.num_streams:
         found.append(f"data.num_streams={own.data.num_streams}")
+    if own.recipe.micro_batch_size != config.recipe.micro_batch_size:
+        found.append(f"recipe.micro_batch_size={own.recipe.micro_batch_size}")
     if own.recipe.global_batch_size != config.recipe.global_batch_size:
         found.append(f"recipe.global_batch_size={own.recipe.global_batch_size}")
     return " ".join(found)

@@ -230,7 +230,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if state.get("stage", names[0]) not in names:
             raise ConfigError(
-                f"recipe.stages={names}: {where} was saved in stage {state['stage']!r}; that name must be among them"
+                f"recipe.stages={names}: {where} was saved in stage {state['stage']!r}; "
+                f"that name must be among them, with the length it had: recipe.stages.{state['stage']}.steps=..."
             )
         place = self._place(state)
         stage = self.stages[place.stage]

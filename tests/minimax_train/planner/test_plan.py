@@ -328,6 +328,24 @@ def test_another_micro_batch(size, batch, dp, pp, more):
     assert other_micro_batch(able[best]) is None
 
 
+def test_stages_that_do_not_fit():
+    """Of a recipe with ever longer sequences, against plans of runs of that length alone."""
+    cluster, axes = Cluster(8, MACHINES["h100"], Machine()), ["model=small", "parallel.cp=4", "data.num_streams=8"]
+    lengths = {"lower": 8192, "context-128k": 131072, "context-512k": 524288, "context-1m": 1048576}
+    for size in (1, 4, 64):
+        micro_batch = f"recipe.micro_batch_size={size}"
+        plan = plan_run(load_config([*axes, "recipe=minimax-01", micro_batch]), cluster, 4000)
+        tight = {stage.name for stage in plan.tight_stages}
+        for name, length in lengths.items():
+            sizes = [f"data.sequence_length={length}", micro_batch, f"recipe.global_batch_size={2 * size}"]
+            alone = plan_run(load_config([*axes, *sizes]), cluster, 4000)
+            assert (name in tight) != alone.fits, (size, name)
+        if size == 1:
+            other = other_micro_batch(plan)  # a larger one, but none for which a later stage would not fit
+            assert not tight and not other.tight_stages and 1 < other.step.micro_batch_size < 64
+    assert "context-1m" in tight and "lower" not in tight
+
+
 def test_the_command(capsys):
     tiny = ["model=tiny", "data.sequence_length=96", "recipe.global_batch_size=8", "recipe.micro_batch_size=1"]
     assert main([*tiny, "world_size=4", "--machine", "h200"]) == 0
@@ -363,6 +381,12 @@ def test_the_command(capsys):
     assert main([*medium, named[1], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert f"{told['tokens_per_s']:,.0f} tokens/s" == named[2] and told["other_micro_batch"] is None
+    # Where every grid had a batch of its own, the other's step is told whole.
+    assert main(["model=medium", "world_size=8"]) == 0
+    named = re.search(r"with (recipe.micro_batch_size=\d+) (recipe.global_\S+): (\S+ ms)", capsys.readouterr().out)
+    assert main(["model=medium", "world_size=8", "parallel.tp=1", *named.groups()[:2], "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert f"{1e3 * told['seconds']:,.1f} ms" == named[3] and told["sequence_length"] == 2048
 
 
 @pytest.mark.parametrize(
@@ -371,7 +395,10 @@ def test_the_command(capsys):
         (["worldsize=8"], "worldsize='8': there is no such key. Did you mean world_size?"),
         (["world_size=0"], "world_size='0': must be a whole number from 1"),
         (["world_size=3", "parallel.tp=2"], "parallel.tp=2: must divide the number of processes, 3"),
-        (["model=text-01", "model.num_layers=8", "world_size=2"], "no grid fits"),
+        (
+            ["model=text-01", "model.num_layers=8", "world_size=2"],
+            "a micro-batch smaller than recipe.micro_batch_size=4",
+        ),
         (["--gpus-per-node", "x"], "--gpus-per-node='x': must be a whole number"),
         (["recipe.global_batch_size=3", "world_size=2", "parallel.tp=1"], "recipe.global_batch_size"),
         (["world_size=2", "parallel.pp=2"], "parallel.pp=2: must be 1 with engine=zero1"),
