@@ -247,10 +247,11 @@ def draw(results: list[dict[str, Any]], picture: Path) -> None:
     alone, bars = one_gpu(results), []
     for r in results:
         if r["ranks"] > 1 and "error" not in r and r["part"] in alone:
-            one, per_gpu = alone[r["part"]], r["tokens/s"] / r["ranks"]
-            step = r["ms"] * per_gpu, one["ms"] * one["tokens/s"]  # tokens of a GPU, in units that cancel
-            planned = step[0] / r["planned ms"] / (step[1] / one["planned ms"]) if "planned ms" in one else None
-            bars.append((f"{r['ranks']} GPUs  {r['shown']}", per_gpu / one["tokens/s"], planned))
+            one = alone[r["part"]]
+            share, planned = r["tokens/s"] / r["ranks"] / one["tokens/s"], None
+            if "planned ms" in one:  # both steps at their planned time
+                planned = share * r["ms"] / r["planned ms"] / (one["ms"] / one["planned ms"])
+            bars.append((f"{r['ranks']} GPUs  {r['shown']}", share, planned))
     if not bars:
         return
     figure, (axis,) = subplots(1, 1, (7.5, 1.2 + 0.24 * len(bars)))

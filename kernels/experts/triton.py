@@ -65,11 +65,10 @@ class _Route(torch.autograd.Function):
                 E=E, K=k, BK=_power_of_two(k), **tile,
             )  # fmt: skip
         ctx.save_for_backward(probabilities_TE, experts_TK, span_T)
-        one = triton_kernels.ONE.value
-        results = weights_TK, experts_TK, count_PE, units_PE / one, zeros[-1] / one
-        ctx.mark_non_differentiable(results[1], results[2], results[4])
+        probability_PE, entropy = units_PE / triton_kernels.ONE.value, zeros[-1] / triton_kernels.ONE.value
+        ctx.mark_non_differentiable(experts_TK, count_PE, entropy)
         ctx.set_materialize_grads(False)
-        return results
+        return weights_TK, experts_TK, count_PE, probability_PE, entropy
 
     @staticmethod
     @once_differentiable

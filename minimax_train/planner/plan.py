@@ -47,6 +47,11 @@ class Cluster:
     rates: Rates
     links: Machine
 
+    @property
+    def capacity(self) -> int:
+        """Bytes of a GPU for all but what CUDA and NCCL take."""
+        return int(self.rates.memory_bytes - OVERHEAD_BYTES)
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -114,26 +119,23 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        return self.memory_bytes <= self.cluster.rates.memory_bytes - OVERHEAD_BYTES
+        return self.memory_bytes <= self.cluster.capacity
 
     @property
     def tight_stages(self) -> list[Stage]:
         """Those of the recipe that run on this grid and whose micro-batches do not fit."""
-        requested, layers = self.config.recipe.activation_checkpointing, self.config.model.num_layers
-        capacity = int(self.cluster.rates.memory_bytes - OVERHEAD_BYTES)
-        found = []
-        for stage in resolve_stages(self.config):
-            tokens = stage.micro_batch_size * stage.sequence_length // self.grid.size("cp_tp")
-            for rank in self.ranks if stage.parallel.sizes == self.config.parallel.sizes else ():
-                *states, _ = rank.memory.values()
-                free = capacity - sum(states)
-                kinds = [requested] * layers
-                if requested == AUTO:
-                    kinds = choose_recomputation(rank.activations, tokens, free)
-                if rank.activations.peak(tokens, kinds) > free:
-                    found.append(stage)
-                    break
-        return found
+        stages = [each for each in resolve_stages(self.config) if each.parallel.sizes == self.config.parallel.sizes]
+        return [each for each in stages if not self._holds(each.micro_batch_size * each.sequence_length)]
+
+    def _holds(self, tokens: int) -> bool:
+        """Whether a micro-batch of so many tokens fits on every rank."""
+        tokens //= self.grid.size("cp_tp")
+        for rank in self.ranks:
+            *states, _ = rank.memory.values()
+            free = self.cluster.capacity - sum(states)
+            if rank.activations.peak(tokens, _recomputation(self.config, rank.activations, tokens, free)) > free:
+                return False
+        return True
 
     @property
     def tokens_per_s(self) -> float:
@@ -221,7 +223,7 @@ def plan_run(config: Config, cluster: Cluster, document_tokens: float, parameter
     every, layers = parts_of_ranks(config), config.model.num_layers
     states = [parameters.memory(config, grid, parts) for parts in every]
     # Each rank chooses for the layers on it, by what the one with the least memory has free.
-    free = int(cluster.rates.memory_bytes - OVERHEAD_BYTES) - max(sum(each.values()) for each in states)
+    free = cluster.capacity - max(sum(each.values()) for each in states)
     kinds = [""] * layers
     ranks: list[RankPlan] = []
     for rank, parts in enumerate(every):
@@ -271,10 +273,9 @@ def rank_activations(
         tokens: of a micro-batch on one rank, between the attentions.
         free_bytes: for activations.
     """
-    layers, requested = config.model.num_layers, config.recipe.activation_checkpointing
     held, deferred = None, []
     if grid.pp > 1:
-        held, deferred = held_layers(schedule, parts, grid.pp, rank, layers)
+        held, deferred = held_layers(schedule, parts, grid.pp, rank, config.model.num_layers)
     memory = ActivationMemory(
         config.model,
         config.engine.compute_dtype("cuda").itemsize,
@@ -285,7 +286,15 @@ def rank_activations(
         held=held,
         deferred=deferred,
     )
-    return memory, choose_recomputation(memory, tokens, free_bytes) if requested == AUTO else [requested] * layers
+    return memory, _recomputation(config, memory, tokens, free_bytes)
+
+
+def _recomputation(config: Config, memory: ActivationMemory, tokens: int, free_bytes: int) -> Sequence[str]:
+    """Of each layer of the model, as configured, or the fastest that fits."""
+    requested = config.recipe.activation_checkpointing
+    if requested == AUTO:
+        return choose_recomputation(memory, tokens, free_bytes)
+    return [requested] * config.model.num_layers
 
 
 def first_step(config: Config) -> StepPlan:

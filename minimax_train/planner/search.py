@@ -63,7 +63,7 @@ def propose(
         return sorted(plans, key=lambda plan: -plan.tokens_per_s)
     if search.refused is not None and not search.least:
         raise search.refused
-    size = search.micro_batch_size
+    size = first_step(config).micro_batch_size
     smaller = f"; a micro-batch smaller than recipe.micro_batch_size={size} takes less" if size > 1 else ""
     raise ConfigError(
         f"world_size={cluster.world_size}: no grid fits: the least is {search.least_taken / 2**30:.1f} GiB, with "
@@ -88,9 +88,9 @@ def other_micro_batch(plan: RunPlan) -> RunPlan | None:
         except ConfigError:  # the batches of the recipe's other stages, or too few micro-batches for the stages
             continue
         least = _WORTH if best is plan else 1.0
-        if any(stage.name not in tight for stage in other.tight_stages):
+        if not other.fits or any(stage.name not in tight for stage in other.tight_stages):
             continue
-        if other.fits and (not best.fits or other.tokens_per_s > least * best.tokens_per_s):
+        if not best.fits or other.tokens_per_s > least * best.tokens_per_s:
             best = other
     return None if best is plan else best
 
@@ -127,7 +127,6 @@ class _Search:
     and then its plan is made.
 
     Attributes:
-        micro_batch_size: of the first step.
         refused: why a grid could not run.
         least, least_taken: the grid that takes the least memory, and how many bytes.
     """
@@ -136,10 +135,9 @@ class _Search:
         self._config, self._cluster, self._document_tokens = config, cluster, document_tokens
         self._micro_batches, self._parameters = micro_batches, Parameters(config.model)
         self._step = first_step(config)
-        self.micro_batch_size = self._step.micro_batch_size
         self._counts = self._micro_batch_counts()
         self._length = min(document_tokens, self._step.sequence_length)
-        self._capacity = int(cluster.rates.memory_bytes - OVERHEAD_BYTES)
+        self._capacity = cluster.capacity
         self.refused: ConfigError | None = None
         self.least, self.least_taken = "", float("inf")
         sizes = [kind.parameters(config.model) for kind in config.model.attentions]

@@ -395,6 +395,7 @@ def test_the_command(capsys):
         (["worldsize=8"], "worldsize='8': there is no such key. Did you mean world_size?"),
         (["world_size=0"], "world_size='0': must be a whole number from 1"),
         (["world_size=3", "parallel.tp=2"], "parallel.tp=2: must divide the number of processes, 3"),
+        (["model=text-01", "model.num_layers=8", "world_size=2"], "no grid fits"),
         (
             ["model=text-01", "model.num_layers=8", "world_size=2"],
             "a micro-batch smaller than recipe.micro_batch_size=4",
