@@ -29,6 +29,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -199,7 +200,10 @@ def finish(command: list[str], seconds: float, **environment: str) -> str | None
         process.communicate()
         return "no time was left"
     if process.returncode:
-        return f"status {process.returncode}: " + "".join(error.splitlines(keepends=True)[-3:])
+        # A rank's own error, before what torchrun says of it.
+        lines = [line for line in error.splitlines() if "ChildFailedError" not in line]
+        errors = [line for line in lines if re.match(r"(\[rank\d+\]: *)?[\w.]+Error\b", line)] or lines
+        return f"status {process.returncode}: {errors[-1] if errors else 'it says nothing'}"
     return None
 
 

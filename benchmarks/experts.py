@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import statistics
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from timing import in_turn
 from torch import Tensor
 
 from minimax_train.kernels.experts import expert_mlp
-from minimax_train.parallel.communicator import Communicator, GroupCommunicator, transfer_options
+from minimax_train.parallel.communicator import Communicator, GroupCommunicator
+from minimax_train.parallel.environment import ProcessEnvironment
 from minimax_train.parallel.experts import ExpertParallel
-from minimax_train.parallel.grid import EXPERT_TRANSFER_CTAS
+from minimax_train.parallel.grid import EXPERT_TRANSFER_CTAS, ProcessGrid
 
 TOP_K = 2
 DENSE = 40
@@ -73,17 +74,16 @@ def make_inputs(routing: str, ep: int, etp: int, options: argparse.Namespace) ->
     return rank, flops, [*leaves[:2], experts_TK.to(options.device), *leaves[2:]]
 
 
-def links(ep: int, etp: int, rank: int, options: argparse.Namespace, rate: str) -> dict[str, list[Any]]:
-    """Both axes' communicators: of the link that is measured, and of one that takes no time."""
-    sizes = {"ep": (ep, rank), "etp": (etp, 0)}
+def links(ep: int, etp: int, groups: int, rank: int, options: argparse.Namespace, rate: str) -> dict[str, list[Any]]:
+    """Both axes' communicators: of the link that is measured, and of one that takes no time. Over NCCL they are those
+    of a run with so many token groups."""
     if options.link == "nccl":
-        everyone: Any = dist.new_group(pg_options=transfer_options(options.sms))
-        group = GroupCommunicator(everyone)
-        sizes["ep" if ep > 1 else "etp"] = (group.size, group.rank)
-        linked = [group if size > 1 else FreeLink(0, 1) for size, _ in sizes.values()]
+        grid = ProcessGrid.create(options.device, timedelta(seconds=60), ep=ep, etp=etp, token_groups=groups)
+        linked: list[Any] = [GroupCommunicator(grid.group(axis)) for axis in ("ep", "etp")]
     else:
-        linked = [EmulatedLink(rank, size, *RATES[rate], sms=options.sms) for size, rank in sizes.values()]
-    return {"linked": linked, "free": [FreeLink(rank, size) for size, rank in sizes.values()]}
+        axes = ((rank, ep), (0, etp))
+        linked = [EmulatedLink(place, size, *RATES[rate], sms=options.sms) for place, size in axes]
+    return {"linked": linked, "free": [FreeLink(link.rank, link.size) for link in linked]}
 
 
 def busy_ms(links: list[Communicator]) -> float:
@@ -116,23 +116,22 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namespace) -> list[dict]:
     rank, flops, inputs = make_inputs(routing, ep, etp, options)
-    if options.link == "nccl" and ep > 1:
-        rank = dist.get_rank()
     dy_TD = torch.randn_like(inputs[0])
-    both = links(ep, etp, rank, options, rate)
+    both = {groups: links(ep, etp, groups, rank, options, rate) for groups in options.groups}
     runs: dict[Any, Callable[[], Any]] = {
         (groups, kind): one_call(ExpertParallel(*axes, num_experts=options.experts, token_groups=groups), inputs, dy_TD)
-        for groups in options.groups
-        for kind, axes in both.items()
+        for groups, of_groups in both.items()
+        for kind, axes in of_groups.items()
     }
+    linked = [link for of_groups in both.values() for link in of_groups["linked"]]
     runs["dense"] = dense_gemms(options)
     transfers = {}
     for key, run in runs.items():
-        before = busy_ms(both["linked"])
+        before = busy_ms(linked)
         milliseconds(run)
-        transfers[key] = busy_ms(both["linked"]) - before
-    for link in both["free"]:
-        link.moving = not torch.cuda.is_available()
+        transfers[key] = busy_ms(linked) - before
+    for free in (link for of_groups in both.values() for link in of_groups["free"]):
+        free.moving = not torch.cuda.is_available()
     samples = {key: [] for key in runs}
     for repeat in range(options.repeats):
         for key, run in in_turn(runs.items(), repeat):
@@ -143,12 +142,12 @@ def measure(ep: int, etp: int, routing: str, rate: str, options: argparse.Namesp
         print("what a free link left was not finite: its times may be too short")
     rows, first = [], None
     for groups in options.groups:
-        linked, free = (slowest(samples[groups, kind]) for kind in ("linked", "free"))
-        exposed = statistics.median(a - b for a, b in zip(linked, free, strict=True))
-        ms = statistics.median(linked)
+        of_link, of_free = (slowest(samples[groups, kind]) for kind in ("linked", "free"))
+        exposed = statistics.median(a - b for a, b in zip(of_link, of_free, strict=True))
+        ms = statistics.median(of_link)
         first = exposed if first is None else first
         place = {"ranks": ep * etp, "axis": axes_name(ep, etp), "routing": routing, "rate": rate}
-        times = {"groups": groups, "ms": ms, "free": statistics.median(free), "exposed": exposed}
+        times = {"groups": groups, "ms": ms, "free": statistics.median(of_free), "exposed": exposed}
         if options.link == "emulated":
             times["transfers"] = transfers[groups, "linked"]
         rates = {"of_1": exposed / first, "tflops": flops / ms / 1e9, "of_dense": flops / ms * 1e3 / dense}
@@ -167,7 +166,7 @@ def slowest(milliseconds: list[float]) -> list[float]:
     """Of all ranks, call by call."""
     if not dist.is_initialized():
         return milliseconds
-    times = torch.tensor(milliseconds, device="cuda")
+    times = torch.tensor(milliseconds)
     dist.all_reduce(times, dist.ReduceOp.MAX)
     return times.tolist()
 
@@ -264,12 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", choices=["nccl", "emulated"], default="emulated")
     parser.add_argument("--rate", choices=list(RATES), nargs="+", default=["nvlink"], help="of the emulated link")
-    parser.add_argument(
-        "--sms",
-        type=int,
-        default=EXPERT_TRANSFER_CTAS,
-        help="SMs a transfer occupies; over NCCL, at most, also with one group, where a run has no bound",
-    )
+    parser.add_argument("--sms", type=int, default=EXPERT_TRANSFER_CTAS, help="SMs that an emulated transfer occupies")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--axes", choices=["ep", "etp", "both"], nargs="+", default=["ep", "etp"])
     parser.add_argument("--routing", choices=["balanced", "skewed"], nargs="+", default=["balanced", "skewed"])
@@ -293,16 +287,14 @@ def main() -> None:
     options.device = "cuda" if on_gpu else "cpu"
     options.dtype = torch.bfloat16 if on_gpu else torch.float32
     if options.link == "nccl":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        ProcessEnvironment.detect().init_process_group(options.device, timedelta(seconds=60))
         options.ranks, options.rate = [dist.get_world_size()], ["nccl"]
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     machine = torch.cuda.get_device_name() if on_gpu else "cpu"
     rates = ", ".join(
         f"{r} {RATES[r][0] * 1e6:.0f} us {RATES[r][1] / 1e9:.0f} GB/s" for r in options.rate if r in RATES
     )
-    how = f"{options.link} {rates}, {options.sms} SMs"
+    how = options.link if options.link == "nccl" else f"{options.link} {rates}, {options.sms} SMs"
     if speaks:
         print(f"{machine}, torch {torch.__version__}, {how}", flush=True)
     rows = [one_rank(options)] if options.link == "emulated" else []
