@@ -26,7 +26,7 @@ _MODULES = (
     "minimax_train.kernels.lightning.triton",
 )
 _FLASH4 = "FLASH_ATTENTION_CUTE_DSL_CACHE"
-_NO_COMPILE = "TORCHDYNAMO_DISABLE"
+NO_COMPILE = "TORCHDYNAMO_DISABLE"
 _used: set[tuple] = set()
 
 
@@ -54,17 +54,17 @@ def import_compilers() -> None:
     quack wraps quantizers, which nothing here calls, in ``torch.compile`` when it is imported. That alone imports
     Inductor, which takes nearly as long as torch itself; disabled, ``torch.compile`` returns the function as it is.
     """
-    before = os.environ.get(_NO_COMPILE)
-    os.environ[_NO_COMPILE] = "1"
+    before = os.environ.get(NO_COMPILE)
+    os.environ[NO_COMPILE] = "1"
     try:
         for name in _MODULES:
             with suppress(Exception):
                 importlib.import_module(name)
     finally:
         if before is None:
-            del os.environ[_NO_COMPILE]
+            del os.environ[NO_COMPILE]
         else:
-            os.environ[_NO_COMPILE] = before
+            os.environ[NO_COMPILE] = before
 
 
 @contextmanager

@@ -32,23 +32,26 @@ def find_cache(cache_dir: str | None, *, says: bool = True) -> Path | None:
     return None if problem else folder
 
 
-def use_kernel_cache(folder: Path | None, device: torch.device) -> None:
-    """Have compiled kernels kept under the folder; before what compiles them is imported.
+def use_kernel_cache(folder: Path | None, device: torch.device) -> Path | None:
+    """Have compiled kernels kept under the folder; before what compiles them is imported. Returns where they are.
 
     Args:
         folder: from :func:`find_cache`.
         device: of this process. Kernels of each kind of GPU have a folder of their own. On a CPU nothing is done.
     """
     if device.type != "cuda":
-        return
+        return None
     if folder is not None:
         major, minor = torch.cuda.get_device_capability(device)
-        keep_compiled(folder / "kernels" / f"sm{major}{minor}")
-    elif not os.access(os.path.expanduser("~"), os.W_OK):
+        kept = folder / "kernels" / f"sm{major}{minor}"
+        keep_compiled(kept)
+        return kept
+    if not os.access(os.path.expanduser("~"), os.W_OK):
         # Triton has no other way than through files.
         scratch = tempfile.mkdtemp(prefix="minimax-train-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         os.environ.setdefault("TRITON_CACHE_DIR", scratch)
+    return None
 
 
 def _default() -> Path:

@@ -18,6 +18,7 @@ from minimax_train.checkpoint.remote import Folder
 from minimax_train.checkpoint.retention import step_of
 from minimax_train.checkpoint.saving import Saver
 from minimax_train.checkpoint.store import CheckpointStore
+from minimax_train.compile_ahead import compiled_ahead
 from minimax_train.config import Config, config_at, flatten, to_yaml
 from minimax_train.data import MicroBatch, build_train_loader, merge_states
 from minimax_train.data.count import count_tokens
@@ -63,31 +64,33 @@ class Trainer:
     ) -> None:
         self.startup = Startup() if startup is None else startup
         self.leave = Leave() if leave is None else leave
-        use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
+        kept = use_kernel_cache(find_cache(config.cache_dir, says=grid.is_first), device)
         self.config, self.grid, self.device = config, grid, device
         self.run_dir = Path(config.run_dir)
         self.store = CheckpointStore(self.run_dir, config.checkpoint.retention, config.checkpoint.folder)
-        self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
-        self.recipe, self.phases = Recipe(config), Phases(device) if phases is None else phases
-        self.peak_flops_per_s = peak_flops_per_s(device)
-        # Before the model: worker processes open the data while it is built.
-        self.loader = build_train_loader(
-            config.data,
-            self.tokenizer,
-            dp_rank=grid.rank("dp"),
-            dp_size=grid.size("dp"),
-            seed=config.seed,
-            peers=grid.group(SAME_SEQUENCES),
-            timeout_s=config.parallel.timeout_s,
-        )
-        self.startup.mark("tokenizer")
+        with compiled_ahead(config, grid, kept, device):
+            self.tokenizer, resumed, weights = prepare_run_dir(config, self.store)
+            self.recipe, self.phases = Recipe(config), Phases(device) if phases is None else phases
+            self.peak_flops_per_s = peak_flops_per_s(device)
+            # Before the model: worker processes open the data while it is built.
+            self.loader = build_train_loader(
+                config.data,
+                self.tokenizer,
+                dp_rank=grid.rank("dp"),
+                dp_size=grid.size("dp"),
+                seed=config.seed,
+                peers=grid.group(SAME_SEQUENCES),
+                timeout_s=config.parallel.timeout_s,
+            )
+            self.startup.mark("tokenizer")
+            if device.type == "cuda":
+                with no_collection():
+                    import_compilers()
+                self.startup.mark("imports")
+        self.startup.mark("kernels")
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine, config.recipe)
         self.startup.mark("model")
-        if device.type == "cuda":
-            with no_collection():
-                import_compilers()
-            self.startup.mark("imports")
         self._compare_data(on_every_rank(self.loader.open))
         self.startup.mark("waiting for data")
         self.progress = self._restore(resumed, weights)
