@@ -87,7 +87,8 @@ class Trainer:
                 with no_collection():
                     import_compilers()
                 self.startup.mark("imports")
-        self.startup.mark("kernels")
+        if kept is not None:
+            self.startup.mark("kernels")
         self.engine = build_engine(config, grid, device, self.phases)
         self.guard = StepGuard(self.engine, config.recipe)
         self.startup.mark("model")
