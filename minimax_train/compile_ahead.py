@@ -1,10 +1,10 @@
 """Kernels compiled by several processes at once, where ``cache_dir`` does not have those of a model yet.
 
-A process compiles one kernel after the other, as its first step comes to them, which would be the most part of a first
-start. Here a process for each kind of attention, one for the experts and one for all else makes the forward and the
-backward pass of that part of a layer, on random numbers, as one rank of the run would, and ends. The run then finds
-their kernels on disk. It waits for them before its model takes memory of the GPU. What they leave out (AdamW, kernels
-of context parallelism), and what fails in them, the run compiles as it comes to it.
+A run compiles one kernel after the other, as its first step comes to them, which takes most of a first start. Here a
+process for each kind of attention, one for the experts and one for all else run that part of a layer forward and
+backward, on random numbers, at about the sizes of one rank, and end. The run then finds their kernels on disk. It waits
+for the processes before its model takes memory of the GPU. What they leave out (AdamW, what only ranks that share
+tokens or experts run, later stages' sizes), and what fails in them, the run compiles as it comes to it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import gc
 import hashlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,7 @@ from minimax_train.recipe import resolve_stages
 if TYPE_CHECKING:
     from minimax_train.config import Config
 
+_EXIT_TIMEOUT_S = 5.0
 _LIBRARIES = ("torch", "triton", "quack-kernels", "flash-attn-4")
 
 
@@ -55,15 +57,17 @@ class Sizes:
     Attributes:
         model: of one layer of each kind of attention, with one rank's share of heads, vocabulary and
             experts' columns.
+        experts: on one rank.
         kernels: which implementations run.
         dtype: of compute.
         lengths: tokens of each packed sequence of a micro-batch on a rank.
-        adds_in_gemms: whether GEMMs add up gradients, in float32.
+        adds_in_gemms: whether the experts' GEMMs add up gradients, in float32.
         adds_often: whether a step has several micro-batches.
         deterministic: of the run.
     """
 
     model: ModelConfig
+    experts: int
     kernels: KernelConfig
     dtype: torch.dtype
     lengths: tuple[int, ...]
@@ -78,6 +82,7 @@ class Sizes:
         A model of one layer of each kind has the kernels of any number of them.
         """
         stage, tp = resolve_stages(config)[0], grid.size("tp")
+        heads, kv_heads = config.model.num_heads // tp, config.model.num_kv_heads // tp
         kinds = "".join(dict.fromkeys(config.model.layer_pattern))
         return cls(
             replace(
@@ -86,10 +91,12 @@ class Sizes:
                 vocab_size=config.model.vocab_size // tp,
                 num_layers=len(kinds),
                 residual_scale=None,
-                num_heads=config.model.num_heads // tp,
-                num_kv_heads=config.model.num_kv_heads // tp,
+                num_heads=heads,
+                # Where no attention has key-value heads, any number of them was accepted.
+                num_kv_heads=kv_heads if kv_heads and heads % kv_heads == 0 else heads,
                 expert_hidden_size=config.model.expert_hidden_size // grid.size("etp"),
             ),
+            max(config.model.experts_per_token, config.model.num_experts // grid.size("ep")),
             config.kernels,
             config.engine.compute_dtype("cuda"),
             (max(1, stage.sequence_length // grid.size("cp")),) * stage.micro_batch_size,
@@ -122,6 +129,8 @@ def compiled_ahead(config: Config, grid: AxisSizes, folder: Path | None, device:
     """Start the processes, do what is inside, and wait until all have ended; on the first GPU of each machine, if it
     has a CPU core for each, and once for all runs of the same sizes. Other ranks go on, and wait at what all do next.
 
+    Nothing that goes wrong stops the run: it is told in a note.
+
     Args:
         folder: of compiled kernels, for GPUs of this kind; None where they are not kept.
     """
@@ -130,42 +139,49 @@ def compiled_ahead(config: Config, grid: AxisSizes, folder: Path | None, device:
         return
     sizes = Sizes.of(config, grid)
     done = folder / "ahead" / sizes.key()
-    if done.exists() or len(os.sched_getaffinity(0)) < len(sizes.parts):
-        yield
-        return
     timeout_s = config.parallel.timeout_s / 2  # other ranks take one that is late by that for lost
     end = time.monotonic() + timeout_s
+    processes: dict[str, tuple[subprocess.Popen, IO[bytes]]] = {}
+    problems: dict[str, str] = {}  # by part
     with ExitStack() as stack:
-        processes = []
-        for part in sizes.parts:
-            told = stack.enter_context(tempfile.TemporaryFile())
-            process = _start(sizes, part, device, told)
-            stack.callback(_end, process)
-            processes.append((part, process, told))
+        try:
+            if not done.exists() and len(os.sched_getaffinity(0)) >= len(sizes.parts):
+                for part in sizes.parts:
+                    told = stack.enter_context(tempfile.TemporaryFile())
+                    processes[part] = _start(sizes, part, device, told), told
+                    stack.callback(_end, processes[part][0])
+        except OSError as error:
+            problems["processes"] = str(error)
         yield
-        for part, process, told in processes:
+        for part, (process, told) in processes.items():
             try:
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _say(part, f"took longer than {timeout_s:g} s")
+                problems[part] = f"took longer than {timeout_s:g} s"
                 continue
             if process.returncode:
-                told.seek(0)
-                lines = told.read().decode(errors="replace").split("\n")
-                said = next((line for line in reversed(lines) if line.strip()), "")
-                _say(part, f"ended with status {process.returncode}: {said}")
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.touch()
+                problems[part] = f"status {process.returncode}, {_last_line(told)}"
+        try:
+            if processes:
+                done.parent.mkdir(parents=True, exist_ok=True)
+                done.touch()
+        except OSError as error:
+            problems["folder"] = str(error)
+    if problems:
+        what = "; ".join(f"{part}: {why}" for part, why in problems.items())
+        note(f"kernels are not all compiled ahead on {socket.gethostname()} ({what}): the run compiles them")
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(0)
+    lines = file.read().decode(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "without a word")
 
 
 def _end(process: subprocess.Popen) -> None:
     process.kill()
-    process.wait()
-
-
-def _say(part: str, why: str) -> None:
-    what = f"attention {part}" if part.isdecimal() else part
-    note(f"the process that compiles kernels ahead ({what}) {why}; the run compiles them")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_EXIT_TIMEOUT_S)
 
 
 def _start(sizes: Sizes, part: str, device: torch.device, told: IO[bytes]) -> subprocess.Popen:
@@ -195,8 +211,10 @@ def main() -> None:
 
 
 def run(sizes: Sizes, part: str, device: torch.device) -> None:
-    """The forward and backward pass of a part of a layer, twice where gradients are added up."""
+    """The forward and backward pass of a part of a layer, twice where GEMMs add to what the first has made."""
     config, layer = sizes.model, int(part) if part.isdecimal() else 0
+    if part == "experts":
+        config = replace(config, num_experts=sizes.experts)
     with torch.device("meta"):
         model = HybridModel(config, sizes.kernels, None, [ModelPart(range(layer, layer + 1))])
     block = model.layers.get_submodule(str(layer))
@@ -217,11 +235,12 @@ def run(sizes: Sizes, part: str, device: torch.device) -> None:
         tables = rotary_table(documents.positions_T, config.rotary_dim, config.rope_base)
         runs, inputs = block.attention, (x_TD, TokenContext(documents, None, *tables))
     runs.to_empty(device=device).to(sizes.dtype)
+    adds = part == "experts" and sizes.adds_in_gemms
     for parameter in runs.parameters():
         nn.init.normal_(parameter, std=0.02)
-        if sizes.adds_in_gemms:
+        if adds:
             set_accumulator(parameter, _Sum(parameter))
-    for _ in range(1 + (sizes.adds_in_gemms and sizes.adds_often)):
+    for _ in range(1 + (adds and sizes.adds_often)):
         runs(*inputs).sum().backward()
 
 

@@ -1,5 +1,6 @@
 """Kernels compiled ahead: for what a step asks for; by processes that are waited for, and cannot stop a run."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -28,17 +29,19 @@ SEAMS = {
     "minimax_train.kernels.experts.mlp": ("grouped_experts",),
 }
 SIZES = ["engine.precision=float32", "recipe.micro_batch_size=2", "recipe.global_batch_size=8"]
+CHOSEN = ["kernels.norm=torch", "kernels.softmax=naive", "kernels.rope=torch"]
 GPU = torch.device("cuda", 0)
 
 
 def calls_of(run):
-    """Name of each call and shapes and dtypes of its tensors, backward passes included, and of its sums."""
+    """Of each call its name, what says how it is done, and shapes and dtypes of its tensors."""
     found = set()
 
     def spy(name, function):
         def call(*arguments, **options):
             tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor)]
-            found.add((name, *((tuple(x.shape), x.dtype) for x in tensors)))
+            how = options.get("implementation")
+            found.add((name, how, *((tuple(x.shape), x.dtype) for x in tensors)))
             return function(*arguments, **options)
 
         return call
@@ -67,8 +70,9 @@ def calls_ahead(sizes):
     return calls_of(run)
 
 
-def test_what_is_called_ahead_is_what_a_step_calls(tmp_path):
-    config = tiny_run(tmp_path, *SIZES)
+@pytest.mark.parametrize("more", [[], ["engine.precision=bfloat16"], CHOSEN], ids=["float32", "bfloat16", "chosen"])
+def test_what_is_called_ahead_is_what_a_step_calls(tmp_path, more):
+    config = tiny_run(tmp_path, *SIZES, *more)
     ((step, _),) = run_ranks(_calls_of_a_step, 1, config)
     assert {name for name, *_ in step} == {name for names in SEAMS.values() for name in names}
     assert calls_ahead(Sizes.of(config, GridSizes(1))) == step
@@ -85,6 +89,22 @@ def test_of_a_rank_that_shares_heads_and_experts_columns(tmp_path):
     step, columns = run_ranks(_calls_of_a_step, 2, config, tp=2, etp=2)[0]
     assert chosen(calls_ahead(sizes)) == chosen(step)
     assert columns == {sizes.model.expert_hidden_size}
+
+
+def test_of_a_rank_that_has_some_of_the_experts(tmp_path):
+    config = tiny_run(tmp_path, *DIVISIBLE, *SIZES, "parallel.ep=2")
+    sizes = Sizes.of(config, GridSizes(2, ep=2))
+    (experts,) = (call for call in calls_ahead(sizes) if call[0] == "grouped_experts")
+    assert experts[4][0] == (4, 24, 20)  # of 8: gate over up, of 12 columns each
+    assert {call[2][0][1] for call in calls_ahead(sizes) if call[0] == "route"} == {8}
+
+
+def test_sizes_that_no_layer_reads_need_not_divide(tmp_path):
+    more = ["model.layer_pattern=LL", "model.num_heads=12", "model.vocab_size=308", "parallel.tp=4"]
+    for kv_heads in (1, 3, 6):
+        config = tiny_run(tmp_path, *SIZES, *more, f"model.num_kv_heads={kv_heads}", "data.sequence_length=96")
+        config.check_world_size(4)
+        assert Sizes.of(config, GridSizes(4, tp=4)).model.num_heads == 3
 
 
 def test_gradients_are_added_up_where_a_step_does(tmp_path, monkeypatch):
@@ -160,28 +180,47 @@ def test_none_where_there_is_nothing_to_gain(config, started, tmp_path, monkeypa
     assert not (tmp_path / "kernels").exists()
 
 
-def test_a_process_that_fails_is_told_and_the_run_goes_on(config, started, tmp_path, capsys):
+def test_processes_that_fail_are_told_and_the_run_goes_on(config, started, tmp_path, capsys):
     scripts, _ = started
     scripts["experts"] = "raise RuntimeError('no such tile')"
+    scripts["rest"] = "raise SystemExit(3)"
     with compiled_ahead(config, GridSizes(1), tmp_path, GPU):
         pass
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "note: the process that compiles kernels ahead (experts) ended with status 1: RuntimeError: no such tile; "
-        "the run compiles them"
+        f"note: kernels are not all compiled ahead on {socket.gethostname()} (experts: status 1, RuntimeError: no such "
+        "tile; rest: status 3, without a word): the run compiles them"
     )
 
 
 def test_a_process_that_hangs_is_ended(config, started, tmp_path, capsys):
     scripts, processes = started
     scripts["1"] = "import time; time.sleep(600)"
-    config.parallel.timeout_s = 4.0
+    config.parallel.timeout_s = 8.0
     began = time.monotonic()
     with compiled_ahead(config, GridSizes(1), tmp_path, GPU):
         pass
     assert time.monotonic() - began < 60
-    assert "(attention 1) took longer than 2 s; the run compiles them" in capsys.readouterr().err
-    assert all(process.returncode is not None for process in processes)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(1: took longer than 4 s): the run" in line
+    assert processes[1].returncode == -9
+
+
+@pytest.mark.parametrize("what", ["folder", "processes"])
+def test_what_cannot_be_written_or_started_is_told_and_the_run_goes_on(config, started, tmp_path, monkeypatch, what):
+    notes = []
+    monkeypatch.setattr(compile_ahead, "note", notes.append)
+    (tmp_path / "kernels").write_text("a file")
+
+    def start(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    if what == "processes":
+        monkeypatch.setattr(compile_ahead, "_start", start)
+    with compiled_ahead(config, GridSizes(1), tmp_path / ("kernels" if what == "folder" else "other"), GPU):
+        pass
+    (line,) = notes
+    assert f"({what}: " in line
 
 
 def test_none_outlives_what_is_raised_inside(config, started, tmp_path):
@@ -200,5 +239,5 @@ def test_the_process_itself_says_what_it_lacks(config, tmp_path, monkeypatch, ca
     with compiled_ahead(config, GridSizes(1), tmp_path, GPU):
         pass
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: the process that compiles kernels ahead (rest) ended with status 1: ")
+    assert "(rest: status 1, " in line
     assert "cuda" in line.lower() or "NVIDIA" in line
