@@ -28,7 +28,7 @@ from minimax_train.model.config import RENAMED_SCOPES
 from minimax_train.parallel.context.layout import LAYOUTS, SequenceLayout
 from minimax_train.parallel.grid import GridSizes, check_sizes, divisors, nearest_divisors
 from minimax_train.parallel.pipeline import SCHEDULES
-from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages
+from minimax_train.recipe import Recipe, RecipeConfig, Stage, StepPlan, naming, resolve_stages, stages_on_grid
 from minimax_train.recipe.config import RENAMED_RECOMPUTATIONS
 
 # In a file: a key that must be given on the command line.
@@ -302,11 +302,10 @@ class Config:
         accepted = f"must be at most {own}, the streams of a data-parallel rank (data.num_streams={streams}), or 0"
         require(workers <= own, "data.num_workers", workers, accepted)
         if self.model.capacity_scope == "global":
-            for stage in resolve_stages(self):
-                if stage.parallel.sizes == parallel.sizes:
-                    with naming(stage):
-                        tokens = dp * stage.micro_batch_size * stage.sequence_length
-                        self._check_capacity(tokens, "all ranks' micro-batches")
+            for stage in stages_on_grid(self):
+                with naming(stage):
+                    tokens = dp * stage.micro_batch_size * stage.sequence_length
+                    self._check_capacity(tokens, "all ranks' micro-batches")
 
 
 def load_config(overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()) -> Config:

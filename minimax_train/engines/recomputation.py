@@ -11,7 +11,7 @@ import torch.distributed as dist
 from minimax_train.kernels.dispatch import AUTO
 from minimax_train.model.memory import RECOMPUTATIONS, ActivationMemory, choose_recomputation, recomputation_shown
 from minimax_train.parallel.grid import WORLD, ProcessGrid
-from minimax_train.recipe import StepPlan, resolve_stages
+from minimax_train.recipe import StepPlan, stages_on_grid
 
 if TYPE_CHECKING:
     from minimax_train.config import Config
@@ -62,8 +62,8 @@ class Recomputation:
         free = torch.full((), _free_bytes(device) - still_needed, dtype=torch.int64, device=device)
         dist.all_reduce(free, dist.ReduceOp.MIN, group=grid.group(WORLD))
         self._free = max(0, int(free))
-        stages = [stage for stage in resolve_stages(config) if stage.parallel.sizes == config.parallel.sizes]
-        self.notes = list(dict.fromkeys(self._note(s.micro_batch_size * s.sequence_length) for s in stages))
+        tokens = (stage.micro_batch_size * stage.sequence_length for stage in stages_on_grid(config))
+        self.notes = list(dict.fromkeys(map(self._note, tokens)))
 
     def kinds(self, plan: StepPlan) -> tuple[str, ...]:
         """Of a step: for each layer one of :data:`minimax_train.model.memory.RECOMPUTATIONS`."""

@@ -29,8 +29,7 @@ from minimax_train.parallel.pipeline import SCHEDULES
 from minimax_train.parallelize import parts_of_ranks, whole_layouts
 from minimax_train.planner.cost import RankWork, StepCost, step_cost
 from minimax_train.planner.machine import OVERHEAD_BYTES, Rates
-from minimax_train.recipe import Progress, Recipe, StepPlan
-from minimax_train.recipe.stages import Stage, resolve_stages
+from minimax_train.recipe import Progress, Recipe, Stage, StepPlan, stages_on_grid
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ class RunPlan:
     @property
     def tight_stages(self) -> list[Stage]:
         """Those of the recipe that run on this grid and whose micro-batches do not fit."""
-        stages = [each for each in resolve_stages(self.config) if each.parallel.sizes == self.config.parallel.sizes]
-        return [each for each in stages if not self._holds(each.micro_batch_size * each.sequence_length)]
+        stages = stages_on_grid(self.config)
+        return [stage for stage in stages if not self._holds(stage.micro_batch_size * stage.sequence_length)]
 
     def _holds(self, tokens: int) -> bool:
         """Whether a micro-batch of so many tokens fits on every rank."""

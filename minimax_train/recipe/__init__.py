@@ -3,7 +3,7 @@
 from minimax_train.recipe.config import DECAY_SHAPES, RecipeConfig, StageConfig
 from minimax_train.recipe.plan import Progress, StepPlan
 from minimax_train.recipe.schedule import Piece, Recipe
-from minimax_train.recipe.stages import Stage, naming, resolve_stages
+from minimax_train.recipe.stages import Stage, naming, resolve_stages, stages_on_grid
 
 __all__ = [
     "DECAY_SHAPES",
@@ -16,4 +16,5 @@ __all__ = [
     "StepPlan",
     "naming",
     "resolve_stages",
+    "stages_on_grid",
 ]

@@ -174,6 +174,11 @@ def resolve_stages(config: Config) -> list[Stage]:
     return found
 
 
+def stages_on_grid(config: Config) -> list[Stage]:
+    """Those that run on the grid of the configuration; others are started on one of their own."""
+    return [stage for stage in resolve_stages(config) if stage.parallel.sizes == config.parallel.sizes]
+
+
 @dataclass(frozen=True)
 class _Given:
     name: str
