@@ -39,7 +39,7 @@ from minimax_train.metrics.console import note
 from minimax_train.model import HybridModel, KernelConfig, ModelConfig, ModelLoss, ModelPart
 from minimax_train.model.attention.context import TokenContext
 from minimax_train.model.model import Block
-from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
+from minimax_train.parallel.environment import end_with_parent, start_main
 from minimax_train.parallel.grid import AxisSizes
 from minimax_train.recipe import resolve_stages
 
@@ -189,13 +189,7 @@ def _start(sizes: Sizes, part: str, device: torch.device, told: IO[bytes]) -> su
     with tempfile.TemporaryFile() as given:
         pickle.dump((sizes, part, device), given)
         given.seek(0)
-        return subprocess.Popen(
-            [sys.executable, "-P", "-c", f"{IGNORE_SIGNALS}; from {__name__} import main; main()", str(os.getpid())],
-            stdin=given,
-            stdout=subprocess.DEVNULL,
-            stderr=told,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), NO_COMPILE: "1"},
-        )
+        return start_main(__name__, environ={NO_COMPILE: "1"}, stdin=given, stdout=subprocess.DEVNULL, stderr=told)
 
 
 def main() -> None:

@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -23,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 # The first line of a process that a rank starts: signals to all processes of a job or a terminal are the rank's to
 # answer, also while the process is still importing.
-IGNORE_SIGNALS = (
+_IGNORE_SIGNALS = (
     "import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]"
 )
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -106,6 +108,28 @@ class ProcessEnvironment:
             what = f"the {self.world_size} processes did not meet at {self.init_method}"
             raise ConnectionError(f"{what}: {str(error).splitlines()[0]}") from error
         return device
+
+
+def start_main(
+    module: str, *arguments: object, environ: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen:
+    """Run ``main()`` of a module in a Python process of its own, which imports from where this one does and ignores the
+    signals that are this one's to answer.
+
+    Args:
+        arguments: what follows in ``sys.argv``; last comes the id of this process, for :func:`end_with_parent`.
+        environ: variables beside those of this process.
+        options: of :class:`subprocess.Popen`.
+
+    Raises:
+        OSError: when it cannot be started.
+    """
+    start = f"{_IGNORE_SIGNALS}; from {module} import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", start, *map(str, arguments), str(os.getpid())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environ or {})},
+        **options,
+    )
 
 
 def end_with_parent(parent: int) -> None:

@@ -22,7 +22,7 @@ from minimax_train.checkpoint.shards import Written, write_shards
 from minimax_train.checkpoint.staging import Place, staged
 from minimax_train.checkpoint.store import CheckpointStore
 from minimax_train.errors import one_line
-from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
+from minimax_train.parallel.environment import end_with_parent, start_main
 
 _EXIT_TIMEOUT_S = 5.0
 
@@ -45,15 +45,13 @@ class WriterProcess:
 
     def __init__(self, descriptor: int, size: int, rank: int) -> None:
         ours, theirs = socket.socketpair()
-        # Signals to a whole job are the trainer's to answer, also while this process is still being imported.
-        start = f"{IGNORE_SIGNALS}; from {__name__} import main; main()"
         with theirs:
-            arguments = map(str, (theirs.fileno(), descriptor, size, rank, os.getpid()))
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", start, *arguments],
+            self.process = start_main(
+                __name__,
+                *(theirs.fileno(), descriptor, size, rank),
+                environ={"OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), descriptor],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
         self._is_ready = False

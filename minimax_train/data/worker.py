@@ -26,7 +26,7 @@ from typing import Any
 
 from minimax_train.data.in_process import InProcess, Opened, Packed, Streams
 from minimax_train.errors import ConfigError, TrainingError
-from minimax_train.parallel.environment import IGNORE_SIGNALS, end_with_parent
+from minimax_train.parallel.environment import end_with_parent, start_main
 
 _EXIT_TIMEOUT_S = 5.0
 _SHOW_STACKS = signal.SIGUSR2
@@ -157,14 +157,8 @@ def start_worker(streams: Streams, num_ranks: int) -> Started:
             listener.listen(num_ranks)
             pickle.dump(streams, told)
             told.seek(0)
-            arguments = [str(listener.fileno()), str(num_ranks), str(os.getpid())]
-            start = f"{IGNORE_SIGNALS}; from {__name__} import main; main()"
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", start, *arguments],
-                stdin=told,
-                pass_fds=[listener.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            descriptor = listener.fileno()
+            process = start_main(__name__, descriptor, num_ranks, stdin=told, pass_fds=[descriptor])
     except OSError as error:
         raise ConfigError(
             f"data.num_workers: no worker can be started with TMPDIR={tempfile.gettempdir()!r}: {error}"
