@@ -39,11 +39,12 @@ def processes(parent: int) -> list[int]:
 def rank_of(pid: int) -> str | None:
     try:
         environment = dict(part.partition(b"=")[::2] for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    # Data workers and writers have their rank's variables.
-    return environment.get(b"RANK", b"").decode() if b"minimax-train" in command else None
+    # Data workers and writers have their rank's variables, and the repository's folder may have the command's name.
+    is_rank = any(part.rpartition(b"/")[2] == b"minimax-train" for part in command)
+    return environment.get(b"RANK", b"").decode() if is_rank else None
 
 
 def main() -> int:
